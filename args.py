@@ -1,0 +1,360 @@
+"""Flags of the two entry scripts, and the name, folder and config that they give a run.
+
+Both scripts take the same flags, so that one command line trains and validates; each ignores what only the
+other needs.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+from datasets import SOURCES
+from models import MODELS
+from utils import UserError
+
+# The flags that change the trained weights: they name the run, and must agree with its config.json.
+TRAINING_FLAGS = (
+    "dataset imbalance n_max class_counts data_augmentation model depth_linear bias loss objective sep_decay "
+    "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle "
+    "clip_grad_norm precision seed init_from"
+).split()
+MLP_FLAGS = ["depth_relu", "width"]  # no other model has them
+FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset imagefolder
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Types: each turns a word into a value or says in one line what it must be
+# ---------------------------------------------------------------------------------------------------------
+
+
+def number(cast, low, *, above=False, high=math.inf):
+    """An argparse type: a finite `cast` in [low, high], or in (low, high] with `above`."""
+    kind = {int: "a whole number", float: "a number"}[cast]
+    bound = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+
+    def parse(text):
+        try:
+            value = cast(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and (value > low if above else value >= low) and value <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bound}")
+        return value
+
+    return parse
+
+
+def true_or_false(text):
+    if text not in ("True", "False"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
+    return text == "True"
+
+
+def class_counts(text):
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        counts = []
+    if len(counts) < 2 or min(counts) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a comma-separated list of whole numbers >= 1, one a class, two classes or more"
+        )
+    return counts
+
+
+def imbalance(text):
+    if text in ("paper", "balanced"):
+        return text
+    kind, _, ratio = text.partition(":")
+    try:
+        valid = kind in ("exp", "step") and 1 <= float(ratio) < math.inf
+    except ValueError:
+        valid = False
+    if not valid:
+        raise argparse.ArgumentTypeError(f"{text!r} is not paper, balanced, exp:R or step:R with R >= 1")
+    return f"{kind}:{float(ratio):g}"
+
+
+def decay_type(text):
+    if text != "step" and not re.fullmatch(r"step(_[1-9]\d*)+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not step (every --patience epochs) or milestones such as step_60_120"
+        )
+    return text
+
+
+def folder(text):
+    return str(Path(text).expanduser())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The parser
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if "default" in action.help else super()._get_help_string(action)
+
+
+def make_parser(description=None):
+    """The parser of both entry scripts."""
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=lambda prog: Help(prog, max_help_position=32, width=110),
+    )
+    yes_no = argparse.BooleanOptionalAction
+    positive = number(float, 0, above=True)
+    not_negative = number(float, 0)
+    count = number(int, 1)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=SOURCES, default="cifar10", help="images to train on")
+    data.add_argument("--data_dir", type=folder, default=folder("~/data"), help="folder of the data sets")
+    data.add_argument(
+        "--download",
+        action=yes_no,
+        default=True,
+        help="fetch a missing data set into --data_dir (default: on)",
+    )
+    data.add_argument(
+        "--imbalance",
+        type=imbalance,
+        metavar="PROFILE",
+        help="training images a class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
+        "(default: paper; for imagefolder, all images)",
+    )
+    data.add_argument(
+        "--n_max",
+        type=count,
+        metavar="N",
+        help="images of the largest class with balanced, exp:R and step:R (default: all there are)",
+    )
+    data.add_argument(
+        "--class_counts",
+        type=class_counts,
+        metavar="N,N,...",
+        help="training images of each class, instead of --imbalance (default: by --imbalance)",
+    )
+    data.add_argument(
+        "--data_augmentation",
+        action="store_true",
+        help="random crops (4 pixels of padding) and horizontal flips while training (default: off)",
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=MODELS, default="MLP", help="network")
+    model.add_argument("--depth_relu", type=count, default=6, metavar="N", help="MLP: ReLU layers before the last")
+    model.add_argument("--width", type=count, default=1024, metavar="N", help="MLP: units of a layer")
+    model.add_argument("--depth_linear", type=count, default=1, metavar="N", help="linear layers of the head")
+    model.add_argument("--bias", action=yes_no, default=True, help="bias in the head (default: on)")
+
+    goal = parser.add_argument_group("objective")
+    goal.add_argument("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss of a sample")
+    goal.add_argument(
+        "--objective",
+        choices=["paper", "released"],
+        default="paper",
+        help="paper: the unconstrained features problem; released: what the paper's released code minimises",
+    )
+    goal.add_argument(
+        "--sep_decay",
+        action="store_true",
+        help="penalise the head and the features only, as the theory does (default: off: weight decay on "
+        "all parameters)",
+    )
+    goal.add_argument(
+        "--weight_decay", type=not_negative, default=1e-4, metavar="X", help="lambda_W, factor of |W|^2 / 2"
+    )
+    goal.add_argument(
+        "--feature_decay_rate",
+        type=not_negative,
+        default=1e-5,
+        metavar="X",
+        help="lambda_H, factor of |h|^2 / 2, with --sep_decay",
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=count, default=4000, metavar="N", help="passes over the training set")
+    training.add_argument("--batch_size", type=count, default=256, metavar="N", help="images of a step")
+    training.add_argument(
+        "--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9"
+    )
+    training.add_argument("--lr", type=positive, default=1e-4, metavar="X", help="first learning rate")
+    training.add_argument(
+        "--decay_type",
+        type=decay_type,
+        default="step",
+        metavar="TYPE",
+        help="step: lr times gamma every --patience epochs; step_60_120: at epochs 60 and 120",
+    )
+    training.add_argument("--patience", type=count, default=2000, metavar="N", help="epochs from lr drop to lr drop")
+    training.add_argument("--gamma", type=positive, default=0.1, metavar="X", help="factor of an lr drop")
+    training.add_argument(
+        "--clip_grad_norm", type=positive, metavar="X", help="largest norm of a gradient (default: off)"
+    )
+    training.add_argument(
+        "--no_shuffle", action="store_true", help="batches in the order of the data set (default: off)"
+    )
+    training.add_argument(
+        "--seed", type=number(int, 0, high=2**63 - 1), default=1, metavar="N", help="of weights and batches"
+    )
+    training.add_argument(
+        "--init_from", type=folder, metavar="FILE", help="checkpoint with the first weights (default: random)"
+    )
+
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one"
+    )
+    machine.add_argument("--gpu_id", type=number(int, 0), default=0, metavar="N", help="index of the GPU")
+    machine.add_argument(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        default="fp32",
+        help="arithmetic of the network's body; weights, head, loss and penalties stay fp32",
+    )
+
+    files = parser.add_argument_group("files of a run")
+    files.add_argument(
+        "--save_path", type=folder, metavar="DIR", help="the run's folder (default: model_weights/<run name>)"
+    )
+    files.add_argument("--save_every", type=count, default=10, metavar="N", help="epochs between checkpoints")
+    files.add_argument("--resume", action="store_true", help="go on where the run stopped (default: off)")
+    files.add_argument(
+        "--force", action="store_true", help="delete an earlier run in the folder and start again (default: off)"
+    )
+    files.add_argument(
+        "--wandb",
+        type=true_or_false,
+        default=False,
+        metavar="True|False",
+        help="log to Weights & Biases as well (the package is needed; WANDB_MODE applies)",
+    )
+
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument(
+        "--nc_every", type=number(int, 0), default=0, metavar="N", help="epochs between measurements while "
+        "training; 0: none"
+    )
+    measuring.add_argument(
+        "--load_path", type=folder, metavar="DIR", help="folder to validate (default: as --save_path)"
+    )
+    measuring.add_argument(
+        "--theory",
+        choices=["objective", "nominal", "released"],
+        default="objective",
+        help="optimum to compare with: of the problem that is minimised; the closed form at the flags' own "
+        "decays; the released code's formula",
+    )
+    measuring.add_argument(
+        "--watch", action="store_true", help="follow a training run until it ends (default: off)"
+    )
+    measuring.add_argument(
+        "--recompute", action="store_true", help="measure again what is in the CSV (default: off)"
+    )
+    return parser
+
+
+def parse_args(description=None, argv=None):
+    """Parses the command line (or `argv`) into a namespace; `args.given` names the flags that were typed."""
+    parser = make_parser(description)
+    absent = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    given = {name for name in names if getattr(args, name) is not absent}
+    for name in set(names) - given:
+        setattr(args, name, parser.get_default(name))
+    args.given = given
+    check(parser, args)
+    return args
+
+
+def check(parser, args):
+    """Stops at flags that contradict one another."""
+    if args.resume and args.force:
+        parser.error("--resume and --force: give one of them")
+    if args.class_counts and args.imbalance:
+        parser.error("--class_counts and --imbalance: give one of them")
+    if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
+        parser.error("--n_max: only with --imbalance balanced, exp:R or step:R")
+    expected = SOURCES[args.dataset].num_classes
+    if args.class_counts and expected and len(args.class_counts) != expected:
+        parser.error(
+            f"--class_counts: {args.dataset} has {expected} classes, {len(args.class_counts)} counts were given"
+        )
+    if args.imbalance == "paper" and not SOURCES[args.dataset].paper_counts:
+        parser.error(f"--imbalance paper: the paper has no profile for {args.dataset}; give balanced, exp:R or step:R")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Name, folder, config
+# ---------------------------------------------------------------------------------------------------------
+
+
+def training_flags(args):
+    """The flags that change the trained weights, with their values."""
+    names = list(TRAINING_FLAGS)
+    if args.model == "MLP":
+        names += MLP_FLAGS
+    if args.dataset == "imagefolder":
+        names += FOLDER_FLAGS
+    flags = {name: getattr(args, name) for name in names}
+    if not args.class_counts:
+        flags["imbalance"] = args.imbalance or ("paper" if SOURCES[args.dataset].paper_counts else "all")
+    for name in ("data_dir", "init_from"):
+        if flags.get(name):
+            flags[name] = str(Path(flags[name]).resolve())
+    return flags
+
+
+def run_name(args):
+    """A name that two different settings never share: the main flags to read, and a hash of all of them."""
+    flags = training_flags(args)
+    digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
+    model = f"MLP-relu{args.depth_relu}-width{args.width}" if args.model == "MLP" else args.model
+    profile = "counts" if args.class_counts else flags["imbalance"].replace(":", "")
+    return f"{model}_{args.dataset}-{profile}_{args.loss}-{args.objective}_seed{args.seed}_{digest}"
+
+
+def run_folder(args):
+    """The folder that training writes: --save_path, or one by the run's name."""
+    return Path(args.save_path or Path("model_weights") / run_name(args))
+
+
+def config_flags(args):
+    """Every flag, for config.json."""
+    return {name: value for name, value in sorted(vars(args).items()) if name != "given"}
+
+
+def adopt_config(args, config, folder):
+    """Takes the flags that were not typed from a run's config; stops at typed ones that contradict it.
+
+    Only flags that change the trained weights count: where the data lie, or which device measures, is free.
+    """
+    known = config.get("flags", {})
+    if args.dataset == "imagefolder" and "data_dir" not in args.given:
+        args.data_dir = known.get("data_dir", args.data_dir)
+    missing = object()
+    for name in TRAINING_FLAGS + MLP_FLAGS:
+        if name not in args.given and name in known:
+            setattr(args, name, known[name])
+    if {"class_counts", "imbalance"} & args.given and "class_counts" not in args.given:
+        args.class_counts = None  # a typed profile stands instead of the config's counts
+    now, then = training_flags(args), training_flags(argparse.Namespace(**{**vars(args), **known}))
+    contradictions = [
+        f"--{name} is {now[name]!r} here and {then.get(name, missing)!r} there"
+        for name in now
+        if name in args.given and name not in FOLDER_FLAGS and now[name] != then.get(name)
+    ]
+    if contradictions:
+        raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")

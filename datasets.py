@@ -1,0 +1,348 @@
+"""Images as tensors on the device: sources, imbalance profiles, and shuffled batches.
+
+The training subset is the first n_k images of class k in the order of the data set, for every seed, so that
+training and validation see the same images.
+"""
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from utils import UserError, atomic_write, epoch_generator, one_line
+
+SIZE = 32  # pixels of an image's side
+PADDING = 4  # pixels around an image from which --data_augmentation crops
+SHUFFLE, AUGMENT = 0, 1  # purposes of the generators of an epoch
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sources: each reader gives uint8 images (N, H, W) or (N, H, W, C) and labels (N,), for training and test
+# ---------------------------------------------------------------------------------------------------------
+
+
+def read_torchvision(name, data_dir, download):
+    from torchvision import datasets
+
+    reader, archive = {
+        "cifar10": (datasets.CIFAR10, "cifar-10-batches-py"),
+        "cifar100": (datasets.CIFAR100, "cifar-100-python"),
+        "mnist": (datasets.MNIST, "MNIST"),
+        "fashionmnist": (datasets.FashionMNIST, "FashionMNIST"),
+        "svhn": (datasets.SVHN, "train_32x32.mat"),
+    }[name]
+    parts = [{"split": "train"}, {"split": "test"}] if name == "svhn" else [{"train": True}, {"train": False}]
+    present = (Path(data_dir) / archive).exists()
+    if not present and download:
+        print(f"{name}: not found in {data_dir}, downloading", flush=True)
+    try:
+        splits = [reader(data_dir, download=download, **part) for part in parts]
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        state = "damaged" if present else "absent" if not download else "absent, and the download failed"
+        raise UserError(
+            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({one_line(error)}); put it there, "
+            f"give another --data_dir, or use --dataset digits, which needs none"
+        ) from None
+    arrays = []
+    for split in splits:
+        images = np.asarray(split.data)
+        arrays += [images.transpose(0, 2, 3, 1) if name == "svhn" else images]
+        arrays += [np.asarray(split.labels if name == "svhn" else split.targets)]
+    return arrays
+
+
+def read_cifar(name, data_dir, download):
+    """The torchvision archive, or <data_dir>/<name>/{train,test}/<class>/*, or a download."""
+    root = Path(data_dir)
+    archives = {
+        "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+        "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    }[name]
+    if not any((root / archive).exists() for archive in archives) and (root / name).is_dir():
+        return read_folder(root / name)
+    return read_torchvision(name, data_dir, download)
+
+
+def read_digits(name, data_dir, download):
+    """scikit-learn's embedded digits: 1,797 images of 8 x 8 pixels; the same array for training and test."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return images, digits.target, None, None  # what training does not take is the test set
+
+
+def read_imagefolder(name, data_dir, download):
+    return read_folder(Path(data_dir))
+
+
+def read_folder(root):
+    """Images of <root>/{train,test}/<class>/*, classes and files in sorted order."""
+    train_classes, train_files, train_labels = list_split(root / "train")
+    test_classes, test_files, test_labels = list_split(root / "test")
+    if train_classes != test_classes:
+        odd = sorted(set(train_classes) ^ set(test_classes))[0]
+        raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
+    if len(train_classes) < 2:
+        raise UserError(f"{root}/train: one class only; a classifier needs two or more")
+    return decode(root, "train", train_files), train_labels, decode(root, "test", test_files), test_labels
+
+
+def list_split(folder):
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; wanted images as train/<class>/*.png|jpg and test/<class>/*")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        of_class = sorted(
+            path for path in (folder / name).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+        )
+        if not of_class:
+            raise UserError(f"{folder / name}: no .png or .jpg file in it")
+        files += of_class
+        labels += [label] * len(of_class)
+    return classes, files, np.array(labels)
+
+
+def decode(root, split, files):
+    """Image files as uint8 RGB (N, 32, 32, 3), decoded once: a cache beside them is used while they are the same."""
+    listing = "".join(f"{path.relative_to(root)} {(s := path.stat()).st_size} {s.st_mtime_ns}\n" for path in files)
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    cache = root / f".decoded-{split}-{SIZE}px.npz"
+    try:
+        with np.load(cache) as stored:
+            if str(stored["digest"]) == digest:
+                return stored["images"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # no cache, or a damaged one: it is made again
+    images = np.stack([decode_file(path) for path in tqdm(files, f"decoding {split}", disable=None, leave=False)])
+    try:
+        with atomic_write(cache) as file:
+            np.savez(file, images=images, digest=digest)
+    except OSError as error:
+        print(f"{cache}: not written ({one_line(error)}); images are decoded again next time")
+    return images
+
+
+def decode_file(path):
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if image.size != (SIZE, SIZE):
+                image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+            return np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: how to read it, and what is known of it. `num_classes` None: read off the images."""
+
+    read: Callable
+    num_classes: int | None
+    paper_counts: tuple | None  # training images a class in the paper
+    mean: tuple | None  # per channel, of the whole training set, of values in [0, 1]; None: measured
+    std: tuple | None
+
+
+SMALL = tuple(n for n in (100, 200, 300, 400, 500) for _ in range(2))
+SOURCES = {
+    "cifar10": Source(
+        read_cifar, 10, tuple(10 * n for n in SMALL), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    ),
+    "cifar100": Source(
+        read_cifar,
+        100,
+        tuple(n for n in (100, 200, 300, 400, 500) for _ in range(20)),
+        (0.5071, 0.4865, 0.4409),
+        (0.2673, 0.2564, 0.2762),
+    ),
+    "mnist": Source(read_torchvision, 10, SMALL, (0.1307,), (0.3081,)),
+    "fashionmnist": Source(read_torchvision, 10, SMALL, (0.2860,), (0.3530,)),
+    "svhn": Source(read_torchvision, 10, SMALL, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "digits": Source(read_digits, 10, tuple(34 * n // 100 for n in SMALL), (0.3053,), (0.3761,)),
+    "imagefolder": Source(read_imagefolder, None, None, None, None),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Profiles
+# ---------------------------------------------------------------------------------------------------------
+
+
+def profile_counts(profile, available, n_max=None):
+    """Training images a class, n_k, of an imbalance profile.
+
+    profile: "all", "balanced", "exp:R" or "step:R", R = n_max/n_min, as in LDAM (Cao et al., 2019, section 4):
+        class 0 the largest, exp n_k = n_max R^(-k/(K-1)), step n_max/R for the second half of the classes.
+    available: images there are of each class, (K,).
+    n_max: images of the largest class; default: all there are (balanced: of the scarcest class).
+    """
+    num_classes = len(available)
+    kind, _, ratio = profile.partition(":")
+    if kind == "all":
+        return list(available)
+    if kind == "balanced":
+        return [n_max or min(available)] * num_classes
+    n_max, ratio = n_max or available[0], float(ratio)
+    if kind == "exp":
+        powers = [k / (num_classes - 1) for k in range(num_classes)]
+    else:
+        powers = [0.0] * (num_classes // 2) + [1.0] * (num_classes - num_classes // 2)
+    return [int(n_max * ratio**-power + 1e-9) for power in powers]  # 1e-9: 500 / 10 is 50, not 49.999...
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """Normalised images (N, 3, 32, 32) float32 and labels (N,) int64, on one device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    black: torch.Tensor  # (3,): what a black pixel is after normalisation
+
+    def __len__(self):
+        return len(self.labels)
+
+    def take(self, indices):
+        """Images (B, 3, 32, 32) and labels (B,) of the given indices (B,); keeps channels-last memory."""
+        if self.images.is_contiguous():
+            return self.images.index_select(0, indices), self.labels.index_select(0, indices)
+        images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+        return images, self.labels.index_select(0, indices)
+
+    def to(self, device, memory_format=torch.contiguous_format):
+        images = self.images.to(device).contiguous(memory_format=memory_format)
+        return Split(images, self.labels.to(device), self.black.to(device))
+
+
+@dataclass
+class Data:
+    """An imbalanced training set, its test set, and the training images of each class (K,)."""
+
+    train: Split
+    test: Split
+    class_counts: list
+
+    @property
+    def num_classes(self):
+        return len(self.class_counts)
+
+
+def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=None, download=True):
+    """Reads a data set and cuts the training subset: the first n_k images of each class.
+
+    Returns a `Data` on the CPU. Raises UserError where files are missing or damaged, or a class has too few images.
+    """
+    source = SOURCES[dataset]
+    train_images, train_labels, test_images, test_labels = source.read(dataset, data_dir, download)
+    num_classes = source.num_classes or int(train_labels.max()) + 1
+    available = np.bincount(train_labels, minlength=num_classes).tolist()
+    if class_counts:
+        counts = list(class_counts)
+    elif imbalance in (None, "paper") and source.paper_counts:
+        counts = list(source.paper_counts)
+    else:
+        counts = profile_counts(imbalance or "all", available, n_max)
+    if len(counts) != num_classes:
+        raise UserError(f"--class_counts: {data_dir} has {num_classes} classes, {len(counts)} counts were given")
+    for label, (wanted, there) in enumerate(zip(counts, available, strict=True)):
+        if not 1 <= wanted <= there:
+            raise UserError(f"{dataset}: class {label} has {there} training images, {wanted} are wanted")
+
+    chosen = first_of_each(train_labels, counts)
+    if test_images is None:
+        rest = np.setdiff1d(np.arange(len(train_labels)), chosen)
+        test_images, test_labels = train_images[rest], train_labels[rest]
+    mean, std = (source.mean, source.std) if source.mean else channel_statistics(train_images)
+    return Data(
+        to_split(train_images[chosen], train_labels[chosen], mean, std),
+        to_split(test_images, test_labels, mean, std),
+        counts,
+    )
+
+
+def first_of_each(labels, counts):
+    """Indices of the first counts[k] samples of each class k, in the order of the data set."""
+    chosen = [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]
+    return np.sort(np.concatenate(chosen))
+
+
+def channel_statistics(images):
+    """Mean and standard deviation a channel, in [0, 1], of uint8 images (N, H, W, C)."""
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(images.shape[-1]):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        mean.append(float(share @ levels))
+        std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
+    return mean, std
+
+
+def to_split(images, labels, mean, std):
+    """uint8 images (N, H, W) or (N, H, W, C), C = 1 or 3, as a Split of normalised 32 x 32 RGB tensors."""
+    if images.ndim == 3:
+        images = images[..., None]
+    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(255)
+    if tensor.shape[-2:] != (SIZE, SIZE) and len(tensor):
+        tensor = F.interpolate(tensor, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    mean, std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+    tensor = tensor.sub_(mean).div_(std)
+    black = (-mean / std).flatten().expand(3).contiguous()
+    return Split(tensor.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels.astype(np.int64)), black)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------
+
+
+def batches(split, batch_size, *, epoch, seed, shuffle=True, augment=False):
+    """Yields the batches (images, labels) of an epoch, the last one smaller where B does not divide N.
+
+    The order is a permutation of (seed, epoch) alone, drawn on the CPU: the same on every device, and in a run
+    that was resumed.
+    """
+    order = torch.arange(len(split))
+    if shuffle:
+        order = torch.randperm(len(split), generator=epoch_generator(seed, epoch, SHUFFLE))
+    shifts = random_shifts(len(split), seed, epoch) if augment else None
+    for rows in order.to(split.labels.device).split(batch_size):
+        images, labels = split.take(rows)
+        if augment:
+            images = crop_and_flip(images, shifts.to(rows.device)[rows], split.black)
+        yield images, labels
+
+
+def random_shifts(count, seed, epoch):
+    """(N, 3) integers: top and left in 0..2*PADDING, flip in 0..1."""
+    high = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])
+    return (torch.rand(count, 3, generator=epoch_generator(seed, epoch, AUGMENT)) * high).long()
+
+
+def crop_and_flip(images, shifts, black):
+    """Crops of images (B, 3, 32, 32) padded with black, at shifts (B, 3), some mirrored."""
+    side = torch.arange(SIZE, device=images.device)
+    top, left, flip = shifts.split(1, dim=1)
+    rows = top + side
+    columns = left + torch.where(flip.bool(), SIZE - 1 - side, side)
+    padded = F.pad(images - black.view(3, 1, 1), [PADDING] * 4).permute(0, 2, 3, 1)
+    sample = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+    crops = padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2) + black.view(3, 1, 1)
+    return crops if not images.is_contiguous() else crops.contiguous()

@@ -1,0 +1,21 @@
+"""Multilayer perceptron on flattened 32 x 32 RGB images."""
+
+from torch import nn
+
+from models.classifier import Classifier, linear_head
+
+
+class MLP(Classifier):
+    """`depth_relu` ReLU layers, one more whose output is the features, and a linear head, all `width` wide."""
+
+    def __init__(self, *, depth_relu, width, depth_linear, num_classes, bias):
+        super().__init__()
+        layers = [nn.Linear(3 * 32 * 32, width), nn.ReLU()]
+        for _ in range(depth_relu - 1):
+            layers += [nn.Linear(width, width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.intermediate_layer = nn.Linear(width, width)
+        self.fc = linear_head(width, num_classes, depth_linear, bias)
+
+    def embed(self, images):
+        return self.intermediate_layer(self.layers(images.flatten(1))).relu()

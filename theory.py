@@ -1,0 +1,185 @@
+"""The optimum of the unconstrained ReLU features problem (UFM), for any class counts and penalties.
+
+    min_{W, H >= 0}  (1/N) sum_i loss(W h_i, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
+
+K classes, n_k samples of class k, N = sum n_k, W (K, d), features h_i in R^d, d >= K; loss is the cross entropy,
+or |W h - e_y|^2 / 2 for MSE (Dang, Tran, Nguyen, Ho, ICML 2024, arXiv 2401.02058, section 3). At the optimum the
+features have collapsed to their class means, h_i = h_{y_i}, and everything that is left is the K x K geometry in
+`Optimum`. Its tensors are float64 on the CPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The geometry of a minimiser of (UFM). H = [h_1 ... h_K] (d, K) holds the class means, W (K, d) the head.
+
+    The logits of class k are WH[:, k] + bias; `duality` is the matrix D of W ~ D H^T.
+    """
+
+    class_counts: torch.Tensor  # (K,)
+    margins: torch.Tensor  # (K,) logit of the class less the mean of the others', without bias
+    mean_norms_sq: torch.Tensor  # (K,) |h_k|^2
+    HTH: torch.Tensor  # (K, K)
+    WWT: torch.Tensor  # (K, K)
+    WH: torch.Tensor  # (K, K)
+    bias: torch.Tensor  # (K,) zero in a problem without one
+    duality: torch.Tensor  # (K, K)
+    loss: float  # value of (UFM) at the minimiser
+
+    @property
+    def collapsed(self):
+        """(K,) bool: minority collapse, h_k = 0."""
+        return self.mean_norms_sq == 0
+
+
+def cross_entropy_optimum(class_counts, lambda_w, lambda_h):
+    """Closed form of (UFM) with the cross entropy (arXiv 2401.02058, theorem 4.1, for the penalties of (UFM)).
+
+        M_k      = max(0, log((K-1) (sqrt(n_k) / (N sqrt(lambda_W lambda_H (K-1)/K)) - 1)))
+        |h_k|^2  = M_k sqrt((K-1) lambda_W / (K lambda_H n_k)),   h_k . h_l = 0
+        W H      = (I - 11^T/K) diag(M)
+        W W^T    = (I - 11^T/K) diag(a^2) (I - 11^T/K),   a_k^2 = M_k sqrt(K lambda_H n_k / ((K-1) lambda_W))
+        h_k = 0  iff  n_k <= N^2 lambda_W lambda_H K/(K-1)
+
+    class_counts: n_k (K,), numbers >= 1. Raises ValueError for K < 2, n_k < 1 or a lambda that is not > 0.
+    """
+    counts = check(class_counts, lambda_w, lambda_h)
+    log_counts, log_w, log_h, log_shrink = logs(counts, lambda_w, lambda_h)
+    # log of sqrt(n_k) / (N sqrt(lambda_W lambda_H (K-1)/K)): above log(K/(K-1)) where class k does not collapse
+    log_ratio = 0.5 * (log_counts - log_w - log_h - log_shrink) - counts.sum().log()
+    return cross_entropy_geometry(counts, lambda_w, lambda_h, margins_of_ratio(log_ratio, len(counts)))
+
+
+def released_formula(class_counts, lambda_w, lambda_h):
+    """What the paper's released code compares with: the closed form with another margin, that of no (UFM).
+
+    M_k = log((K-1) (2 sqrt(n_k) / (N lambda_W sqrt((K-1)/K)) - 1)), in which lambda_H does not occur. `loss` is
+    the value of (UFM) at this geometry. Arguments and errors as `cross_entropy_optimum`.
+    """
+    counts = check(class_counts, lambda_w, lambda_h)
+    log_counts, log_w, _, log_shrink = logs(counts, lambda_w, lambda_h)
+    log_ratio = 0.5 * (log_counts - log_shrink) - log_w - (counts.sum() / 2).log()
+    return cross_entropy_geometry(counts, lambda_w, lambda_h, margins_of_ratio(log_ratio, len(counts)))
+
+
+def mse_optimum(class_counts, lambda_w, lambda_h):
+    """Closed form of (UFM) with MSE, (1/2N) sum_i |W h_i - e_{y_i}|^2.
+
+    For h_k = |h_k| u_k with orthonormal u_k and W = sum_k a_k e_k u_k^T the problem splits by class: with
+    s_k = a_k |h_k|, the penalties are least at lambda_W a_k^2 = lambda_H n_k |h_k|^2, where they sum to
+    s_k sqrt(lambda_W lambda_H n_k), and (n_k/2N) (1 - s)^2 + s sqrt(lambda_W lambda_H n_k) is least at
+
+        W H = diag(s),  s_k = max(0, 1 - N sqrt(lambda_W lambda_H / n_k))
+        |h_k|^2 = s_k sqrt(lambda_W / (lambda_H n_k)),  h_k . h_l = 0,  W W^T = diag(s_k sqrt(lambda_H n_k / lambda_W))
+        h_k = 0  iff  n_k <= N^2 lambda_W lambda_H
+
+    The constraint H >= 0 does not bind: axis vectors are a minimiser of the problem without it as well. Arguments
+    and errors as `cross_entropy_optimum`; `margins` are s_k.
+    """
+    counts = check(class_counts, lambda_w, lambda_h)
+    log_counts, log_w, log_h, _ = logs(counts, lambda_w, lambda_h)
+    log_loss_of_scale = counts.sum().log() + 0.5 * (log_w + log_h - log_counts)
+    scale = (-torch.expm1(log_loss_of_scale)).clamp(min=0)
+    norms_sq = scale * (0.5 * (log_w - log_h - log_counts)).exp()
+    rows_sq = scale * (0.5 * (log_h + log_counts - log_w)).exp()
+    penalty = scale * (0.5 * (log_w + log_h + log_counts)).exp()
+    value = (counts / counts.sum() * 0.5 * (1 - scale).square() + penalty).sum()
+    return Optimum(
+        class_counts=counts,
+        margins=scale,
+        mean_norms_sq=norms_sq,
+        HTH=norms_sq.diag(),
+        WWT=rows_sq.diag(),
+        WH=scale.diag(),
+        bias=torch.zeros_like(counts),
+        duality=counts.sqrt().diag(),
+        loss=value.item(),
+    )
+
+
+def self_duality(class_counts):
+    """D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m."""
+    roots = torch.as_tensor(class_counts, dtype=torch.float64).sqrt()
+    return len(roots) * roots.diag() - roots
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parts of the closed forms. Ratios go by their logarithms: lambdas of 1e-300 and counts of 1e9 are fine.
+# ---------------------------------------------------------------------------------------------------------
+
+
+def check(class_counts, lambda_w, lambda_h):
+    """The class counts as a float64 tensor (K,); ValueError where (UFM) is not defined."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+    if counts.ndim != 1 or len(counts) < 2:
+        raise ValueError(f"the theory needs two classes or more, got class counts of shape {tuple(counts.shape)}")
+    if not (counts.isfinite().all() and (counts >= 1).all()):
+        raise ValueError(f"every class needs one sample or more, got class counts {counts.tolist()}")
+    for name, value in (("lambda_W", lambda_w), ("lambda_H", lambda_h)):
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be > 0 for a minimiser to exist, got {value}")
+    return counts
+
+
+def logs(counts, lambda_w, lambda_h):
+    """log n_k (K,), log lambda_W, log lambda_H, log((K-1)/K)."""
+    log_w, log_h = torch.tensor([lambda_w, lambda_h], dtype=torch.float64).log()
+    return counts.log(), log_w, log_h, torch.tensor(-1 / len(counts), dtype=torch.float64).log1p()
+
+
+def margins_of_ratio(log_ratio, num_classes):
+    """max(0, log((K-1) (r - 1))) for r given by its logarithm, 0 for r <= 1."""
+    above = log_ratio.clamp(min=0)
+    margins = above + torch.log1p(-(-above).exp()) + torch.tensor(num_classes - 1.0, dtype=torch.float64).log()
+    return margins.clamp(min=0)
+
+
+def cross_entropy_geometry(counts, lambda_w, lambda_h, margins):
+    """The Optimum with given margins (K,), each split between head and feature at the least cost."""
+    num_classes = len(counts)
+    log_counts, log_w, log_h, log_shrink = logs(counts, lambda_w, lambda_h)
+    norms_sq = margins * (0.5 * (log_shrink + log_w - log_h - log_counts)).exp()
+    columns_sq = margins * (0.5 * (log_h + log_counts - log_shrink - log_w)).exp()
+    penalty = margins * (0.5 * (log_w + log_h + log_counts + log_shrink)).exp()
+    cross_entropy = torch.log1p((num_classes - 1) * (-margins).exp())
+    centring = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    return Optimum(
+        class_counts=counts,
+        margins=margins,
+        mean_norms_sq=norms_sq,
+        HTH=norms_sq.diag(),
+        WWT=centring * columns_sq @ centring,
+        WH=centring * margins,
+        bias=torch.zeros_like(counts),
+        duality=self_duality(counts),
+        loss=(counts / counts.sum() * cross_entropy + penalty).sum().item(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other geometries
+# ---------------------------------------------------------------------------------------------------------
+
+
+def seli(class_counts):
+    """SELI, the geometry of imbalanced classes without ReLU: H^T H of the class means and W W^T, both (K, K).
+
+    Thrampoulidis, Kini, Vakilian, Behnia (2022), definition 2: with the simplex-encoding label matrix
+    Z = (I - 11^T/K) Y (K, N), Y one-hot, and its SVD Z = V S U^T, the features have Gram matrix U S U^T and
+    W W^T = V S V^T, each up to a factor. Here by eigenvectors of K x K matrices: with D = diag(n), the class
+    means have D^(-1/2) (D^(1/2) (I - 11^T/K) D^(1/2))^(1/2) D^(-1/2), and W W^T = ((I - 11^T/K) D (I - 11^T/K))^(1/2).
+    """
+    roots = torch.as_tensor(class_counts, dtype=torch.float64).cpu().sqrt()
+    centring = torch.eye(len(roots), dtype=torch.float64) - 1 / len(roots)
+    gram = square_root(roots[:, None] * centring * roots) / roots[:, None] / roots
+    return gram, square_root(centring * roots.square() @ centring)
+
+
+def square_root(matrix):
+    """The square root of a symmetric positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -1,0 +1,294 @@
+"""Trains a classifier on an imbalanced subset of a data set, far past zero training error.
+
+The paper's MLP on CIFAR-10 (on a GPU; about 370 checkpoints of 38 MB), and its measurement afterwards:
+
+    CUDA_VISIBLE_DEVICES=0 python train_1st_order_unbalanced.py --model MLP \\
+        --no-bias --dataset cifar10 --depth_relu 6 --depth_linear 1 --width 1024 --seed 1 \\
+        --sep_decay --batch_size 256 --feature_decay_rate 0.00001 --loss CrossEntropy --lr 0.0001 \\
+        --weight_decay 0.0001 --optimizer Adam --epochs 4000 --patience 2000
+    CUDA_VISIBLE_DEVICES=0 python validate_NC_unbalanced.py   (the same flags)
+
+Writes config.json, train_log.jsonl, epoch_*.pth and last.pt into model_weights/<run name>/.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from args import adopt_config, config_flags, parse_args, run_folder
+from datasets import batches, load_data
+from models import build_model
+from objective import make_objective
+from utils import (
+    FAILED_WORK,
+    Progress,
+    UserError,
+    append_line,
+    autocast,
+    checkpoint_path,
+    find_checkpoints,
+    git_commit,
+    load_torch,
+    load_weights,
+    pick_device,
+    read_config,
+    read_log,
+    run_lock,
+    run_script,
+    save_torch,
+    set_precision,
+    write_json,
+)
+from validate_NC_unbalanced import Measurement
+
+
+def main():
+    args = parse_args(__doc__.split("\n")[0])
+    device = pick_device(args.device, args.gpu_id)
+    set_precision(args.precision, device)
+    folder = run_folder(args)
+    data = load_data(
+        args.dataset,
+        args.data_dir,
+        imbalance=args.imbalance,
+        n_max=args.n_max,
+        class_counts=args.class_counts,
+        download=args.download,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock(folder):
+        prepare_folder(args, folder)
+        train(args, data, device, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------
+
+
+def train(args, data, device, folder):
+    """Runs the epochs that are left, and writes the files of the run."""
+    torch.manual_seed(args.seed)  # of the first weights, drawn on the CPU: the same on every device
+    model = build_model(
+        args.model,
+        data.num_classes,
+        bias=args.bias,
+        depth_linear=args.depth_linear,
+        depth_relu=args.depth_relu,
+        width=args.width,
+    )
+    if args.init_from:
+        load_weights(model, args.init_from)
+    memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
+    model.to(device, memory_format=memory_format)
+    data.train, data.test = data.train.to(device, memory_format), data.test.to(device, memory_format)
+
+    objective = make_objective(args, data)
+    optimizer, scheduler = make_optimizer(args, model, objective)
+    epoch = restore(folder, model, optimizer, scheduler, device) if args.resume else 0
+    write_config(args, data, model, objective, device, folder)
+    announce(args, data, model, device, folder, epoch)
+    measurement = Measurement(args, data, model, objective, device, folder) if args.nc_every else None
+    wandb_run = start_wandb(args, folder) if args.wandb else None
+
+    parameters = list(model.parameters())
+    totals = torch.zeros(-(-len(data.train) // args.batch_size), 3, device=device)  # loss, data term, correct
+    with Progress(args.epochs, "epoch", start=epoch) as progress:
+        while epoch < args.epochs:
+            epoch += 1
+            began = time.perf_counter()
+            lr = optimizer.param_groups[0]["lr"]
+            model.train()
+            epoch_batches = batches(
+                data.train,
+                args.batch_size,
+                epoch=epoch,
+                seed=args.seed,
+                shuffle=not args.no_shuffle,
+                augment=args.data_augmentation,
+            )
+            for step, (images, labels) in enumerate(epoch_batches):
+                with autocast(args.precision, device):
+                    logits, features = model(images)
+                loss, data_term = objective(logits, features, labels, model.fc)
+                optimizer.zero_grad()
+                loss.backward()
+                if args.clip_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad_norm)
+                optimizer.step()
+                correct = (logits.detach().argmax(1) == labels).sum()
+                totals[step] = torch.stack([loss.detach() * len(labels), data_term.detach() * len(labels), correct])
+            scheduler.step()
+            line = log_line(epoch, lr, objective, totals.cpu(), len(data.train), time.perf_counter() - began)
+            append_line(folder / "train_log.jsonl", line)
+            if wandb_run:
+                wandb_run.log(line, step=epoch)
+            if due(epoch, args.save_every, args.epochs):
+                save(folder, epoch, model, optimizer, scheduler)
+            if args.nc_every and due(epoch, args.nc_every, args.epochs):
+                measurement.append(epoch)
+            progress.step(
+                f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
+                f"{line['images_per_second']:.0f} images/s"
+            )
+    if wandb_run:
+        wandb_run.finish()
+    print(f"finished: {folder}")
+
+
+def make_optimizer(args, model, objective):
+    """The optimizer, one fused kernel a step, and the schedule of its learning rate, stepped once an epoch."""
+    decay = objective.optimizer_decay
+    if args.optimizer == "Adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=decay, fused=True)
+    if args.decay_type == "step":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.patience, args.gamma)
+    else:
+        milestones = [int(epoch) for epoch in args.decay_type.split("_")[1:]]
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
+    return optimizer, scheduler
+
+
+def log_line(epoch, lr, objective, totals, num_samples, seconds):
+    """A line of train_log.jsonl, of totals (steps, 3); stops at a loss that is not finite."""
+    if not totals.isfinite().all():
+        step = int((~totals.isfinite().all(1)).nonzero()[0]) + 1
+        raise UserError(
+            f"the loss is not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1; "
+            f"checkpoints up to then are kept",
+            FAILED_WORK,
+        )
+    loss, data_term, correct = (totals.double().sum(0) / num_samples).tolist()
+    return {
+        "epoch": epoch,
+        "lr": lr,
+        "loss": loss,
+        "ce" if objective.loss == "CrossEntropy" else "mse": data_term,
+        "train_acc1": 100 * correct,
+        "seconds": round(seconds, 4),
+        "images_per_second": round(num_samples / seconds, 1),
+    }
+
+
+def due(epoch, every, epochs):
+    """Whether something done `every` so many epochs is due: after epochs 1, 1 + every, ... and the last."""
+    return (epoch - 1) % every == 0 or epoch == epochs
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of a run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_folder(args, folder):
+    """Stops where an earlier run would be overwritten or contradicted; with --force, deletes it."""
+    if args.force:
+        clear(folder)
+    elif find_checkpoints(folder) and not args.resume:
+        raise UserError(f"{folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path")
+    elif args.resume and (config := read_config(folder)):
+        adopt_config(args, config, folder)
+
+
+def clear(folder):
+    """Deletes what an earlier run wrote, and nothing else."""
+    for path in [*find_checkpoints(folder).values(), *folder.glob("nc_metrics*.csv")]:
+        path.unlink()
+    for name in ("config.json", "train_log.jsonl", "last.pt"):
+        (folder / name).unlink(missing_ok=True)
+    for path in [*folder.glob("geometry*"), folder / "figures"]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def save(folder, epoch, model, optimizer, scheduler):
+    """The epoch's checkpoint, and the state that a resumed run starts from."""
+    save_torch(checkpoint_path(folder, epoch), model.state_dict())
+    state = {
+        "epoch": epoch,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+    save_torch(folder / "last.pt", state)
+
+
+def restore(folder, model, optimizer, scheduler, device):
+    """Loads last.pt and cuts the log to its epoch, which it returns; 0 where there is none.
+
+    Batches depend on (seed, epoch) alone, so there is no generator to restore.
+    """
+    if not (folder / "last.pt").exists():
+        return 0
+    state = load_torch(folder / "last.pt", device)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    kept = [line for line in read_log(folder) if line["epoch"] <= state["epoch"]]
+    with contextlib.suppress(FileNotFoundError):
+        (folder / "train_log.jsonl").unlink()
+    for line in kept:
+        append_line(folder / "train_log.jsonl", line)
+    return state["epoch"]
+
+
+def write_config(args, data, model, objective, device, folder):
+    """Everything that says what the run is."""
+    decays = objective.effective_decays() or (None, None)
+    config = {
+        "flags": config_flags(args),
+        "class_counts": data.class_counts,
+        "num_test": len(data.test),
+        "effective_weight_decay": decays[0],
+        "effective_feature_decay": decays[1],
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "git_commit": git_commit(),
+    }
+    write_json(folder / "config.json", config)
+
+
+def announce(args, data, model, device, folder, epoch):
+    """Says at the start what will be done, on what, and what it takes."""
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    left = sum(due(number, args.save_every, args.epochs) for number in range(epoch + 1, args.epochs + 1))
+    free = shutil.disk_usage(folder).free
+    print(f"run        {folder}")
+    print(f"data       {args.dataset}: {len(data.train)} training images in {data.num_classes} classes, ", end="")
+    print(f"{min(data.class_counts)} to {max(data.class_counts)} each; {len(data.test)} test images")
+    print(f"model      {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(f"device     {device}" + (", no GPU in use: --epochs this many may take long" * (device.type == "cpu" and 0)))
+    print(f"epochs     {epoch + 1} to {args.epochs}, {-(-len(data.train) // args.batch_size)} steps each")
+    print(f"disk       {left} checkpoints, {left * size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free", flush=True)
+    if 4 * size + left * size > free:
+        print(f"warning: the disk of {folder} is too small; raise --save_every", flush=True)
+
+
+def start_wandb(args, folder):
+    """A Weights & Biases run; the package is optional."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb True needs the package wandb: pip install wandb, or give --wandb False") from None
+    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    return wandb.init(
+        project="neural-collapse-imbalance", name=Path(folder).name, dir=folder, config=config_flags(args), mode=mode
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,301 @@
+"""Errors, seeds, devices, and the files of a run."""
+
+import contextlib
+import csv
+import fcntl
+import json
+import math
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+BAD_INPUT, FAILED_WORK = 2, 1
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its message is one line: what is wrong, and the mend."""
+
+    def __init__(self, message, status=BAD_INPUT):
+        super().__init__(" ".join(str(message).split()))
+        self.status = status
+
+
+def run_script(main):
+    """Runs an entry script's `main` and exits: errors as one line on standard error, without a traceback."""
+    name = Path(sys.argv[0]).name
+    try:
+        status = main() or 0
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        status = error.status
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = 130
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        status = FAILED_WORK
+    sys.exit(status)
+
+
+def one_line(error):
+    """An exception in one line: its message, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Machine
+# ---------------------------------------------------------------------------------------------------------
+
+
+def pick_device(device, gpu_id):
+    """The torch.device that --device and --gpu_id mean on this machine."""
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cpu" or (device == "auto" and gpus == 0 and gpu_id == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise UserError("this machine has no usable GPU: give --device cpu, without --gpu_id")
+    if gpu_id >= gpus:
+        raise UserError(f"--gpu_id {gpu_id}: this machine shows {gpus} GPUs, numbered from 0")
+    return torch.device("cuda", gpu_id)
+
+
+def set_precision(precision, device):
+    """Makes fp32 mean full fp32, or TF32 on request; same flags, same device, same weights."""
+    if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise UserError("--precision tf32 needs an NVIDIA GPU of the Ampere generation or later; give fp32 or bf16")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise UserError("--precision bf16: this GPU has no bf16 arithmetic; give fp32")
+    mode = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cudnn.conv.fp32_precision = mode
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def autocast(precision, device):
+    """The context in which the network's body runs."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def epoch_generator(seed, epoch, purpose):
+    """A CPU generator that depends on nothing but its arguments, so that a resumed run draws the same."""
+    words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: written to a temporary name and renamed, so that a reader never sees half of one
+# ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb", **kwargs):
+    """Opens a file that takes its name only when it is complete and on the disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **kwargs) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch.save wraps a full disk in a RuntimeError of its own
+        raise
+
+
+def save_torch(path, state):
+    """`torch.save`, atomically."""
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def load_torch(path, device="cpu"):
+    """Reads a file of tensors and plain values; a pickle that would run code is refused."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+        kind = "not a plain checkpoint" if isinstance(e, pickle.UnpicklingError) else "truncated or damaged"
+        raise UserError(f"{path}: {kind}, cannot be read", FAILED_WORK) from None
+
+
+def load_weights(model, path, device="cpu"):
+    """Loads a checkpoint into `model`; names the first things that do not fit."""
+    state = load_torch(path, device)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: holds no state_dict of a model", FAILED_WORK)
+    state = {key: value for key, value in state.items() if not key.startswith("batch_norm.")}  # never used there
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if wanted != found:
+        key = next(key for key in [*wanted, *found] if wanted.get(key) != found.get(key))
+        raise UserError(
+            f"{path}: does not fit the model's flags: {key} is {found.get(key, 'missing')} in the file, "
+            f"{wanted.get(key, 'missing')} in the model",
+            FAILED_WORK,
+        )
+    if not all(value.isfinite().all() for value in state.values()):
+        raise UserError(f"{path}: holds weights that are not finite", FAILED_WORK)
+    model.load_state_dict(state)
+
+
+def checkpoint_path(folder, epoch):
+    return Path(folder) / f"epoch_{epoch:03d}.pth"
+
+
+def find_checkpoints(folder):
+    """{epoch: path} of a folder's checkpoints, in order."""
+    found = {}
+    for path in Path(folder).glob("epoch_*.pth"):
+        if match := re.fullmatch(r"epoch_(\d+)\.pth", path.name):
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def write_json(path, value):
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_config(folder):
+    """A run's config.json, or None where there is none."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config["flags"], dict):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged, not a run's config") from None
+    return config
+
+
+def read_log(folder):
+    """The complete lines of a run's train_log.jsonl; a half-written last line is left out."""
+    path = Path(folder) / "train_log.jsonl"
+    lines = []
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def append_line(path, value):
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def read_csv(path):
+    """Rows of a CSV file of numbers as dicts of floats, NaN for an empty cell; [] where there is no file."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="") as file:
+            return [
+                {name: float(cell) if cell else math.nan for name, cell in row.items()} for row in csv.DictReader(file)
+            ]
+    except (ValueError, TypeError, csv.Error):
+        raise UserError(f"{path}: damaged, not a table of numbers; delete it to have it measured again") from None
+
+
+def write_csv(path, rows):
+    """Writes dicts of numbers that share their keys; NaN becomes an empty cell."""
+    with atomic_write(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: "" if math.isnan(value) else value for name, value in row.items()})
+
+
+@contextlib.contextmanager
+def run_lock(folder):
+    """Holds a run's folder for this process; the lock dies with its holder."""
+    with open(Path(folder) / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there; wait for it or give --save_path") from None
+        yield
+
+
+def is_locked(folder):
+    """Whether a training process holds the folder."""
+    try:
+        with open(Path(folder) / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def git_commit():
+    """The commit of this code, with '-dirty' where files differ from it, or None outside a repository."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Progress
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a plain line now and then, and one at the end."""
+
+    def __init__(self, total, unit, start=0, every=15.0):
+        self.total, self.unit, self.every = total, unit, every
+        self.done, self.began, self.start, self.last = start, time.monotonic(), start, -math.inf
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if terminal else None
+
+    def step(self, text):
+        """One more is done; `text` says how it stands."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+            return
+        now = time.monotonic()
+        if self.done == self.total or now - self.last >= self.every:
+            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+            print(f"{self.unit} {self.done}/{self.total}  {text}  {duration(left)} left", flush=True)
+            self.last = now
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,240 @@
+"""Measures neural collapse in every checkpoint of a run, against the optimum that the theory predicts.
+
+Takes the flags of train_1st_order_unbalanced.py and finds the run by them, or by --load_path:
+
+    python validate_NC_unbalanced.py --load_path model_weights/RUN --data_dir ~/data
+
+Writes nc_metrics.csv, geometry/epoch_*.npz and figures/ into the run's folder (with --theory nominal or released,
+nc_metrics_nominal.csv and so on), and prints a table: measured against theorem, class by class.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from args import adopt_config, parse_args, run_folder
+from datasets import load_data
+from models import build_model
+from models.classifier import head_weight
+from nc_metrics import ClassStatistics, geometry, nc_metrics
+from objective import make_objective
+from theory import cross_entropy_optimum, mse_optimum, released_formula
+from utils import (
+    FAILED_WORK,
+    Progress,
+    UserError,
+    atomic_write,
+    autocast,
+    find_checkpoints,
+    is_locked,
+    load_weights,
+    pick_device,
+    read_config,
+    read_csv,
+    run_script,
+    set_precision,
+    write_csv,
+)
+
+BATCH = 512  # images of a forward pass
+FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statistics; above, they are computed twice
+WATCH_SECONDS = 2  # between looks at a folder with --watch
+WATCH_GRACE = 60  # seconds that --watch waits for a training run to begin
+
+
+def main():
+    args = parse_args(__doc__.split("\n")[0])
+    folder = Path(args.load_path) if args.load_path else run_folder(args)
+    if args.watch:
+        wait_for_run(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; train with the same flags first, or give --load_path")
+    config = read_config(folder)
+    if config:
+        adopt_config(args, config, folder)
+    if not find_checkpoints(folder) and not args.watch:
+        raise UserError(f"{folder}: no epoch_*.pth in it; train with the same flags first, or give --load_path")
+
+    device = pick_device(args.device, args.gpu_id)
+    set_precision(args.precision, device)
+    data = load_data(
+        args.dataset,
+        args.data_dir,
+        imbalance=args.imbalance,
+        n_max=args.n_max,
+        class_counts=args.class_counts,
+        download=args.download,
+    )
+    model = build_model(
+        args.model,
+        data.num_classes,
+        bias=args.bias,
+        depth_linear=args.depth_linear,
+        depth_relu=args.depth_relu,
+        width=args.width,
+    )
+    memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
+    model.to(device, memory_format=memory_format)
+    data.train, data.test = data.train.to(device, memory_format), data.test.to(device, memory_format)
+    measurement = Measurement(args, data, model, make_objective(args, data), device, folder)
+    if measurement.reason:
+        print(f"columns {', '.join(measurement.empty_columns)} stay empty: {measurement.reason}")
+
+    failed = measure_all(args, measurement, model, device, folder)
+    if measurement.rows:
+        print_table(measurement)
+    return FAILED_WORK if failed or not measurement.rows else 0
+
+
+def measure_all(args, measurement, model, device, folder):
+    """Measures the checkpoints that have no row yet, with --watch until training ends; counts damaged ones."""
+    damaged = set()
+    while True:
+        training = args.watch and is_locked(folder)  # asked before the look at the folder: its last file is seen
+        done = set() if args.recompute else measurement.epochs()
+        todo = {e: path for e, path in find_checkpoints(folder).items() if e not in done and e not in damaged}
+        with Progress(len(todo), "checkpoint") as progress:
+            for epoch, path in todo.items():
+                try:
+                    load_weights(model, path, device)
+                    row = measurement.append(epoch)
+                    progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
+                except UserError as error:
+                    print(f"skipped: {error}", file=sys.stderr)
+                    damaged.add(epoch)
+        args.recompute = False
+        if not training:
+            return len(damaged)
+        time.sleep(WATCH_SECONDS)
+
+
+def wait_for_run(folder):
+    """Waits a while for a training run to write its config.json."""
+    deadline = time.monotonic() + WATCH_GRACE
+    while not (folder / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"{folder}: no training run began there within {WATCH_GRACE} seconds")
+        time.sleep(WATCH_SECONDS)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One checkpoint -> one row
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Measurement:
+    """Measures a model at an epoch, and keeps the run's nc_metrics.csv and geometry/."""
+
+    def __init__(self, args, data, model, objective, device, folder):
+        self.data, self.model, self.device, self.precision = data, model, device, args.precision
+        suffix = "" if args.theory == "objective" else f"_{args.theory}"
+        self.csv = Path(folder) / f"nc_metrics{suffix}.csv"
+        self.geometry_folder = Path(folder) / f"geometry{suffix}"
+        self.optimum, self.reason = find_optimum(args, objective, data.class_counts, head_weight(model).shape[1])
+        self.rows = [] if args.recompute else read_csv(self.csv)
+
+    def epochs(self):
+        return {int(row["epoch"]) for row in self.rows}
+
+    def append(self, epoch):
+        """Measures the model as it is; writes the geometry, then the row, which it returns."""
+        row, parts = self.measure()
+        row = {"epoch": epoch, **row}
+        self.geometry_folder.mkdir(exist_ok=True)
+        with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
+            np.savez(file, class_counts=self.data.class_counts, **{name: part.numpy() for name, part in parts.items()})
+        self.rows = sorted([*(r for r in self.rows if r["epoch"] != epoch), row], key=lambda r: r["epoch"])
+        write_csv(self.csv, self.rows)
+        return row
+
+    @torch.inference_mode()
+    def measure(self):
+        """The metrics of the model's features and head on the training subset, its accuracies, its geometry."""
+        self.model.eval()
+        statistics = ClassStatistics(self.data.num_classes)
+        weight = head_weight(self.model)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        passes = self.forward(self.data.train)
+        if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
+            passes = list(passes)
+        for logits, features, labels in passes:
+            statistics.update(features, labels)
+            correct += (logits.argmax(1) == labels).sum()
+        for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
+            statistics.update_within(features, labels, logits.argmax(1))
+        test_correct = sum((logits.argmax(1) == labels).sum() for logits, _, labels in self.forward(self.data.test))
+        row = {
+            "train_acc1": 100 * float(correct) / len(self.data.train),
+            "test_acc1": 100 * float(test_correct) / len(self.data.test) if len(self.data.test) else float("nan"),
+            **nc_metrics(statistics, weight, self.optimum),
+        }
+        parts = geometry(statistics.means, weight)
+        if self.optimum:
+            parts |= {f"{name}_theory": getattr(self.optimum, name) for name in list(parts)}
+        return row, parts
+
+    def forward(self, split):
+        """Yields (logits, features, labels) of a split in order, batch by batch."""
+        for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
+            with autocast(self.precision, self.device):
+                logits, features = self.model(images)
+            yield logits, features, labels
+
+
+def find_optimum(args, objective, class_counts, dim):
+    """The `theory.Optimum` that --theory means, or None and the reason why there is none."""
+    decays = (args.weight_decay, args.feature_decay_rate)
+    if args.theory == "objective":
+        decays = objective.effective_decays()
+        if decays is None:
+            return None, "without --sep_decay no optimum is known (--theory nominal compares all the same)"
+        if args.depth_linear > 1:
+            return None, "with --depth_linear > 1 no optimum is known (--theory nominal compares all the same)"
+    if min(decays) <= 0:
+        return None, "without a positive --weight_decay and --feature_decay_rate there is no optimum"
+    if dim < len(class_counts):
+        return None, f"the theory needs as many features as classes, the model has {dim}"
+    if args.theory == "released":
+        if args.loss != "CrossEntropy":
+            return None, "the released formula is for the cross entropy only"
+        return released_formula(class_counts, *decays), None
+    if args.loss == "MSE":
+        return mse_optimum(class_counts, *decays), None
+    return cross_entropy_optimum(class_counts, *decays), None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------
+
+
+def print_table(measurement):
+    """Class by class, measured against theorem, and the last row of metrics."""
+    row = measurement.rows[-1]
+    epoch = int(row["epoch"])
+    with np.load(measurement.geometry_folder / f"epoch_{epoch:03d}.npz") as stored:
+        parts = dict(stored)
+    print(f"\nepoch {epoch}: measured against theorem")
+    heads = ("margin", "theorem", "ratio", "|mu_k|^2", "theorem", "ratio")
+    print(f"{'class':>5} {'n_k':>6}" + "".join(f" {head:>10}" for head in heads))
+    for label, count in enumerate(parts["class_counts"]):
+        cells = []
+        for name in ("margins", "mean_norms_sq"):
+            measured = parts[name][label]
+            expected = parts[f"{name}_theory"][label] if f"{name}_theory" in parts else None
+            cells += [f"{measured:10.4f}"]
+            cells += [f"{expected:10.4f}" if expected is not None else f"{'-':>10}"]
+            cells += [f"{measured / expected:10.4f}" if expected else f"{'-':>10}"]
+        print(f"{label:>5} {count:>6} " + " ".join(cells))
+    print()
+    for name, value in row.items():
+        if name != "epoch":
+            print(f"{name:>20}  {'-' if np.isnan(value) else f'{value:.4g}'}")
+    print(f"\n{measurement.csv}")
+
+
+if __name__ == "__main__":
+    run_script(main)
