@@ -24,6 +24,11 @@ TRAINING_FLAGS = (
 MLP_FLAGS = ["depth_relu", "width"]  # no other model has them
 FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset imagefolder
 
+# The flags that belong to one call, not to the run.
+LOCAL_FLAGS = set(
+    "data_dir download device gpu_id save_path load_path resume force theory watch recompute wandb".split()
+)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Types: each turns a word into a value or says in one line what it must be
@@ -186,9 +191,7 @@ def make_parser(description=None):
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=count, default=4000, metavar="N", help="passes over the training set")
     training.add_argument("--batch_size", type=count, default=256, metavar="N", help="images of a step")
-    training.add_argument(
-        "--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9"
-    )
+    training.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
     training.add_argument("--lr", type=positive, default=1e-4, metavar="X", help="first learning rate")
     training.add_argument(
         "--decay_type",
@@ -243,8 +246,11 @@ def make_parser(description=None):
 
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
-        "--nc_every", type=number(int, 0), default=0, metavar="N", help="epochs between measurements while "
-        "training; 0: none"
+        "--nc_every",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="epochs between measurements while training; 0: none",
     )
     measuring.add_argument(
         "--load_path", type=folder, metavar="DIR", help="folder to validate (default: as --save_path)"
@@ -256,12 +262,8 @@ def make_parser(description=None):
         help="optimum to compare with: of the problem that is minimised; the closed form at the flags' own "
         "decays; the released code's formula",
     )
-    measuring.add_argument(
-        "--watch", action="store_true", help="follow a training run until it ends (default: off)"
-    )
-    measuring.add_argument(
-        "--recompute", action="store_true", help="measure again what is in the CSV (default: off)"
-    )
+    measuring.add_argument("--watch", action="store_true", help="follow a training run until it ends (default: off)")
+    measuring.add_argument("--recompute", action="store_true", help="measure again what is in the CSV (default: off)")
     return parser
 
 
@@ -339,22 +341,22 @@ def config_flags(args):
 def adopt_config(args, config, folder):
     """Takes the flags that were not typed from a run's config; stops at typed ones that contradict it.
 
-    Only flags that change the trained weights count: where the data lie, or which device measures, is free.
+    Only flags that change the trained weights can contradict: where the data lie, or which device measures, is free.
     """
-    known = config.get("flags", {})
-    if args.dataset == "imagefolder" and "data_dir" not in args.given:
-        args.data_dir = known.get("data_dir", args.data_dir)
-    missing = object()
-    for name in TRAINING_FLAGS + MLP_FLAGS:
-        if name not in args.given and name in known:
-            setattr(args, name, known[name])
-    if {"class_counts", "imbalance"} & args.given and "class_counts" not in args.given:
-        args.class_counts = None  # a typed profile stands instead of the config's counts
-    now, then = training_flags(args), training_flags(argparse.Namespace(**{**vars(args), **known}))
+    then = argparse.Namespace(**{**vars(args), **config["flags"]})
+    for name in set(config["flags"]) & set(vars(args)) - args.given - LOCAL_FLAGS:
+        setattr(args, name, getattr(then, name))
+    if "data_dir" not in args.given and Path(then.data_dir).is_dir():
+        args.data_dir = then.data_dir
+    if "imbalance" in args.given:
+        args.class_counts = None  # the typed profile stands instead of the config's counts
+    if args.class_counts == config["class_counts"]:
+        args.class_counts, args.imbalance, args.n_max = then.class_counts, then.imbalance, then.n_max  # the same images
+    flags_now, flags_then = training_flags(args), training_flags(then)
     contradictions = [
-        f"--{name} is {now[name]!r} here and {then.get(name, missing)!r} there"
-        for name in now
-        if name in args.given and name not in FOLDER_FLAGS and now[name] != then.get(name)
+        f"--{name} is {flags_now[name]} here and {flags_then.get(name)} there"
+        for name in flags_now
+        if name in args.given and name not in LOCAL_FLAGS and flags_now[name] != flags_then.get(name)
     ]
     if contradictions:
         raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")

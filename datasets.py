@@ -159,9 +159,7 @@ class Source:
 
 SMALL = tuple(n for n in (100, 200, 300, 400, 500) for _ in range(2))
 SOURCES = {
-    "cifar10": Source(
-        read_cifar, 10, tuple(10 * n for n in SMALL), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-    ),
+    "cifar10": Source(read_cifar, 10, tuple(10 * n for n in SMALL), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": Source(
         read_cifar,
         100,

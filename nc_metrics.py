@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from theory import self_duality, seli
+from theory import class_margins, self_duality, seli
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # empty where there is no optimum
 
@@ -97,12 +97,6 @@ def distance(a, b):
     return (a / a.norm() - b / b.norm()).norm().item()
 
 
-def class_margins(logits):
-    """(K,): the logit of the class less the mean of the others', of logits W H (K, K), a column a class."""
-    own = logits.diag()
-    return own - (logits.sum(0) - own) / (len(logits) - 1)
-
-
 def geometry(means, weight):
     """HTH, WWT, WH (K, K), margins and mean_norms_sq (K,) of class means (K, d) and a head W (K, d), on the CPU."""
     weight = weight.detach().double().to(means.device)
@@ -133,7 +127,7 @@ def nc_metrics(statistics, weight, optimum=None):
     NC1             trace(Sigma_W pinv(Sigma_B)) / K
     NC2_H           dist(H^T H, the optimum's)
     NC2_WWT         dist(W W^T, the optimum's)
-    NC2_W           dist(W, D H^T), D the optimum's; without one, the paper's: rows K sqrt(n_k) mu_k - sum_m sqrt(n_m) mu_m
+    NC2_W           dist(W, D H^T), D the optimum's `duality`; without one the paper's, `theory.self_duality`
     NC3_WH          dist(W H, the optimum's)
     margin_rel_err  max_k |measured margin / M_k - 1|
     norm_rel_err    max_k ||mu_k|^2 / |h_k|^2 - 1|

@@ -8,9 +8,12 @@ features have collapsed to their class means, h_i = h_{y_i}, and everything that
 `Optimum`. Its tensors are float64 on the CPU.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.optimize import Bounds, minimize
 
 
 @dataclass(frozen=True)
@@ -183,3 +186,181 @@ def square_root(matrix):
     """The square root of a symmetric positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Direct minimisation, where no closed form exists and to check those that do
+# ---------------------------------------------------------------------------------------------------------
+
+
+RERUNS = 10  # of L-BFGS-B from where it ended
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """What `minimise` found, and how far it can be trusted."""
+
+    optimum: Optimum
+    losses: list  # value of (UFM) at the end of each start, the best first
+    projected_gradient: float  # largest entry of the projected gradient at the best, in scaled variables
+    within_class_spread: float  # max_i |h_i - h_{y_i}| / max_i |h_i|: 0 by construction at level "class"
+
+
+def minimise(
+    class_counts,
+    lambda_w,
+    lambda_h,
+    *,
+    loss="CrossEntropy",
+    bias=False,
+    bias_decay=0.0,
+    relu=True,
+    dim=None,
+    level="class",
+    starts=4,
+    seed=0,
+):
+    """Minimises (UFM) itself in float64 with L-BFGS-B, from random starts.
+
+    Every other start gives each class a feature of its own; from the others a class may stay at zero for good.
+
+    loss: CrossEntropy or MSE. bias: a bias b (K,) in the head, penalised by (bias_decay/2) |b|^2. relu: H >= 0.
+    dim: d, default 2K. level: "class" has one feature a class, weighted n_k/N, for features collapse at a minimum;
+    "sample" leaves all N features free. Returns a `Minimum`. Raises ValueError as `cross_entropy_optimum`, and for
+    d < K, a negative bias_decay, or counts that are not whole at level "sample".
+
+    With W = sqrt(c / lambda_W) V and h_j = sqrt(c / (lambda_H m_j)) u_j for a feature of multiplicity m_j, both
+    penalties are (c/2) |.|^2: the problem is divided by c and well scaled for any lambdas.
+    """
+    counts = check(class_counts, lambda_w, lambda_h)
+    num_classes = len(counts)
+    dim = 2 * num_classes if dim is None else dim
+    if dim < num_classes:
+        raise ValueError(f"the theory needs as many features as classes: d = {dim} < K = {num_classes}")
+    if bias_decay < 0:
+        raise ValueError(f"bias_decay must be >= 0, got {bias_decay}")
+    if level == "class":
+        labels, multiplicity = np.arange(num_classes), counts.numpy()
+    elif (counts == counts.round()).all():
+        labels = np.repeat(np.arange(num_classes), counts.long().numpy())
+        multiplicity = np.ones(len(labels))
+    else:
+        raise ValueError("level sample needs whole class counts")
+    problem = ScaledProblem(labels, multiplicity, counts.numpy(), lambda_w, lambda_h, loss, bias, bias_decay, dim)
+    random = np.random.default_rng(seed)
+    ends = sorted(
+        (problem.solve(random, relu, apart=start % 2 == 0) for start in range(starts)), key=lambda end: end.fun
+    )
+    head, features, offset = problem.split(ends[0].x)
+    head, features = head * problem.head_scale, features * problem.feature_scale[:, None]
+
+    means = np.zeros((num_classes, dim))
+    np.add.at(means, labels, features * (multiplicity / counts.numpy()[labels])[:, None])
+    largest = np.linalg.norm(features, axis=1).max()
+    spread = np.linalg.norm(features - means[labels], axis=1).max() / largest if largest > 0 else 0.0
+    means, head, offset = (torch.from_numpy(np.array(part)) for part in (means, head, offset))
+    gram, logits = means @ means.T, head @ means.T
+    optimum = Optimum(
+        class_counts=counts,
+        margins=class_margins(logits),
+        mean_norms_sq=gram.diag(),
+        HTH=gram,
+        WWT=head @ head.T,
+        WH=logits,
+        bias=offset,
+        duality=logits @ torch.linalg.pinv(gram, hermitian=True),
+        loss=ends[0].fun * problem.cost,
+    )
+    return Minimum(optimum, [end.fun * problem.cost for end in ends], ends[0].projected_gradient, float(spread))
+
+
+def class_margins(logits):
+    """(K,): the logit of the class less the mean of the others', of logits W H (K, K), a column a class."""
+    own = logits.diag()
+    return own - (logits.sum(0) - own) / (len(logits) - 1)
+
+
+class ScaledProblem:
+    """(UFM) in the variables (V, U, b) of `minimise`, divided by c, with its gradient, for SciPy."""
+
+    def __init__(self, labels, multiplicity, counts, lambda_w, lambda_h, loss, bias, bias_decay, dim):
+        self.labels, self.loss, self.bias, self.bias_decay = labels, loss, bias, bias_decay
+        self.shapes = (len(counts), dim), (len(labels), dim)
+        root_w, root_h = math.sqrt(lambda_w), math.sqrt(lambda_h)
+        self.cost = root_w * root_h * math.exp(0.5 * np.log(counts).mean())  # c
+        self.head_scale = math.sqrt(self.cost) / root_w
+        self.feature_scale = math.sqrt(self.cost) / (root_h * np.sqrt(multiplicity))
+        self.logit_scale = self.head_scale * self.feature_scale
+        self.weight = multiplicity / counts.sum() / self.cost
+        self.one_hot = np.eye(len(counts))[labels]
+
+    def split(self, x):
+        """V (K, d), U (S, d) and b (K,) of a flat vector."""
+        (num_classes, dim), (samples, _) = self.shapes
+        head, features, bias = np.split(x, [num_classes * dim, (num_classes + samples) * dim])
+        return (
+            head.reshape(num_classes, dim),
+            features.reshape(samples, dim),
+            bias if self.bias else np.zeros(num_classes),
+        )
+
+    def value_and_gradient(self, x):
+        head, features, bias = self.split(x)
+        logits, rows = features @ head.T * self.logit_scale[:, None] + bias, np.arange(len(features))
+        if self.loss == "CrossEntropy":
+            # log(1 + sum of others), others relative to the own logit: exact also where the loss is tiny
+            others = np.exp(np.minimum(logits - logits[rows, self.labels][:, None], 700.0)) - self.one_hot
+            losses = np.log1p(others.sum(1))
+            residual = others / (1 + others.sum(1, keepdims=True))
+            residual[rows, self.labels] = -residual.sum(1)
+        else:
+            residual = logits - self.one_hot
+            losses = 0.5 * np.square(residual).sum(1)
+        value = self.weight @ losses + 0.5 * np.square(head).sum() + 0.5 * np.square(features).sum()
+        value += 0.5 * self.bias_decay / self.cost * np.square(bias).sum()
+        pull = residual * self.weight[:, None]
+        scaled = pull * self.logit_scale[:, None]
+        parts = [(scaled.T @ features + head).ravel(), (scaled @ head + features).ravel()]
+        if self.bias:
+            parts.append(pull.sum(0) + self.bias_decay / self.cost * bias)
+        return value, np.concatenate(parts)
+
+    def solve(self, random, relu, apart):
+        """Runs L-BFGS-B from a random start, with `apart` one where each class has a feature of its own.
+
+        It is run again while that gains something: with its memory cleared, for a line search that fails on
+        rounding ends it early; and with the features that are zero kicked off it, for zero is a critical point,
+        whether a class belongs there or not. The result also has its projected gradient.
+        """
+        head, features = (random.standard_normal(shape) for shape in self.shapes)
+        if relu:
+            features = np.abs(features)
+        if apart:
+            features = 0.1 * features + 2 * np.eye(features.shape[1])[self.labels]
+        x = np.concatenate([head.ravel(), features.ravel(), np.zeros(len(head) if self.bias else 0)])
+        low = np.full(len(x), -np.inf)
+        if relu:
+            low[head.size : head.size + features.size] = 0.0
+        options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-11}
+        best, bounds = None, Bounds(low, np.inf)
+        for _ in range(RERUNS):
+            end = minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+            if best is not None and not end.fun < best.fun * (1 - 1e-15):
+                break
+            best = end
+            x = self.kick(best.x, random, relu)
+        x = best.x
+        gradient = self.value_and_gradient(x)[1]
+        best.projected_gradient = float(np.abs(x - np.maximum(x - gradient, low)).max())
+        return best
+
+    def kick(self, x, random, relu):
+        """x with the features that are zero, and the head's columns, moved a little at random."""
+        x = x.copy()
+        head, features, _ = self.split(x)  # views of x
+        dead = ~features.any(1)
+        if dead.any():
+            step = 1e-3 * random.standard_normal((dead.sum(), features.shape[1]))
+            features[dead] = np.abs(step) if relu else step
+            head += 1e-3 * random.standard_normal(head.shape)
+        return x

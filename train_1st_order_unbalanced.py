@@ -23,8 +23,7 @@ import torch
 import torchvision
 
 from args import adopt_config, config_flags, parse_args, run_folder
-from datasets import batches, load_data
-from models import build_model
+from datasets import batches
 from objective import make_objective
 from utils import (
     FAILED_WORK,
@@ -33,39 +32,32 @@ from utils import (
     append_line,
     autocast,
     checkpoint_path,
+    device_name,
     find_checkpoints,
     git_commit,
     load_torch,
     load_weights,
-    pick_device,
     read_config,
     read_log,
     run_lock,
     run_script,
     save_torch,
-    set_precision,
     write_json,
 )
-from validate_NC_unbalanced import Measurement
+from validate_NC_unbalanced import Measurement, set_up
 
 
 def main():
     args = parse_args(__doc__.split("\n")[0])
-    device = pick_device(args.device, args.gpu_id)
-    set_precision(args.precision, device)
     folder = run_folder(args)
-    data = load_data(
-        args.dataset,
-        args.data_dir,
-        imbalance=args.imbalance,
-        n_max=args.n_max,
-        class_counts=args.class_counts,
-        download=args.download,
-    )
+    check_folder(args, folder)
+    device, data, model = set_up(args)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
-        prepare_folder(args, folder)
-        train(args, data, device, folder)
+        check_folder(args, folder)  # again, now that no other process can write there
+        if args.force:
+            clear(folder)
+        train(args, data, model, device, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -73,23 +65,10 @@ def main():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def train(args, data, device, folder):
+def train(args, data, model, device, folder):
     """Runs the epochs that are left, and writes the files of the run."""
-    torch.manual_seed(args.seed)  # of the first weights, drawn on the CPU: the same on every device
-    model = build_model(
-        args.model,
-        data.num_classes,
-        bias=args.bias,
-        depth_linear=args.depth_linear,
-        depth_relu=args.depth_relu,
-        width=args.width,
-    )
     if args.init_from:
-        load_weights(model, args.init_from)
-    memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
-    model.to(device, memory_format=memory_format)
-    data.train, data.test = data.train.to(device, memory_format), data.test.to(device, memory_format)
-
+        load_weights(model, args.init_from, device)
     objective = make_objective(args, data)
     optimizer, scheduler = make_optimizer(args, model, objective)
     epoch = restore(folder, model, optimizer, scheduler, device) if args.resume else 0
@@ -130,10 +109,10 @@ def train(args, data, device, folder):
             append_line(folder / "train_log.jsonl", line)
             if wandb_run:
                 wandb_run.log(line, step=epoch)
-            if due(epoch, args.save_every, args.epochs):
-                save(folder, epoch, model, optimizer, scheduler)
             if args.nc_every and due(epoch, args.nc_every, args.epochs):
                 measurement.append(epoch)
+            if due(epoch, args.save_every, args.epochs):
+                save(folder, epoch, model, optimizer, scheduler)
             progress.step(
                 f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
                 f"{line['images_per_second']:.0f} images/s"
@@ -189,14 +168,12 @@ def due(epoch, every, epochs):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_folder(args, folder):
-    """Stops where an earlier run would be overwritten or contradicted; with --force, deletes it."""
-    if args.force:
-        clear(folder)
-    elif find_checkpoints(folder) and not args.resume:
-        raise UserError(f"{folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path")
-    elif args.resume and (config := read_config(folder)):
+def check_folder(args, folder):
+    """Stops where an earlier run would be overwritten or contradicted."""
+    if args.resume and (config := read_config(folder)):
         adopt_config(args, config, folder)
+    elif find_checkpoints(folder) and not args.force and not args.resume:
+        raise UserError(f"{folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path")
 
 
 def clear(folder):
@@ -256,7 +233,7 @@ def write_config(args, data, model, objective, device, folder):
             "torchvision": torchvision.__version__,
             "numpy": np.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "device": device_name(device),
         "git_commit": git_commit(),
     }
     write_json(folder / "config.json", config)
@@ -271,7 +248,7 @@ def announce(args, data, model, device, folder, epoch):
     print(f"data       {args.dataset}: {len(data.train)} training images in {data.num_classes} classes, ", end="")
     print(f"{min(data.class_counts)} to {max(data.class_counts)} each; {len(data.test)} test images")
     print(f"model      {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"device     {device}" + (", no GPU in use: --epochs this many may take long" * (device.type == "cpu" and 0)))
+    print(f"device     {device_name(device)}, {args.precision}")
     print(f"epochs     {epoch + 1} to {args.epochs}, {-(-len(data.train) // args.batch_size)} steps each")
     print(f"disk       {left} checkpoints, {left * size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free", flush=True)
     if 4 * size + left * size > free:

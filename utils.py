@@ -68,6 +68,13 @@ def pick_device(device, gpu_id):
     return torch.device("cuda", gpu_id)
 
 
+def device_name(device):
+    """The GPU's name, or the CPU with the threads that torch uses."""
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
 def set_precision(precision, device):
     """Makes fp32 mean full fp32, or TF32 on request; same flags, same device, same weights."""
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):

@@ -58,6 +58,19 @@ def main():
     if not find_checkpoints(folder) and not args.watch:
         raise UserError(f"{folder}: no epoch_*.pth in it; train with the same flags first, or give --load_path")
 
+    device, data, model = set_up(args)
+    measurement = Measurement(args, data, model, make_objective(args, data), device, folder)
+    if measurement.reason:
+        print(f"columns {', '.join(measurement.empty_columns)} stay empty: {measurement.reason}")
+
+    failed = measure_all(args, measurement, model, device, folder)
+    if measurement.rows:
+        print_table(measurement)
+    return FAILED_WORK if failed or not measurement.rows else 0
+
+
+def set_up(args):
+    """What the flags mean on this machine: the device, and the data and a fresh model on it."""
     device = pick_device(args.device, args.gpu_id)
     set_precision(args.precision, device)
     data = load_data(
@@ -68,6 +81,7 @@ def main():
         class_counts=args.class_counts,
         download=args.download,
     )
+    torch.manual_seed(args.seed)  # of the weights, drawn on the CPU: the same on every device
     model = build_model(
         args.model,
         data.num_classes,
@@ -77,16 +91,8 @@ def main():
         width=args.width,
     )
     memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
-    model.to(device, memory_format=memory_format)
     data.train, data.test = data.train.to(device, memory_format), data.test.to(device, memory_format)
-    measurement = Measurement(args, data, model, make_objective(args, data), device, folder)
-    if measurement.reason:
-        print(f"columns {', '.join(measurement.empty_columns)} stay empty: {measurement.reason}")
-
-    failed = measure_all(args, measurement, model, device, folder)
-    if measurement.rows:
-        print_table(measurement)
-    return FAILED_WORK if failed or not measurement.rows else 0
+    return device, data, model.to(device, memory_format=memory_format)
 
 
 def measure_all(args, measurement, model, device, folder):

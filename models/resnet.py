@@ -10,9 +10,7 @@ def shortcut(in_planes, out_planes, stride):
     """The identity where the shapes agree, else a 1 x 1 projection."""
     if stride == 1 and in_planes == out_planes:
         return nn.Sequential()
-    return nn.Sequential(
-        nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False), nn.BatchNorm2d(out_planes)
-    )
+    return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False), nn.BatchNorm2d(out_planes))
 
 
 class BasicBlock(nn.Module):

@@ -1,0 +1,275 @@
+"""Every column against a slow double-precision loop written from its formula, NC1 against SciPy's pinv."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from nc_metrics import ClassStatistics, geometry, nc_metrics
+from theory import cross_entropy_optimum, mse_optimum, self_duality, seli
+
+
+def samples(counts, dim, noise=0.3, seed=0, rank=None):
+    """Features >= 0 around random class means, labels in random order, a random head."""
+    random = np.random.default_rng(seed)
+    means = random.random((len(counts), dim)) * 3
+    if rank is not None:
+        means = random.random((len(counts), rank)) @ random.random((rank, dim))
+    labels = random.permutation(np.repeat(np.arange(len(counts)), counts))
+    features = means[labels] + noise * random.random((len(labels), dim))
+    return features, labels, random.standard_normal((len(counts), dim))
+
+
+def statistics_of(features, labels, num_classes, predictions=None, batch=7, dtype=torch.float64):
+    """ClassStatistics of arrays, in two passes over batches."""
+    features, labels = torch.from_numpy(features).to(dtype), torch.from_numpy(labels)
+    predictions = labels if predictions is None else torch.from_numpy(predictions)
+    statistics = ClassStatistics(num_classes)
+    for h, y in zip(features.split(batch), labels.split(batch), strict=True):
+        statistics.update(h, y)
+    for h, y, p in zip(features.split(batch), labels.split(batch), predictions.split(batch), strict=True):
+        statistics.update_within(h, y, p)
+    return statistics
+
+
+def full_nc1(features, labels, num_classes):
+    """trace(Sigma_W pinv(Sigma_B)) / K with the d x d matrices themselves and SciPy's pinv."""
+    total_mean = features.mean(0)
+    sigma_w = np.zeros((features.shape[1],) * 2)
+    sigma_b = np.zeros_like(sigma_w)
+    for label in range(num_classes):
+        own = features[labels == label]
+        deviation = own - own.mean(0)
+        sigma_w += deviation.T @ deviation / len(features)
+        shift = own.mean(0) - total_mean
+        sigma_b += np.outer(shift, shift) / num_classes
+    return np.trace(sigma_w @ scipy.linalg.pinv(sigma_b)) / num_classes
+
+
+@pytest.mark.parametrize(
+    "counts, dim, noise",
+    [
+        ([5, 9, 14], 12, 0.3),
+        ([50, 20, 3, 7], 40, 1e-2),
+        ([30, 30, 30, 30], 3, 0.5),  # d < K
+        ([1, 8, 1, 12], 10, 0.3),  # one sample in a class
+        ([10, 20, 30], 20, 3e-5),  # NC1 about 1e-9, where trace(Sigma_T) - trace(Sigma_B) has no digits left
+    ],
+)
+def test_nc1_is_the_full_formula(counts, dim, noise):
+    features, labels, _ = samples(counts, dim, noise)
+    expected = full_nc1(features, labels, len(counts))
+    found = nc_metrics(statistics_of(features, labels, len(counts)), torch.randn(len(counts), dim))["NC1"]
+    assert found == pytest.approx(expected, rel=1e-6)
+    if noise == 3e-5:
+        assert 1e-11 < found < 1e-8
+
+
+def test_nc1_with_a_missing_direction():
+    """Five class means in a plane: Sigma_B has rank 2, and the pseudo-inverse ignores what is across it."""
+    features, labels, weight = samples([8, 9, 10, 11, 12], 15, rank=1)
+    direction = np.zeros(15)
+    for label in range(5):  # exact class means: the noise is centred class by class
+        own = labels == label
+        features[own] -= features[own].mean(0) - (1.0 + label + direction)
+    expected = full_nc1(features, labels, 5)
+    found = nc_metrics(statistics_of(features, labels, 5), torch.from_numpy(weight))["NC1"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_nc1_of_fp32_features_keeps_the_digits_that_they_have():
+    features, labels, weight = samples([10, 20, 30], 20, 1e-3)
+    features = features.astype(np.float32)
+    expected = full_nc1(features.astype(np.float64), labels, 3)
+    statistics = statistics_of(features, labels, 3, dtype=torch.float32)
+    assert nc_metrics(statistics, torch.from_numpy(weight))["NC1"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_nc1_is_zero_for_collapsed_features_and_never_negative():
+    features, labels, weight = samples([5, 6, 7], 8, noise=0.0)
+    assert 0 <= nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight))["NC1"] < 1e-28
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The other columns
+# ---------------------------------------------------------------------------------------------------------
+
+
+def loop_distance(a, b):
+    norm_a = math.sqrt(sum(x * x for row in a for x in row))
+    norm_b = math.sqrt(sum(x * x for row in b for x in row))
+    return math.sqrt(
+        sum((x / norm_a - y / norm_b) ** 2 for r, s in zip(a, b, strict=True) for x, y in zip(r, s, strict=True))
+    )
+
+
+def dot(a, b):
+    return sum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def case():
+    counts = [4, 9, 6, 13]
+    features, labels, weight = samples(counts, 7)
+    means = [
+        [sum(h[j] for h, y in zip(features, labels, strict=True) if y == k) / counts[k] for j in range(7)]
+        for k in range(4)
+    ]
+    optimum = cross_entropy_optimum(counts, 1e-2, 1e-3)
+    predictions = np.random.default_rng(1).integers(0, 4, len(labels))
+    row = nc_metrics(statistics_of(features, labels, 4, predictions), torch.from_numpy(weight), optimum)
+    return counts, features, labels, predictions, means, weight, optimum, row
+
+
+def test_columns_of_the_paper(case):
+    counts, _, _, _, means, weight, optimum, row = case
+    num_classes = 4
+    gram = [[dot(a, b) for b in means] for a in means]
+    weights = [[dot(a, b) for b in weight] for a in weight]
+    logits = [[dot(w, m) for m in means] for w in weight]
+    duality = [
+        [
+            num_classes * math.sqrt(counts[k]) * means[k][j] - sum(math.sqrt(counts[m]) * means[m][j] for m in range(4))
+            for j in range(7)
+        ]
+        for k in range(4)
+    ]
+    margins = [logits[k][k] - sum(logits[j][k] for j in range(4) if j != k) / 3 for k in range(4)]
+    # The closed form once more, number by number, from DESIGN section 5 of the theorem's formulas.
+    total, lambda_w, lambda_h = sum(counts), 1e-2, 1e-3
+    shrink = (num_classes - 1) / num_classes
+    m = [math.log(3 * (math.sqrt(n) / (total * math.sqrt(lambda_w * lambda_h * shrink)) - 1)) for n in counts]
+    norms_sq = [x * math.sqrt(shrink * lambda_w / (lambda_h * n)) for x, n in zip(m, counts, strict=True)]
+    columns_sq = [x * math.sqrt(lambda_h * n / (shrink * lambda_w)) for x, n in zip(m, counts, strict=True)]
+    centring = [[(i == j) - 1 / 4 for j in range(4)] for i in range(4)]
+    wh = [[centring[i][j] * m[j] for j in range(4)] for i in range(4)]
+    wwt = [[sum(centring[i][k] * columns_sq[k] * centring[k][j] for k in range(4)) for j in range(4)] for i in range(4)]
+    hth = [[norms_sq[i] * (i == j) for j in range(4)] for i in range(4)]
+
+    assert row["NC2_H"] == pytest.approx(loop_distance(gram, hth), rel=1e-12)
+    assert row["NC2_WWT"] == pytest.approx(loop_distance(weights, wwt), rel=1e-12)
+    assert row["NC2_W"] == pytest.approx(loop_distance(weight, duality), rel=1e-12)
+    assert row["NC3_WH"] == pytest.approx(loop_distance(logits, wh), rel=1e-12)
+    assert row["margin_rel_err"] == pytest.approx(
+        max(abs(a / b - 1) for a, b in zip(margins, m, strict=True)), rel=1e-10
+    )
+    assert row["norm_rel_err"] == pytest.approx(max(abs(gram[k][k] / norms_sq[k] - 1) for k in range(4)), rel=1e-10)
+    assert optimum.margins.tolist() == pytest.approx(m, rel=1e-12)
+
+
+def test_columns_of_other_geometries(case):
+    counts, _, _, _, means, weight, _, row = case
+    average = [sum(m[j] for m in means) / 4 for j in range(7)]
+    centred = [[x - y for x, y in zip(m, average, strict=True)] for m in means]
+    gram = [[dot(a, b) for b in centred] for a in centred]
+    weights = [[dot(a, b) for b in weight] for a in weight]
+    etf = [[(i == j) - 1 / 4 for j in range(4)] for i in range(4)]
+    # SELI from its definition: the SVD of the whole label matrix Z (K, N)
+    labels = np.repeat(np.arange(4), counts)
+    left, values, right = np.linalg.svd(np.eye(4)[:, labels] - 1 / 4, full_matrices=False)
+    first = np.cumsum([0, *counts[:-1]])
+    seli_gram = ((right.T * values) @ right)[np.ix_(first, first)]
+    seli_weights = (left * values) @ left.T
+    assert row["ETF_HTH"] == pytest.approx(loop_distance(gram, etf), rel=1e-12)
+    assert row["ETF_WWT"] == pytest.approx(loop_distance(weights, etf), rel=1e-12)
+    assert row["SELI_HTH"] == pytest.approx(loop_distance(gram, seli_gram), rel=1e-10)
+    assert row["SELI_WWT"] == pytest.approx(loop_distance(weights, seli_weights), rel=1e-10)
+
+
+def test_classical_columns(case):
+    counts, features, labels, predictions, means, weight, _, row = case
+    total_mean = [sum(h[j] for h in features) / len(features) for j in range(7)]
+    centred = [[x - y for x, y in zip(m, total_mean, strict=True)] for m in means]
+
+    def variation(rows):
+        norms = [math.sqrt(dot(r, r)) for r in rows]
+        mean = sum(norms) / 4
+        return math.sqrt(sum((x - mean) ** 2 for x in norms) / 4) / mean
+
+    def distance_sq(a, b):
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+    nearest = [min(range(4), key=lambda k: distance_sq(h, means[k])) for h in features]
+    variances = [
+        sum(distance_sq(h, means[k]) for h, y in zip(features, labels, strict=True) if y == k) / counts[k]
+        for k in range(4)
+    ]
+    pairs = [(k, m) for k in range(4) for m in range(4) if k != m]
+    cdnv = sum((variances[k] + variances[m]) / (2 * distance_sq(means[k], means[m])) for k, m in pairs) / len(pairs)
+    assert row["cv_mean_norms"] == pytest.approx(variation(centred), rel=1e-12)
+    assert row["cv_classifier_norms"] == pytest.approx(variation(weight), rel=1e-12)
+    assert row["self_duality"] == pytest.approx(loop_distance(weight, centred), rel=1e-12)
+    assert row["NC4"] == pytest.approx(np.mean(np.array(nearest) != predictions), rel=1e-12)
+    assert 0 < row["NC4"] < 1
+    assert row["CDNV"] == pytest.approx(cdnv, rel=1e-10)
+
+
+@pytest.mark.parametrize("closed_form", [cross_entropy_optimum, mse_optimum])
+def test_a_perfect_optimum_scores_zero(closed_form):
+    """Features and a head built from the closed form, not from its K x K matrices."""
+    counts = [10, 20, 40, 80, 5]
+    optimum = closed_form(counts, 3e-3, 2e-4)
+    orthonormal = torch.eye(9, dtype=torch.float64)[:, [4, 0, 7, 2, 8]]  # (d, K)
+    class_means = orthonormal * optimum.mean_norms_sq.sqrt()
+    weight = optimum.duality @ class_means.T  # W ~ D H^T, to be scaled so that W H is right
+    weight *= (optimum.WH.norm() / (weight @ class_means).norm()).item()
+    labels = np.repeat(np.arange(5), counts)
+    row = nc_metrics(statistics_of(class_means.T.numpy()[labels], labels, 5), weight, optimum)
+    for name in ("NC1", "NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "margin_rel_err", "norm_rel_err", "NC4", "CDNV"):
+        assert row[name] < 1e-12, name
+
+
+def test_without_an_optimum_only_its_columns_are_empty():
+    features, labels, weight = samples([5, 6, 7], 8)
+    row = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight))
+    empty = {name for name, value in row.items() if math.isnan(value)}
+    assert empty == {"NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"}
+    expected = loop_distance(weight, (self_duality([5, 6, 7]).numpy() @ geometry_means(features, labels)).tolist())
+    assert row["NC2_W"] == pytest.approx(expected, rel=1e-12)
+
+
+def geometry_means(features, labels):
+    return np.stack([features[labels == k].mean(0) for k in np.unique(labels)])
+
+
+def test_collapsed_classes_are_left_out_of_the_relative_errors():
+    counts = [1000, 1000, 2]
+    optimum = cross_entropy_optimum(counts, 1e-3, 1e-3)
+    assert optimum.collapsed.tolist() == [False, False, True]
+    features, labels, weight = samples(counts, 6)
+    row = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight), optimum)
+    parts = geometry(torch.from_numpy(geometry_means(features, labels)), torch.from_numpy(weight))
+    expected = max(abs(parts["margins"][k] / optimum.margins[k] - 1).item() for k in (0, 1))
+    assert row["margin_rel_err"] == pytest.approx(expected)
+
+
+def test_all_classes_collapsed_leaves_no_comparison():
+    optimum = cross_entropy_optimum([3, 3, 3], 1.0, 1.0)
+    features, labels, weight = samples([3, 3, 3], 6)
+    row = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight), optimum)
+    assert all(math.isnan(row[name]) for name in ("NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"))
+
+
+def test_balanced_seli_is_the_etf():
+    gram, weights = seli([7] * 5)
+    etf = torch.eye(5, dtype=torch.float64) - 1 / 5
+    torch.testing.assert_close(gram / gram.norm(), etf / etf.norm())
+    torch.testing.assert_close(weights / weights.norm(), etf / etf.norm())
+
+
+def test_batches_do_not_matter():
+    features, labels, weight = samples([5, 16, 27], 8)
+    rows = [nc_metrics(statistics_of(features, labels, 3, batch=b), torch.from_numpy(weight)) for b in (1, 5, 48)]
+    for row in rows[1:]:
+        assert row == pytest.approx(rows[0], rel=1e-9, nan_ok=True)
+
+
+def test_a_class_without_samples_is_an_error():
+    statistics = ClassStatistics(3)
+    statistics.update(torch.rand(4, 5), torch.tensor([0, 1, 1, 0]))
+    with pytest.raises(ValueError, match="every class needs a sample"):
+        _ = statistics.means
+    with pytest.raises(ValueError, match="wanted features"):
+        statistics.update(torch.rand(4, 5), torch.tensor([0, 1]))

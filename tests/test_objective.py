@@ -1,0 +1,128 @@
+"""The loss that is trained, against literal formulas in float64, and the (UFM) that it stands for."""
+
+import math
+
+import pytest
+import torch
+
+from datasets import Split, batches
+from objective import Objective
+
+N, K, D, B = 22, 4, 6, 8  # the last batch of an epoch has 6
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(N, D, generator=generator, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, K, (N,), generator=generator)
+    head = torch.nn.Sequential(torch.nn.Linear(D, K, bias=False, dtype=torch.float64))
+    return features, labels, head
+
+
+def make(kind="paper", loss="CrossEntropy", sep_decay=True):
+    return Objective(loss, kind, 0.03, 0.002, sep_decay, num_samples=N, num_classes=K, batch_size=B)
+
+
+def data_term(loss, weight, feature, label):
+    """The loss of a sample, one number at a time."""
+    logits = [sum(w * h for w, h in zip(row, feature.tolist(), strict=True)) for row in weight.tolist()]
+    if loss == "CrossEntropy":
+        return math.log(sum(math.exp(z) for z in logits)) - logits[label]
+    return 0.5 * sum((z - (k == label)) ** 2 for k, z in enumerate(logits))
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("kind", ["paper", "released"])
+@pytest.mark.parametrize("size", [B, 6])
+def test_value_is_the_literal_formula(problem, loss, kind, size):
+    features, labels, head = problem
+    h, y, weight = features[:size], labels[:size], head[0].weight
+    total, data = make(kind, loss)(head(h), h, y, head)
+    mean = sum(data_term(loss, weight, f, int(k)) for f, k in zip(h, y, strict=True)) / size
+    weights_sq = sum(w * w for row in weight.tolist() for w in row)
+    features_sq = sum(x * x for row in h.tolist() for x in row)
+    if kind == "paper":
+        expected = mean + 0.03 / 2 * weights_sq + N / size * 0.002 / 2 * features_sq
+    elif loss == "CrossEntropy":
+        expected = mean / 2 + 0.03 / 2 * weights_sq + 0.002 / 2 * features_sq
+    else:  # (1/2) of torch's mean over samples and classes
+        elementwise = torch.nn.functional.mse_loss(head(h), torch.eye(K, dtype=torch.float64)[y])
+        expected = elementwise.item() / 2 + 0.03 / 2 * weights_sq + 0.002 / 2 * features_sq
+    assert data.item() == pytest.approx(mean, rel=1e-12)
+    assert total.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+def test_gradient_is_that_of_the_literal_formula(problem, loss):
+    features, labels, head = problem
+    weight = head[0].weight.detach().requires_grad_()
+    logits = features @ weight.T
+    one_hot = torch.eye(K, dtype=torch.float64)[labels]
+    if loss == "CrossEntropy":
+        data = (logits.exp().sum(1).log() - (logits * one_hot).sum(1)).sum() / N
+    else:
+        data = ((logits - one_hot) ** 2).sum() / (2 * N)
+    literal = data + 0.03 / 2 * (weight**2).sum() + 0.002 / 2 * (features**2).sum()
+    expected = torch.autograd.grad(literal, [weight, features])
+    total, _ = make("paper", loss)(head(features), features, labels, head)
+    found = torch.autograd.grad(total, [head[0].weight, features])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+def test_minibatch_gradients_of_an_epoch_average_to_the_full_gradient(problem, loss):
+    """Each batch weighted by its share of the samples: the last one is smaller."""
+    features, labels, head = problem
+    objective, variables = make("paper", loss), [head[0].weight, features]
+    full = torch.autograd.grad(objective(head(features), features, labels, head)[0], variables)
+    mean = [torch.zeros_like(variable) for variable in variables]
+    split = Split(torch.arange(N).view(N, 1, 1, 1), labels, torch.zeros(3))
+    for rows, batch_labels in batches(split, B, epoch=1, seed=1):
+        h = features[rows.flatten()]
+        gradient = torch.autograd.grad(objective(head(h), h, batch_labels, head)[0], variables)
+        mean = [total + part * len(rows) / N for total, part in zip(mean, gradient, strict=True)]
+    for a, b in zip(mean, full, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("kind", ["paper", "released"])
+def test_effective_decays_make_an_epoch_the_problem(problem, loss, kind):
+    """With equal batches, the epoch's mean over the data term's factor is (UFM) at the effective decays."""
+    features, labels, head = problem
+    features, labels = features[:16], labels[:16]
+    objective = Objective(loss, kind, 0.03, 0.002, True, num_samples=16, num_classes=K, batch_size=B)
+    losses = [objective(head(h), h, y, head)[0] for h, y in zip(features.split(B), labels.split(B), strict=True)]
+    epoch = (
+        sum(losses).item() / 2 / {"paper": 1, "CrossEntropy": 1 / 2, "MSE": 1 / K}[loss if kind == "released" else kind]
+    )
+    lambda_w, lambda_h = objective.effective_decays()
+    literal = sum(data_term(loss, head[0].weight, h, int(y)) for h, y in zip(features, labels, strict=True)) / 16
+    literal += lambda_w / 2 * head[0].weight.square().sum().item() + lambda_h / 2 * features.square().sum().item()
+    assert epoch == pytest.approx(literal, rel=1e-12)
+
+
+def test_released_decays_on_the_papers_setting():
+    """N = 30,000, batch 256: 118 batches; lambda_H differs about a hundredfold from the flag's."""
+    objective = Objective("CrossEntropy", "released", 1e-4, 1e-5, True, 30_000, 10, 256)
+    assert objective.effective_decays() == pytest.approx((2e-4, 2e-5 / 118))
+
+
+def test_without_sep_decay_the_optimizer_decays_all(problem):
+    features, labels, head = problem
+    objective = make(sep_decay=False)
+    total, data = objective(head(features), features, labels, head)
+    assert total.item() == data.item()
+    assert objective.effective_decays() is None
+    assert objective.optimizer_decay == 0.03
+    assert make().optimizer_decay == 0.0
+
+
+def test_every_layer_of_a_deep_head_is_penalised():
+    head = torch.nn.Sequential(torch.nn.Linear(D, D, bias=False), torch.nn.Linear(D, K))
+    features, labels = torch.zeros(2, D), torch.tensor([0, 1])
+    total, data = make()(head(features), features, labels, head)
+    expected = 0.015 * (head[0].weight.square().sum() + head[1].weight.square().sum())
+    assert (total - data).item() == pytest.approx(expected.item(), rel=1e-5)
