@@ -261,7 +261,9 @@ def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=Non
     if len(counts) != num_classes:
         raise UserError(f"--class_counts: {data_dir} has {num_classes} classes, {len(counts)} counts were given")
     for label, (wanted, there) in enumerate(zip(counts, available, strict=True)):
-        if not 1 <= wanted <= there:
+        if wanted < 1:
+            raise UserError(f"--imbalance {imbalance} leaves class {label} without training images; raise --n_max")
+        if wanted > there:
             raise UserError(f"{dataset}: class {label} has {there} training images, {wanted} are wanted")
 
     chosen = first_of_each(train_labels, counts)

@@ -194,6 +194,7 @@ def square_root(matrix):
 
 
 RERUNS = 10  # of L-BFGS-B from where it ended
+KICK = 1e-2  # off zero, in scaled variables
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def minimise(
     Every other start gives each class a feature of its own; from the others a class may stay at zero for good.
 
     loss: CrossEntropy or MSE. bias: a bias b (K,) in the head, penalised by (bias_decay/2) |b|^2. relu: H >= 0.
-    dim: d, default 2K. level: "class" has one feature a class, weighted n_k/N, for features collapse at a minimum;
+    dim: d, default K. level: "class" has one feature a class, weighted n_k/N, for features collapse at a minimum;
     "sample" leaves all N features free. Returns a `Minimum`. Raises ValueError as `cross_entropy_optimum`, and for
     d < K, a negative bias_decay, or counts that are not whole at level "sample".
 
@@ -234,7 +235,7 @@ def minimise(
     """
     counts = check(class_counts, lambda_w, lambda_h)
     num_classes = len(counts)
-    dim = 2 * num_classes if dim is None else dim
+    dim = num_classes if dim is None else dim
     if dim < num_classes:
         raise ValueError(f"the theory needs as many features as classes: d = {dim} < K = {num_classes}")
     if bias_decay < 0:
@@ -348,19 +349,37 @@ class ScaledProblem:
             if best is not None and not end.fun < best.fun * (1 - 1e-15):
                 break
             best = end
-            x = self.kick(best.x, random, relu)
+            x = self.kick(best.x, relu)
         x = best.x
         gradient = self.value_and_gradient(x)[1]
         best.projected_gradient = float(np.abs(x - np.maximum(x - gradient, low)).max())
         return best
 
-    def kick(self, x, random, relu):
-        """x with the features that are zero, and the head's columns, moved a little at random."""
+    def kick(self, x, relu):
+        """x with the classes that are at zero moved off it, each in a direction that no other class uses.
+
+        With ReLU there may be none: classes that are orthogonal, and so share no axis, may use up all axes. Then
+        each is first turned onto one axis, which changes neither W H nor any norm.
+        """
         x = x.copy()
         head, features, _ = self.split(x)  # views of x
         dead = ~features.any(1)
-        if dead.any():
-            step = 1e-3 * random.standard_normal((dead.sum(), features.shape[1]))
-            features[dead] = np.abs(step) if relu else step
-            head += 1e-3 * random.standard_normal(head.shape)
+        labels = np.unique(self.labels[dead])
+        if not len(labels):
+            return x
+        if relu:
+            norms = np.linalg.norm(features, axis=1)
+            units = np.array([features[self.labels == k].sum(0) for k in range(len(head))])
+            units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), np.finfo(float).tiny)
+            columns = head @ units.T
+            head[:], features[:] = 0, 0
+            head[:, : len(head)] = columns
+            features[np.arange(len(features)), self.labels] = norms
+            directions = np.eye(features.shape[1])[labels]
+        else:
+            directions = np.linalg.svd(features)[2][-len(labels) :]
+        for label, direction in zip(labels, directions, strict=True):
+            features[dead & (self.labels == label)] = KICK * direction
+            pull = np.eye(len(head))[label] - 1 / len(head)  # where the class's loss falls fastest from zero
+            head += KICK * np.outer(pull / np.linalg.norm(pull), direction)
         return x

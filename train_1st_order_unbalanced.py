@@ -16,11 +16,11 @@ import os
 import platform
 import shutil
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from args import adopt_config, config_flags, parse_args, run_folder
 from datasets import batches
@@ -230,7 +230,7 @@ def write_config(args, data, model, objective, device, folder):
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": version("torchvision"),
             "numpy": np.__version__,
         },
         "device": device_name(device),

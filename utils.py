@@ -226,12 +226,19 @@ def read_csv(path):
 
 
 def write_csv(path, rows):
-    """Writes dicts of numbers that share their keys; NaN becomes an empty cell."""
+    """Writes dicts of numbers that share their keys; NaN becomes an empty cell, a whole number has no point."""
     with atomic_write(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: "" if math.isnan(value) else value for name, value in row.items()})
+            writer.writerow({name: cell(value) for name, value in row.items()})
+
+
+def cell(value):
+    """A number as a cell of a CSV file that `read_csv` reads back as the same float."""
+    if math.isnan(value):
+        return ""
+    return int(value) if float(value).is_integer() else value
 
 
 @contextlib.contextmanager

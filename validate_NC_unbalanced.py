@@ -19,8 +19,9 @@ from args import adopt_config, parse_args, run_folder
 from datasets import load_data
 from models import build_model
 from models.classifier import head_weight
-from nc_metrics import ClassStatistics, geometry, nc_metrics
+from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from objective import make_objective
+from plot_nc import draw
 from theory import cross_entropy_optimum, mse_optimum, released_formula
 from utils import (
     FAILED_WORK,
@@ -61,11 +62,12 @@ def main():
     device, data, model = set_up(args)
     measurement = Measurement(args, data, model, make_objective(args, data), device, folder)
     if measurement.reason:
-        print(f"columns {', '.join(measurement.empty_columns)} stay empty: {measurement.reason}")
+        print(f"columns {', '.join(THEORY_COLUMNS)} stay empty: {measurement.reason}")
 
     failed = measure_all(args, measurement, model, device, folder)
     if measurement.rows:
         print_table(measurement)
+        print(f"figures in {draw(folder, measurement.suffix)[0].parent}")
     return FAILED_WORK if failed or not measurement.rows else 0
 
 
@@ -136,9 +138,9 @@ class Measurement:
 
     def __init__(self, args, data, model, objective, device, folder):
         self.data, self.model, self.device, self.precision = data, model, device, args.precision
-        suffix = "" if args.theory == "objective" else f"_{args.theory}"
-        self.csv = Path(folder) / f"nc_metrics{suffix}.csv"
-        self.geometry_folder = Path(folder) / f"geometry{suffix}"
+        self.suffix = "" if args.theory == "objective" else f"_{args.theory}"
+        self.csv = Path(folder) / f"nc_metrics{self.suffix}.csv"
+        self.geometry_folder = Path(folder) / f"geometry{self.suffix}"
         self.optimum, self.reason = find_optimum(args, objective, data.class_counts, head_weight(model).shape[1])
         self.rows = [] if args.recompute else read_csv(self.csv)
 
@@ -239,7 +241,7 @@ def print_table(measurement):
     for name, value in row.items():
         if name != "epoch":
             print(f"{name:>20}  {'-' if np.isnan(value) else f'{value:.4g}'}")
-    print(f"\n{measurement.csv}")
+    print(f"\nrows in    {measurement.csv}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""Flags: the paper's commands, one clear line for each wrong one, and the run's name and config."""
+
+import argparse
+import json
+import shlex
+
+import pytest
+
+from args import LOCAL_FLAGS, adopt_config, config_flags, make_parser, parse_args, run_folder, run_name
+from utils import UserError
+
+PAPER = (
+    "--model MLP --no-bias --dataset cifar10 --depth_relu 6 --depth_linear 1 --width 1024 --seed 1 --sep_decay "
+    "--batch_size 256 --feature_decay_rate 0.00001 --loss CrossEntropy --lr 0.0001 --weight_decay 0.0001 "
+    "--optimizer Adam --epochs 4000 --patience 2000"
+)
+
+
+def parse(text=""):
+    return parse_args(argv=shlex.split(text))
+
+
+def test_the_papers_command():
+    args = parse(PAPER)
+    assert (args.model, args.bias, args.depth_relu, args.depth_linear, args.width) == ("MLP", False, 6, 1, 1024)
+    assert (args.sep_decay, args.weight_decay, args.feature_decay_rate) == (True, 1e-4, 1e-5)
+    assert (args.optimizer, args.lr, args.epochs, args.patience, args.objective) == ("Adam", 1e-4, 4000, 2000, "paper")
+    assert (args.wandb, args.save_every, args.clip_grad_norm) == (False, 10, None)
+    assert "epochs" in args.given and "save_every" not in args.given
+    assert parse(PAPER.replace("MLP", "ResNet18").replace("256", "32")).model == "ResNet18"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--lr -1", ["--lr", "'-1' is not a number > 0"]),
+        ("--lr nan", ["--lr", "not a number > 0"]),
+        ("--lr fast", ["--lr", "not a number > 0"]),
+        ("--epochs 0", ["--epochs", "not a whole number >= 1"]),
+        ("--epochs 1.5", ["--epochs", "not a whole number >= 1"]),
+        ("--batch_size 0", ["--batch_size", "not a whole number >= 1"]),
+        ("--weight_decay -0.001", ["--weight_decay", "not a number >= 0"]),
+        ("--seed -1", ["--seed", "not a whole number >= 0"]),
+        ("--model LeNet", ["--model", "MLP", "ResNet18", "DenseNet121"]),
+        ("--dataset imagenet", ["--dataset", "cifar10", "digits", "imagefolder"]),
+        ("--loss Hinge", ["--loss", "CrossEntropy", "MSE"]),
+        ("--wandb yes", ["--wandb", "True or False"]),
+        ("--imbalance exp", ["--imbalance", "exp:R or step:R"]),
+        ("--imbalance exp:0.5", ["--imbalance", "R >= 1"]),
+        ("--imbalance linear:3", ["--imbalance", "paper, balanced, exp:R or step:R"]),
+        ("--decay_type cliff", ["--decay_type", "step_60_120"]),
+        ("--decay_type step_", ["--decay_type", "step_60_120"]),
+        ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),
+        ("--class_counts 5", ["--class_counts", "two classes or more"]),
+        ("--class_counts 1,0,3", ["--class_counts", "whole numbers >= 1"]),
+        ("--class_counts 1,x,3", ["--class_counts", "whole numbers >= 1"]),
+        ("--class_counts 1,1,1,1,1,1,1,1,1,1 --imbalance paper", ["give one of them"]),
+        ("--n_max 5", ["--n_max", "only with --imbalance balanced"]),
+        ("--dataset imagefolder --imbalance paper", ["no profile for imagefolder"]),
+        ("--resume --force", ["give one of them"]),
+        ("--learning_rate 1", ["unrecognized arguments: --learning_rate 1"]),
+        ("--epoch 5", ["unrecognized arguments: --epoch 5"]),  # no abbreviations: a typo is not a flag
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_2(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_help_is_grouped_and_says_every_default():
+    parser = make_parser()
+    text = " ".join(parser.format_help().split())
+    for group in ("data:", "model:", "objective:", "training:", "machine:", "files of a run:", "measuring:"):
+        assert group in text
+    described = [action for action in parser._actions if action.dest != "help"]
+    assert text.count("(default: ") == len(described)
+
+
+def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
+    """Two settings that train differently never share a folder; the others do."""
+    values = {
+        "data_augmentation": "", "model": "VGG11", "depth_linear": "2", "loss": "MSE", "objective": "released",
+        "sep_decay": "", "weight_decay": "0.5", "feature_decay_rate": "0.5", "optimizer": "SGD", "lr": "0.5",
+        "decay_type": "step_5", "gamma": "0.5", "patience": "5", "batch_size": "5", "no_shuffle": "",
+        "clip_grad_norm": "5", "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
+        "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
+    }  # fmt: skip
+    names = {run_name(parse())} | {run_name(parse(f"--{flag} {value}")) for flag, value in values.items()}
+    names |= {run_name(parse("--no-bias")), run_name(parse("--imbalance exp:5 --n_max 50"))}
+    assert len(names) == len(values) + 3
+    same = (
+        "--epochs 5 --save_every 3 --nc_every 7 --device cpu --data_dir x --recompute --watch --theory nominal --resume"
+    )
+    assert run_name(parse(same)) == run_name(parse())
+    covered = {*values, "bias", "n_max", "epochs", "save_every", "nc_every", *LOCAL_FLAGS}
+    assert covered == {action.dest for action in make_parser()._actions} - {"help"}
+
+
+def test_names_ignore_what_a_model_or_data_set_does_not_use():
+    assert run_name(parse("--model VGG11 --width 5")) == run_name(parse("--model VGG11"))
+    assert run_name(parse("--imbalance paper")) == run_name(parse())
+    assert run_name(parse("--dataset imagefolder --data_dir x")) != run_name(
+        parse("--dataset imagefolder --data_dir y")
+    )
+
+
+def test_folder(tmp_path):
+    assert run_folder(parse(f"--save_path {tmp_path}")) == tmp_path
+    assert run_folder(parse()).parts[0] == "model_weights"
+
+
+def config_of(text):
+    """The config.json that a run with these flags leaves."""
+    args = parse(text)
+    return json.loads(json.dumps({"flags": config_flags(args), "class_counts": args.class_counts or [1] * 10}))
+
+
+def test_config_gives_the_flags_that_were_not_typed():
+    args = parse("--load_path x --recompute --device cpu")
+    adopt_config(args, config_of(PAPER + " --width 77 --save_path y --device cuda"), "x")
+    assert (args.width, args.bias, args.save_path, args.recompute, args.device) == (77, False, None, True, "cpu")
+
+
+def test_config_names_each_contradiction():
+    args = parse("--width 5 --lr 1 --epochs 3 --device cpu --seed 1")
+    with pytest.raises(UserError) as error:
+        adopt_config(args, config_of("--width 77"), "x")
+    assert "--width is 5 here and 77 there" in str(error.value) and "--lr is 1.0 here and 0.0001" in str(error.value)
+    assert "epochs" not in str(error.value) and "seed" not in str(error.value)
+
+
+def test_config_and_profiles():
+    counts = "--class_counts 1,1,1,1,1,1,1,1,1,2"
+    with pytest.raises(UserError, match="--imbalance is exp:5 here"):
+        adopt_config(parse("--imbalance exp:5"), config_of(counts), "x")
+    with pytest.raises(UserError, match="--class_counts is"):
+        adopt_config(parse(counts), config_of("--imbalance exp:5"), "x")
+    args = parse("--class_counts 1,1,1,1,1,1,1,1,1,1")  # the counts that the profile gave: the same images
+    adopt_config(args, config_of("--imbalance exp:5"), "x")
+    assert (args.imbalance, args.class_counts) == ("exp:5", None)
+
+
+def test_parser_leaves_no_flag_without_a_group():
+    parser = make_parser()
+    grouped = {action.dest for group in parser._action_groups[2:] for action in group._group_actions}
+    assert grouped == {action.dest for action in parser._actions} - {"help"}
+    assert isinstance(parser, argparse.ArgumentParser)

@@ -1,0 +1,330 @@
+"""The two entry scripts as a user runs them, with tiny budgets, on the CPU."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models import MODELS, build_model
+from tests.test_datasets import write_folder
+from theory import cross_entropy_optimum
+
+TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 2 --lr 0.001 --batch_size 50 --no-bias --sep_decay".split()
+COLUMNS = (
+    "epoch train_acc1 test_acc1 NC1 NC2_H NC2_WWT NC2_W NC3_WH margin_rel_err norm_rel_err "
+    "ETF_HTH ETF_WWT SELI_HTH SELI_WWT cv_mean_norms cv_classifier_norms self_duality NC4 CDNV"
+).split()
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log_of(folder, drop=("seconds", "images_per_second")):
+    lines = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in drop} for line in lines]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_files_of_a_run(train, validate, tmp_path):
+    """By the run's name, found again from the same flags: section 7 of the design, file by file."""
+    out, _ = train(*TINY, "--epochs", 5, "--save_every", 3)
+    folder = next((tmp_path / "model_weights").iterdir())
+    assert str(folder.name) in out and "epoch 5/5" in out
+    assert sorted(p.name for p in folder.glob("epoch_*")) == ["epoch_001.pth", "epoch_004.pth", "epoch_005.pth"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["class_counts"] == [34, 34, 68, 68, 102, 102, 136, 136, 170, 170]
+    assert (config["effective_weight_decay"], config["effective_feature_decay"]) == (1e-4, 1e-5)
+    model = build_model("MLP", 10, bias=False, depth_relu=1, width=24)
+    assert config["num_parameters"] == sum(p.numel() for p in model.parameters())
+    assert config["flags"]["width"] == 24 and config["versions"]["torch"] == torch.__version__
+    log = log_of(folder, drop=())
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
+    wanted = ["epoch", "lr", "loss", "ce", "train_acc1", "seconds", "images_per_second"]
+    assert list(log[0]) == wanted and log[4]["loss"] < log[0]["loss"]
+    assert set(weights(folder / "epoch_001.pth")) == set(model.state_dict())
+
+    out, _ = validate(*TINY, "--epochs", 5, "--save_every", 3)
+    rows = rows_of(folder / "nc_metrics.csv")
+    assert list(rows[0]) == COLUMNS and [row["epoch"] for row in rows] == ["1", "4", "5"]
+    assert all(math.isfinite(float(cell)) for row in rows for cell in row.values())
+    geometry = np.load(folder / "geometry" / "epoch_005.npz")
+    names = ["HTH", "WWT", "WH", "margins", "mean_norms_sq"]
+    assert set(geometry) == {"class_counts", *names, *(f"{name}_theory" for name in names)}
+    optimum = cross_entropy_optimum(config["class_counts"], 1e-4, 1e-5)
+    np.testing.assert_allclose(geometry["WWT_theory"], optimum.WWT)
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {"nc_curves.pdf", "nc_curves.png", "theorem.pdf", "theorem.png"}
+    assert "measured against theorem" in out and f"{optimum.margins[0]:.4f}" in out
+
+
+def test_the_row_is_that_of_the_checkpoint(train, validate, tmp_path):
+    """Accuracies and NC1 of the CSV against an evaluation written here, image by image."""
+    from datasets import load_data
+
+    train(*TINY, "--save_path", "run")
+    validate("--load_path", "run")
+    row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
+    model = build_model("MLP", 10, bias=False, depth_relu=1, width=24)
+    model.load_state_dict(weights(tmp_path / "run" / "epoch_002.pth"))
+    data = load_data("digits", "unused")
+    with torch.no_grad():
+        logits, features = model(data.train.images)
+        test_logits, _ = model(data.test.images)
+    assert float(row["train_acc1"]) == pytest.approx(
+        100 * (logits.argmax(1) == data.train.labels).float().mean().item()
+    )
+    assert float(row["test_acc1"]) == pytest.approx(
+        100 * (test_logits.argmax(1) == data.test.labels).float().mean().item()
+    )
+    h, y = features.double().numpy(), data.train.labels.numpy()
+    means = np.stack([h[y == k].mean(0) for k in range(10)])
+    sigma_b = sum(np.outer(m - h.mean(0), m - h.mean(0)) for m in means) / 10
+    sigma_w = (h - means[y]).T @ (h - means[y]) / len(h)
+    assert float(row["NC1"]) == pytest.approx(np.trace(sigma_w @ np.linalg.pinv(sigma_b)) / 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(train, validate, tmp_path, name):
+    write_folder(tmp_path / "images", train=6)
+    flags = ["--dataset", "imagefolder", "--data_dir", "images", "--model", name, "--batch_size", 8, "--epochs", 1]
+    flags += ["--width", 16, "--no-bias", "--sep_decay", "--save_path", "run"]
+    out, _ = train(*flags)
+    assert "epoch 1/1" in out
+    out, _ = validate(*flags)
+    assert "NC3_WH" in out
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("objective", ["paper", "released"])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_every_loss_objective_and_optimizer(train, validate, tmp_path, loss, objective, optimizer):
+    flags = [*TINY, "--loss", loss, "--objective", objective, "--optimizer", optimizer, "--save_path", "run"]
+    train(*flags)
+    validate(*flags)
+    log = log_of(tmp_path / "run")
+    assert set(log[0]) == {"epoch", "lr", "loss", "ce" if loss == "CrossEntropy" else "mse", "train_acc1"}
+    assert log[1]["loss"] < log[0]["loss"]
+    row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
+    assert all(math.isfinite(float(cell)) for cell in row.values())
+
+
+def test_the_log_is_the_training_pass(train, tmp_path):
+    """Loss and accuracy of the first epoch, against a plain loop with torch's own parts, batch by batch."""
+    train(*TINY, "--epochs", 1, "--save_path", "run")
+    from datasets import batches, load_data
+
+    data = load_data("digits", "unused")
+    torch.manual_seed(1)
+    model = build_model("MLP", 10, bias=False, depth_relu=1, width=24)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    total = correct = 0
+    for images, labels in batches(data.train, 50, epoch=1, seed=1):
+        logits, features = model(images)
+        ce = torch.nn.functional.cross_entropy(logits, labels)
+        loss = ce + 0.5e-4 * model.fc[0].weight.square().sum()
+        loss = loss + 0.5e-5 * 1020 / len(labels) * features.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+    line = log_of(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(total / 1020, rel=1e-4)
+    assert line["train_acc1"] == pytest.approx(100 * correct / 1020, abs=0.2)
+    found = weights(tmp_path / "run" / "epoch_001.pth")
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_learning_rate_schedules(train, tmp_path):
+    train(*TINY, "--epochs", 5, "--patience", 2, "--gamma", 0.5, "--save_path", "a")
+    assert [line["lr"] for line in log_of(tmp_path / "a")] == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4])
+    train(*TINY, "--epochs", 4, "--decay_type", "step_1_3", "--save_path", "b")
+    assert [line["lr"] for line in log_of(tmp_path / "b")] == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", 2],
+        ["--no_shuffle"],
+        ["--data_augmentation"],
+        ["--clip_grad_norm", 0.01],
+        ["--weight_decay", 0.1],
+        ["--feature_decay_rate", 0.1],
+        ["--batch_size", 51],
+        ["--precision", "bf16"],
+        ["--imbalance", "exp:2", "--n_max", 60],
+        ["--imbalance", "balanced"],
+        ["--bias"],
+        ["--depth_linear", 2],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_flag_has_its_effect(train, tmp_path, flags):
+    train(*TINY, "--epochs", 1, "--save_path", "plain")
+    train(*TINY, "--epochs", 1, "--save_path", "flag", *flags)
+    assert not same_weights(tmp_path / "plain" / "epoch_001.pth", tmp_path / "flag" / "epoch_001.pth")
+
+
+def test_same_flags_same_weights_and_rows(train, validate, tmp_path):
+    for name in "ab":
+        train(*TINY, "--save_path", name)
+        validate("--load_path", name)
+    assert same_weights(tmp_path / "a" / "epoch_002.pth", tmp_path / "b" / "epoch_002.pth")
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    assert (tmp_path / "a" / "nc_metrics.csv").read_text() == (tmp_path / "b" / "nc_metrics.csv").read_text()
+
+
+def test_init_from_takes_the_weights(train, tmp_path):
+    train(*TINY, "--save_path", "first")
+    train(*TINY, "--save_path", "second", "--init_from", "first/epoch_002.pth", "--lr", 1e-12, "--epochs", 1)
+    first, second = weights(tmp_path / "first" / "epoch_002.pth"), weights(tmp_path / "second" / "epoch_001.pth")
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=1e-8)
+    _, error = train(*TINY, "--init_from", "nothing.pth", "--save_path", "third", status=2)
+    assert "nothing.pth: no such file" in error
+
+
+def test_resume_ends_where_an_uncut_run_ends(train, validate, tmp_path):
+    """Adam's state, the schedule and the order of the batches go on; the log has each epoch once."""
+    flags = [*TINY, "--patience", 3, "--save_every", 2, "--nc_every", 1]
+    train(*flags, "--epochs", 5, "--save_path", "whole")
+    train(*flags, "--epochs", 3, "--save_path", "cut")
+    with open(tmp_path / "cut" / "train_log.jsonl", "a") as file:
+        file.write('{"epoch": 4, "lr": 0.1}\n{"epoch": 5, "l')  # as a kill leaves it
+    train(*flags, "--epochs", 5, "--save_path", "cut", "--resume")
+    assert same_weights(tmp_path / "whole" / "epoch_005.pth", tmp_path / "cut" / "epoch_005.pth")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    assert (tmp_path / "whole" / "nc_metrics.csv").read_text() == (tmp_path / "cut" / "nc_metrics.csv").read_text()
+
+
+def test_a_run_is_not_overwritten(train, tmp_path):
+    train(*TINY, "--save_path", "run")
+    before = (tmp_path / "run" / "epoch_002.pth").read_bytes()
+    _, error = train(*TINY, "--save_path", "run", status=2)
+    assert "give --resume to go on with it, --force to delete it" in error and error.count("\n") == 1
+    _, error = train(*TINY, "--save_path", "run", "--resume", "--lr", 0.5, status=2)
+    assert "contradicts the flags: --lr is 0.5 here and 0.001 there" in error
+    assert (tmp_path / "run" / "epoch_002.pth").read_bytes() == before
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train(*TINY, "--save_path", "run", "--epochs", 1, "--force")
+    assert not (tmp_path / "run" / "epoch_002.pth").exists()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_measuring_while_training_gives_the_rows_of_validate(train, validate, tmp_path):
+    train(*TINY, "--epochs", 3, "--save_every", 1, "--nc_every", 2, "--save_path", "run")
+    while_training = rows_of(tmp_path / "run" / "nc_metrics.csv")
+    assert [row["epoch"] for row in while_training] == ["1", "3"]
+    out, _ = validate("--load_path", "run")
+    assert "checkpoint 1/1" in out  # only epoch 2 was left to measure
+    rows = rows_of(tmp_path / "run" / "nc_metrics.csv")
+    assert [rows[0], rows[2]] == while_training
+    validate("--load_path", "run", "--recompute")
+    assert rows_of(tmp_path / "run" / "nc_metrics.csv") == rows
+
+
+def test_done_rows_are_kept_and_damaged_checkpoints_named(train, validate, tmp_path):
+    train(*TINY, "--epochs", 3, "--save_every", 1, "--save_path", "run")
+    (tmp_path / "run" / "epoch_002.pth").write_bytes((tmp_path / "run" / "epoch_002.pth").read_bytes()[:500])
+    _, error = validate("--load_path", "run", status=1)
+    assert "epoch_002.pth: truncated or damaged" in error and error.count("\n") == 1
+    assert [row["epoch"] for row in rows_of(tmp_path / "run" / "nc_metrics.csv")] == ["1", "3"]
+
+
+def test_theories_have_files_of_their_own(train, validate, tmp_path):
+    """The released objective against its own optimum, the flags' and the released formula."""
+    train(*TINY, "--objective", "released", "--save_path", "run")
+    tables = {}
+    for theory, suffix in (("objective", ""), ("nominal", "_nominal"), ("released", "_released")):
+        validate("--load_path", "run", "--theory", theory)
+        tables[theory] = rows_of(tmp_path / "run" / f"nc_metrics{suffix}.csv")[-1]
+        assert (tmp_path / "run" / f"geometry{suffix}" / "epoch_002.npz").exists()
+    assert len({row["NC2_H"] for row in tables.values()}) == 3
+    assert len({row["NC1"] for row in tables.values()}) == 1
+    stored = np.load(tmp_path / "run" / "geometry" / "epoch_002.npz")
+    expected = cross_entropy_optimum(stored["class_counts"], 2e-4, 2e-5 / 21)  # 1,020 images: 21 batches of 50
+    np.testing.assert_allclose(stored["margins_theory"], expected.margins)
+
+
+def test_without_sep_decay_no_theory(train, validate, tmp_path):
+    flags = [flag for flag in TINY if flag != "--sep_decay"] + ["--save_path", "run"]
+    train(*flags)
+    out, _ = validate(*flags)
+    assert "stay empty: without --sep_decay no optimum is known" in out
+    row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
+    assert {name for name, cell in row.items() if not cell} == {
+        "NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"
+    }  # fmt: skip
+    validate(*flags, "--theory", "nominal")
+    assert all(rows_of(tmp_path / "run" / "nc_metrics_nominal.csv")[-1].values())
+
+
+def test_bare_checkpoints_validate_from_the_flags(train, validate, tmp_path):
+    """A folder of the released code: epoch_*.pth and nothing else."""
+    write_folder(tmp_path / "images", train=6)
+    flags = ["--dataset", "imagefolder", "--data_dir", "images", "--model", "ResNet18", "--no-bias", "--sep_decay"]
+    train(*flags, "--epochs", 1, "--save_path", "run")
+    state = weights(tmp_path / "run" / "epoch_001.pth")
+    (tmp_path / "bare").mkdir()
+    torch.save(state | {"batch_norm.weight": torch.ones(512)}, tmp_path / "bare" / "epoch_001.pth")
+    validate(*flags, "--load_path", "run")
+    validate(*flags, "--load_path", "bare")
+    assert rows_of(tmp_path / "bare" / "nc_metrics.csv") == rows_of(tmp_path / "run" / "nc_metrics.csv")
+    _, error = validate(
+        "--dataset", "imagefolder", "--data_dir", "images", "--load_path", "bare", "--recompute", status=1
+    )
+    assert "epoch_001.pth: does not fit the model's flags" in error
+
+
+def test_wrong_input_is_one_line(train, validate, tmp_path):
+    for run, flags, status, words in (
+        (validate, ["--load_path", "nowhere"], 2, "nowhere: no such folder"),
+        (validate, ["--load_path", "."], 2, "no epoch_*.pth in it"),
+        (train, ["--dataset", "digits", "--device", "cuda"], 2, "no usable GPU"),
+        (train, ["--dataset", "digits", "--gpu_id", "7"], 2, "no usable GPU"),
+        (train, ["--dataset", "digits", "--precision", "tf32"], 2, "tf32 needs an NVIDIA GPU"),
+        (train, ["--dataset", "imagefolder", "--data_dir", "nowhere"], 2, "nowhere/train: no such folder"),
+        (train, ["--dataset", "svhn", "--data_dir", "x", "--no-download"], 2, "svhn: the archive"),
+        (train, [*TINY, "--lr", 1e30, "--save_path", "nan"], 1, "the loss is not finite in epoch 1, step"),
+    ):
+        _, error = run(*flags, status=status)
+        assert words in error and error.count("\n") == 1, error
+    assert not list(tmp_path.glob("nan/epoch_*"))
+
+
+def test_watch_measures_a_finished_run_and_ends(train, validate, tmp_path):
+    train(*TINY, "--save_path", "run")
+    validate("--load_path", "run", "--watch")
+    assert len(rows_of(tmp_path / "run" / "nc_metrics.csv")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Real images
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["MLP", "ResNet18"])
+def test_real_cifar10_images(train, validate, real_images, tmp_path, model):
+    flags = ["--dataset", "cifar10", "--data_dir", real_images, "--model", model, "--width", 64, "--no-bias"]
+    flags += ["--sep_decay", "--class_counts", "5,5,6,6,7,7,8,8,9,9", "--epochs", 2, "--lr", 0.001]
+    flags += ["--save_every", 2, "--save_path", "run", "--data_augmentation"]
+    out, _ = train(*flags)
+    assert "70 training images in 10 classes, 5 to 9 each; 200 test images" in out
+    validate(*flags)
+    rows = rows_of(tmp_path / "run" / "nc_metrics.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2"] and all(rows[-1].values())
