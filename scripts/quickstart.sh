@@ -2,7 +2,7 @@
 # The theorem on a trained network, from a fresh clone: makes .venv if need be, trains an MLP on scikit-learn's
 # handwritten digits (no download), measures it, and draws the figures.
 #
-#   scripts/quickstart.sh [folder of the run, default model_weights/quickstart]
+#   scripts/quickstart.sh [folder of the run, default model_weights/quickstart; a run that was cut goes on]
 #
 # Time: @TIME@ after the install on 2 CPU cores. Expected: NC1 about 1e-5 or less, margins within 2 % of the theorem.
 set -euo pipefail
@@ -16,5 +16,5 @@ flags=(
     --optimizer Adam --lr 0.001 --clip_grad_norm 1 --batch_size 102 --epochs 500 --patience 400
     --save_every 20 --save_path "$run"
 )
-"$PYTHON" train_1st_order_unbalanced.py "${flags[@]}" --force
+"$PYTHON" train_1st_order_unbalanced.py "${flags[@]}" --resume
 "$PYTHON" validate_NC_unbalanced.py "${flags[@]}"
