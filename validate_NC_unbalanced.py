@@ -22,7 +22,7 @@ from models.classifier import head_weight
 from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from objective import make_objective
 from plot_nc import draw
-from theory import cross_entropy_optimum, mse_optimum, released_formula
+from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
 from utils import (
     FAILED_WORK,
     Progress,
@@ -209,9 +209,10 @@ def find_optimum(args, objective, class_counts, dim):
         if args.loss != "CrossEntropy":
             return None, "the released formula is for the cross entropy only"
         return released_formula(class_counts, *decays), None
-    if args.loss == "MSE":
-        return mse_optimum(class_counts, *decays), None
-    return cross_entropy_optimum(class_counts, *decays), None
+    if args.theory == "objective" and args.bias:
+        return minimise(class_counts, *decays, loss=args.loss, bias=True).optimum, None
+    closed_form = mse_optimum if args.loss == "MSE" else cross_entropy_optimum
+    return closed_form(class_counts, *decays), None
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,86 @@
+"""The solver as a user runs it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from solve_ufm import phase_diagram, threshold
+from theory import cross_entropy_optimum
+
+
+@pytest.fixture
+def solve(run_script):
+    return lambda *flags, **options: run_script("solve_ufm.py", *flags, **options)
+
+
+def test_table(solve):
+    out, _ = solve("--class_counts", "10,20,40", "--weight_decay", 0.01, "--feature_decay_rate", 0.001)
+    optimum = cross_entropy_optimum([10, 20, 40], 0.01, 0.001)
+    rows = [line.split() for line in out.splitlines()[1:4]]
+    assert [row[1] for row in rows] == ["10", "20", "40"]
+    for k, row in enumerate(rows):
+        assert float(row[2]) == pytest.approx(optimum.margins[k].item(), rel=1e-6)
+        assert float(row[3]) == pytest.approx(optimum.margins[k].item(), rel=1e-6)
+        assert float(row[5]) == pytest.approx(optimum.mean_norms_sq[k].item(), rel=1e-6)
+        assert abs(float(row[4])) < 1e-6 and abs(float(row[7])) < 1e-6
+    assert "relative gap" in out and "4 starts" in out
+
+
+@pytest.mark.parametrize(
+    "flags", [["--bias"], ["--no_relu"], ["--bias", "--bias_decay", 0.1], ["--loss", "MSE", "--bias"]]
+)
+def test_problems_without_a_closed_form(solve, flags):
+    out, _ = solve("--class_counts", "10,20,40", *flags)
+    assert "minimised" in out and "closed form" not in out
+    assert ("bias" in out.splitlines()[0]) == ("--bias" in flags)
+
+
+def test_json_of_every_sample(solve):
+    out, _ = solve("--class_counts", "4,8", "--level", "sample", "--json", "--restarts", 2, "--dim", 3)
+    result = json.loads(out)
+    assert len(result["losses_of_starts"]) == 2 and abs(result["loss_gap"]) < 1e-9
+    assert result["within_class_spread"] < 1e-4
+    assert np.shape(result["minimised"]["HTH"]) == np.shape(result["closed_form"]["WWT"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--class_counts", "5"], "two classes or more"),
+        (["--weight_decay", 0], "not a number > 0"),
+        (["--dim", 2], "d = 2 < K = 10"),
+        (["--bias_decay", 1], "--bias_decay: only with --bias"),
+        (["--level", "batch"], "invalid choice"),
+    ],
+)
+def test_wrong_input_is_one_line(solve, flags, words):
+    _, error = solve(*flags, status=2)
+    assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+def test_phase_diagram(tmp_path, loss, monkeypatch):
+    """The minimiser's zero class means lie above the closed-form threshold, the others below."""
+    from argparse import Namespace
+
+    import solve_ufm
+
+    drawn = {}
+    real = solve_ufm.draw_phases
+
+    def keep(ratios, products, collapsed, edges, *rest):
+        drawn.update(ratios=ratios, products=products, collapsed=collapsed, edges=edges)
+        return real(ratios, products, collapsed, edges, *rest)
+
+    monkeypatch.setattr(solve_ufm, "draw_phases", keep)
+    args = Namespace(
+        class_counts=[50, 50, 50, 50], grid=6, loss=loss, seed=0, phase_diagram=tmp_path / "new" / "phases"
+    )
+    paths = phase_diagram(args)
+    assert [path.name for path in paths] == ["phases.pdf", "phases.png"] and all(p.stat().st_size > 1000 for p in paths)
+    above = drawn["products"][:, None] > drawn["edges"]
+    assert np.array_equal(drawn["collapsed"], above)
+    assert above.any() and not above.all()
+    assert drawn["edges"][0] == pytest.approx(50 / (200**2 * (4 / 3 if loss == "CrossEntropy" else 1)))
+    assert threshold([50, 50, 50, 50], loss) == drawn["edges"][0]
