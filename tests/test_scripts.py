@@ -10,7 +10,7 @@ import torch
 
 from models import MODELS, build_model
 from tests.test_datasets import write_folder
-from theory import cross_entropy_optimum
+from theory import cross_entropy_optimum, minimise, mse_optimum
 
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 2 --lr 0.001 --batch_size 50 --no-bias --sep_decay".split()
 COLUMNS = (
@@ -272,6 +272,29 @@ def test_without_sep_decay_no_theory(train, validate, tmp_path):
     }  # fmt: skip
     validate(*flags, "--theory", "nominal")
     assert all(rows_of(tmp_path / "run" / "nc_metrics_nominal.csv")[-1].values())
+
+
+@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+def test_a_run_with_bias_meets_its_own_optimum(train, validate, tmp_path, loss):
+    """Not the closed form without one: the minimiser of the problem with a free bias."""
+    flags = [*TINY, "--bias", "--loss", loss, "--save_path", "run"]
+    train(*flags)
+    validate(*flags)
+    stored = np.load(tmp_path / "run" / "geometry" / "epoch_002.npz")
+    expected = minimise(stored["class_counts"], 1e-4, 1e-5, loss=loss, bias=True).optimum
+    np.testing.assert_allclose(stored["margins_theory"], expected.margins, rtol=1e-5)
+    closed_form = mse_optimum if loss == "MSE" else cross_entropy_optimum
+    assert not np.allclose(stored["margins_theory"], closed_form(stored["class_counts"], 1e-4, 1e-5).margins, rtol=1e-3)
+
+
+def test_a_deep_head_has_no_theory_but_a_nominal_one(train, validate, tmp_path):
+    flags = [*TINY, "--depth_linear", 2, "--save_path", "run"]
+    train(*flags)
+    out, _ = validate(*flags)
+    assert "stay empty: with --depth_linear > 1 no optimum is known" in out
+    assert not rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]["NC3_WH"]
+    validate(*flags, "--theory", "nominal")
+    assert rows_of(tmp_path / "run" / "nc_metrics_nominal.csv")[-1]["NC3_WH"]
 
 
 def test_bare_checkpoints_validate_from_the_flags(train, validate, tmp_path):
