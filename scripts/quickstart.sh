@@ -5,7 +5,7 @@
 #   scripts/quickstart.sh [folder of the run, default model_weights/quickstart; a run that was cut goes on]
 #
 # Time: 72 seconds on 2 CPU cores, after the install. Expected: train accuracy 100 %, NC1 about 1e-5 or less, margins
-# and norms within 2 % of the theorem (seeds 1 to 4: within 0.9 %).
+# and norms within 2 % of the theorem (seeds 1 to 4: within 0.4 %).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements.txt
