@@ -26,7 +26,7 @@ FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset ima
 
 # The flags that belong to one call, not to the run.
 LOCAL_FLAGS = set(
-    "data_dir download device gpu_id save_path load_path resume force theory watch recompute wandb".split()
+    "data_dir download device gpu_id save_path load_path resume force theory watch recompute wandb cuda_graph".split()
 )
 
 
@@ -113,6 +113,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def make_parser(description=None):
     """The parser of both entry scripts."""
     parser = Parser(
+        usage="%(prog)s [flags]",
         description=description,
         allow_abbrev=False,
         formatter_class=lambda prog: Help(prog, max_help_position=32, width=110),
@@ -225,6 +226,10 @@ def make_parser(description=None):
         choices=["fp32", "tf32", "bf16"],
         default="fp32",
         help="arithmetic of the network's body; weights, head, loss and penalties stay fp32",
+    )
+
+    machine.add_argument(
+        "--cuda_graph", action=yes_no, default=True, help="on a GPU, replay a captured training step (default: on)"
     )
 
     files = parser.add_argument_group("files of a run")

@@ -218,12 +218,18 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def take(self, indices):
-        """Images (B, 3, 32, 32) and labels (B,) of the given indices (B,); keeps channels-last memory."""
+    def take(self, rows, shifts=None):
+        """Images (B, 3, 32, 32) and labels (B,) of rows (B,), in the memory format of the split.
+
+        shifts: None, or `random_shifts` (N, 3) of the whole split: the images are cropped and mirrored by them.
+        """
         if self.images.is_contiguous():
-            return self.images.index_select(0, indices), self.labels.index_select(0, indices)
-        images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
-        return images, self.labels.index_select(0, indices)
+            images = self.images.index_select(0, rows)
+        else:  # channels last: a row is contiguous once the channels are
+            images = self.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+        if shifts is not None:
+            images = crop_and_flip(images, shifts.index_select(0, rows), self.black)
+        return images, self.labels.index_select(0, rows)
 
     def to(self, device, memory_format=torch.contiguous_format):
         images = self.images.to(device).contiguous(memory_format=memory_format)
@@ -313,25 +319,18 @@ def to_split(images, labels, mean, std):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def batches(split, batch_size, *, epoch, seed, shuffle=True, augment=False):
-    """Yields the batches (images, labels) of an epoch, the last one smaller where B does not divide N.
+def epoch_order(count, *, epoch, seed, shuffle=True):
+    """The order (N,) in which an epoch takes the samples, on the CPU.
 
-    The order is a permutation of (seed, epoch) alone, drawn on the CPU: the same on every device, and in a run
-    that was resumed.
+    A permutation of (seed, epoch) alone: the same on every device, and in a run that was resumed.
     """
-    order = torch.arange(len(split))
-    if shuffle:
-        order = torch.randperm(len(split), generator=epoch_generator(seed, epoch, SHUFFLE))
-    shifts = random_shifts(len(split), seed, epoch) if augment else None
-    for rows in order.to(split.labels.device).split(batch_size):
-        images, labels = split.take(rows)
-        if augment:
-            images = crop_and_flip(images, shifts.to(rows.device)[rows], split.black)
-        yield images, labels
+    if not shuffle:
+        return torch.arange(count)
+    return torch.randperm(count, generator=epoch_generator(seed, epoch, SHUFFLE))
 
 
-def random_shifts(count, seed, epoch):
-    """(N, 3) integers: top and left in 0..2*PADDING, flip in 0..1."""
+def random_shifts(count, *, epoch, seed):
+    """(N, 3) integers of (seed, epoch) alone, on the CPU: top and left in 0..2*PADDING, flip in 0..1."""
     high = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])
     return (torch.rand(count, 3, generator=epoch_generator(seed, epoch, AUGMENT)) * high).long()
 

@@ -194,7 +194,7 @@ def square_root(matrix):
 
 
 RERUNS = 10  # of L-BFGS-B from where it ended
-KICK = 1e-2  # off zero, in scaled variables
+KICK, DEAD = 1e-2, 1e-4  # size of a step off zero, and of a feature that is at zero, in scaled variables
 
 
 @dataclass(frozen=True)
@@ -305,21 +305,24 @@ class ScaledProblem:
             bias if self.bias else np.zeros(num_classes),
         )
 
+    def losses_and_residuals(self, logits):
+        """Losses (S,) of logits (S, K), and their gradients (S, K)."""
+        if self.loss == "MSE":
+            residuals = logits - self.one_hot
+            return 0.5 * np.square(residuals).sum(1), residuals
+        # log(1 + sum of others), others relative to the own logit: exact also where the loss is tiny
+        rows = np.arange(len(logits))
+        others = np.exp(np.minimum(logits - logits[rows, self.labels][:, None], 700.0)) - self.one_hot
+        residuals = others / (1 + others.sum(1, keepdims=True))
+        residuals[rows, self.labels] = -residuals.sum(1)
+        return np.log1p(others.sum(1)), residuals
+
     def value_and_gradient(self, x):
         head, features, bias = self.split(x)
-        logits, rows = features @ head.T * self.logit_scale[:, None] + bias, np.arange(len(features))
-        if self.loss == "CrossEntropy":
-            # log(1 + sum of others), others relative to the own logit: exact also where the loss is tiny
-            others = np.exp(np.minimum(logits - logits[rows, self.labels][:, None], 700.0)) - self.one_hot
-            losses = np.log1p(others.sum(1))
-            residual = others / (1 + others.sum(1, keepdims=True))
-            residual[rows, self.labels] = -residual.sum(1)
-        else:
-            residual = logits - self.one_hot
-            losses = 0.5 * np.square(residual).sum(1)
+        losses, residuals = self.losses_and_residuals(features @ head.T * self.logit_scale[:, None] + bias)
         value = self.weight @ losses + 0.5 * np.square(head).sum() + 0.5 * np.square(features).sum()
         value += 0.5 * self.bias_decay / self.cost * np.square(bias).sum()
-        pull = residual * self.weight[:, None]
+        pull = residuals * self.weight[:, None]
         scaled = pull * self.logit_scale[:, None]
         parts = [(scaled.T @ features + head).ravel(), (scaled @ head + features).ravel()]
         if self.bias:
@@ -358,28 +361,27 @@ class ScaledProblem:
     def kick(self, x, relu):
         """x with the classes that are at zero moved off it, each in a direction that no other class uses.
 
-        With ReLU there may be none: classes that are orthogonal, and so share no axis, may use up all axes. Then
-        each is first turned onto one axis, which changes neither W H nor any norm.
+        With ReLU there may be none, for orthogonal features that share no axis can still use up all axes. So each
+        class is first turned onto an axis of its own, which at the optimum changes neither W H nor any norm.
         """
         x = x.copy()
-        head, features, _ = self.split(x)  # views of x
-        dead = ~features.any(1)
-        labels = np.unique(self.labels[dead])
-        if not len(labels):
-            return x
+        head, features, bias = self.split(x)  # views of x
+        norms = np.linalg.norm(features, axis=1)
+        dead = norms < DEAD
         if relu:
-            norms = np.linalg.norm(features, axis=1)
-            units = np.array([features[self.labels == k].sum(0) for k in range(len(head))])
+            units = np.array([features[self.labels == label].sum(0) for label in range(len(head))])
             units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), np.finfo(float).tiny)
             columns = head @ units.T
             head[:], features[:] = 0, 0
             head[:, : len(head)] = columns
             features[np.arange(len(features)), self.labels] = norms
-            directions = np.eye(features.shape[1])[labels]
+            directions = np.eye(*head.shape)
         else:
-            directions = np.linalg.svd(features)[2][-len(labels) :]
-        for label, direction in zip(labels, directions, strict=True):
-            features[dead & (self.labels == label)] = KICK * direction
-            pull = np.eye(len(head))[label] - 1 / len(head)  # where the class's loss falls fastest from zero
-            head += KICK * np.outer(pull / np.linalg.norm(pull), direction)
+            directions = np.linalg.svd(features)[2][::-1]  # those of the least, or no, singular value first
+        residuals = self.losses_and_residuals(np.tile(bias, (len(features), 1)))[1]
+        for number, label in enumerate(np.unique(self.labels[dead])):
+            own, direction = dead & (self.labels == label), directions[label if relu else number]
+            features[own] = KICK * direction
+            fall = -residuals[own][0]  # where the loss falls fastest from zero
+            head += KICK * np.outer(fall / np.linalg.norm(fall), direction)
         return x

@@ -23,15 +23,18 @@ import numpy as np
 import torch
 
 from args import adopt_config, config_flags, parse_args, run_folder
-from datasets import batches
+from datasets import epoch_order, random_shifts
 from objective import make_objective
 from utils import (
     FAILED_WORK,
+    GraphedStep,
     Progress,
     UserError,
+    Writer,
     append_line,
     autocast,
     checkpoint_path,
+    copy_state,
     device_name,
     find_checkpoints,
     git_commit,
@@ -41,10 +44,11 @@ from utils import (
     read_log,
     run_lock,
     run_script,
-    save_torch,
     write_json,
 )
 from validate_NC_unbalanced import Measurement, set_up
+
+RESUME_SECONDS = 20  # least time from one last.pt, thrice a checkpoint's size, to the next
 
 
 def main():
@@ -70,49 +74,41 @@ def train(args, data, model, device, folder):
     if args.init_from:
         load_weights(model, args.init_from, device)
     objective = make_objective(args, data)
-    optimizer, scheduler = make_optimizer(args, model, objective)
+    optimizer, scheduler = make_optimizer(args, model, objective, device)
     epoch = restore(folder, model, optimizer, scheduler, device) if args.resume else 0
     write_config(args, data, model, objective, device, folder)
     announce(args, data, model, device, folder, epoch)
     measurement = Measurement(args, data, model, objective, device, folder) if args.nc_every else None
     wandb_run = start_wandb(args, folder) if args.wandb else None
 
-    parameters = list(model.parameters())
-    totals = torch.zeros(-(-len(data.train) // args.batch_size), 3, device=device)  # loss, data term, correct
-    with Progress(args.epochs, "epoch", start=epoch) as progress:
+    count = len(data.train)
+    shifts = torch.zeros(count, 3, dtype=torch.int64, device=device) if args.data_augmentation else None
+    record = Record(-(-count // args.batch_size), device)
+    step = make_step(args, data.train, model, objective, optimizer, record, shifts)
+    saved = time.monotonic()
+    with Progress(args.epochs, "epoch", start=epoch) as progress, Writer() as writer:
         while epoch < args.epochs:
             epoch += 1
             began = time.perf_counter()
-            lr = optimizer.param_groups[0]["lr"]
+            lr = float(optimizer.param_groups[0]["lr"])
             model.train()
-            epoch_batches = batches(
-                data.train,
-                args.batch_size,
-                epoch=epoch,
-                seed=args.seed,
-                shuffle=not args.no_shuffle,
-                augment=args.data_augmentation,
-            )
-            for step, (images, labels) in enumerate(epoch_batches):
-                with autocast(args.precision, device):
-                    logits, features = model(images)
-                loss, data_term = objective(logits, features, labels, model.fc)
-                optimizer.zero_grad()
-                loss.backward()
-                if args.clip_grad_norm:
-                    torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad_norm)
-                optimizer.step()
-                correct = (logits.detach().argmax(1) == labels).sum()
-                totals[step] = torch.stack([loss.detach() * len(labels), data_term.detach() * len(labels), correct])
+            order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle).to(device)
+            if shifts is not None:
+                shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
+            for rows in order.split(args.batch_size):
+                step(rows)
             scheduler.step()
-            line = log_line(epoch, lr, objective, totals.cpu(), len(data.train), time.perf_counter() - began)
+            line = log_line(epoch, lr, objective, record.take(), count, time.perf_counter() - began)
             append_line(folder / "train_log.jsonl", line)
             if wandb_run:
                 wandb_run.log(line, step=epoch)
             if args.nc_every and due(epoch, args.nc_every, args.epochs):
                 measurement.append(epoch)
             if due(epoch, args.save_every, args.epochs):
-                save(folder, epoch, model, optimizer, scheduler)
+                writer.save(checkpoint_path(folder, epoch), copy_state(model.state_dict()))
+                if epoch == args.epochs or time.monotonic() - saved > RESUME_SECONDS:
+                    saved = time.monotonic()
+                    writer.save(folder / "last.pt", resume_state(epoch, model, optimizer, scheduler))
             progress.step(
                 f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
                 f"{line['images_per_second']:.0f} images/s"
@@ -122,13 +118,67 @@ def train(args, data, model, device, folder):
     print(f"finished: {folder}")
 
 
-def make_optimizer(args, model, objective):
+def make_step(args, split, model, objective, optimizer, record, shifts=None):
+    """step(rows): one optimizer step on the images rows (B,) of a split. Nothing in it waits for the device."""
+    device, parameters = split.labels.device, list(model.parameters())
+
+    def step(rows):
+        images, labels = split.take(rows, shifts)
+        with autocast(args.precision, device):
+            logits, features = model(images)
+        loss, data_term = objective(logits, features, labels, model.fc)
+        optimizer.zero_grad()
+        loss.backward()
+        if args.clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad_norm)
+        optimizer.step()
+        record.add(loss.detach(), data_term.detach(), logits.detach(), labels)
+
+    if device.type != "cuda" or not args.cuda_graph:
+        return step
+    sizes = {len(rows) for rows in torch.empty(len(split)).split(args.batch_size)}
+    state = lambda: [*model.state_dict().values(), *optimizer_tensors(optimizer), *record.tensors()]  # noqa: E731
+    return GraphedStep(step, sizes, state, device)
+
+
+def optimizer_tensors(optimizer):
+    """The tensors that an optimizer keeps, which come into being in its first step."""
+    return [value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, torch.Tensor)]
+
+
+class Record:
+    """Loss, data term and correct predictions of each step of an epoch, on the device."""
+
+    def __init__(self, steps, device):
+        self.sums = torch.zeros(steps, 3, dtype=torch.float64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def add(self, loss, data_term, logits, labels):
+        """Adds a step: the mean losses of a batch become sums."""
+        correct = (logits.argmax(1) == labels).sum()
+        row = torch.stack([loss * len(labels), data_term * len(labels), correct])
+        self.sums.index_copy_(0, self.position, row[None].double())
+        self.position += 1
+
+    def take(self):
+        """The epoch's rows (steps, 3) on the CPU; the next epoch starts anew."""
+        self.position.zero_()
+        return self.sums.cpu()
+
+    def tensors(self):
+        return [self.sums, self.position]
+
+
+def make_optimizer(args, model, objective, device):
     """The optimizer, one fused kernel a step, and the schedule of its learning rate, stepped once an epoch."""
-    decay = objective.optimizer_decay
+    # In a CUDA graph the learning rate is read from the device, and the optimizer's step counts are there too.
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(args.lr, device=device) if on_gpu else args.lr
+    common = {"lr": lr, "weight_decay": objective.optimizer_decay, "fused": True}
     if args.optimizer == "Adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=decay, fused=True)
+        optimizer = torch.optim.Adam(model.parameters(), capturable=on_gpu, **common)
     else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=decay, fused=True)
+        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **common)
     if args.decay_type == "step":
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.patience, args.gamma)
     else:
@@ -138,7 +188,7 @@ def make_optimizer(args, model, objective):
 
 
 def log_line(epoch, lr, objective, totals, num_samples, seconds):
-    """A line of train_log.jsonl, of totals (steps, 3); stops at a loss that is not finite."""
+    """A line of train_log.jsonl, of an epoch's Record (steps, 3); stops at a loss that is not finite."""
     if not totals.isfinite().all():
         step = int((~totals.isfinite().all(1)).nonzero()[0]) + 1
         raise UserError(
@@ -146,10 +196,10 @@ def log_line(epoch, lr, objective, totals, num_samples, seconds):
             f"checkpoints up to then are kept",
             FAILED_WORK,
         )
-    loss, data_term, correct = (totals.double().sum(0) / num_samples).tolist()
+    loss, data_term, correct = (totals.sum(0) / num_samples).tolist()
     return {
         "epoch": epoch,
-        "lr": lr,
+        "lr": float(f"{lr:.7g}"),  # on a GPU it is a float32
         "loss": loss,
         "ce" if objective.loss == "CrossEntropy" else "mse": data_term,
         "train_acc1": 100 * correct,
@@ -186,16 +236,16 @@ def clear(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save(folder, epoch, model, optimizer, scheduler):
-    """The epoch's checkpoint, and the state that a resumed run starts from."""
-    save_torch(checkpoint_path(folder, epoch), model.state_dict())
-    state = {
-        "epoch": epoch,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-    }
-    save_torch(folder / "last.pt", state)
+def resume_state(epoch, model, optimizer, scheduler):
+    """What last.pt holds: all that a resumed run starts from."""
+    return copy_state(
+        {
+            "epoch": epoch,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+    )
 
 
 def restore(folder, model, optimizer, scheduler, device):

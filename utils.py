@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,17 +87,60 @@ def set_precision(precision, device):
     torch.backends.cudnn.conv.fp32_precision = mode
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, sums may differ from run to run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def autocast(precision, device):
-    """The context in which the network's body runs."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """The context in which the network's body runs; without a cache of cast weights, for CUDA graphs."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def epoch_generator(seed, epoch, purpose):
     """A CPU generator that depends on nothing but its arguments, so that a resumed run draws the same."""
     words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2)
     return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+class GraphedStep:
+    """`step(rows)` captured as CUDA graphs, one for each length that `rows` will have, and replayed.
+
+    sizes: the lengths. state(): all tensors that a step changes, some of which may come into being in the first
+    step; those are zero before it. A step that is not for keeps warms the device up; the state is then put back,
+    so that training goes as if there had been none. `capture(step, rows)` returns what replays the step.
+    """
+
+    def __init__(self, step, sizes, state, device, capture=None):
+        before = {id(tensor): tensor.clone() for tensor in state()}
+        capture = capture or capture_cuda_graph
+        self.replays = {}
+        for size in sizes:
+            rows = torch.zeros(size, dtype=torch.int64, device=device)
+            self.replays[size] = rows, capture(step, rows)
+        with torch.no_grad():
+            for tensor in state():
+                tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
+
+    def __call__(self, rows):
+        buffer, replay = self.replays[len(rows)]
+        buffer.copy_(rows)
+        replay()
+
+
+def capture_cuda_graph(step, rows):
+    """Captures step(rows) after three of them on a side stream; `rows` and all state keep their addresses."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(rows)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(rows)
+    return graph.replay
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -129,6 +173,40 @@ def save_torch(path, state):
         torch.save(state, file)
 
 
+class Writer:
+    """Writes files in a thread of its own, in order, while training goes on; errors come up at the next call."""
+
+    def __init__(self):
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+
+    def save(self, path, state):
+        """Writes a state that the caller will not change any more; waits for the one before."""
+        self.wait()
+        self.pending = self.thread.submit(save_torch, path, state)
+
+    def wait(self):
+        """Returns when everything is on the disk."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()
+        self.wait()
+
+
+def copy_state(state):
+    """A nested dict or list with its tensors cloned: later steps do not change it."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: copy_state(value) for key, value in state.items()}
+    return [copy_state(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
 def load_torch(path, device="cpu"):
     """Reads a file of tensors and plain values; a pickle that would run code is refused."""
     try:
@@ -141,8 +219,12 @@ def load_torch(path, device="cpu"):
 
 
 def load_weights(model, path, device="cpu"):
-    """Loads a checkpoint into `model`; names the first things that do not fit."""
-    state = load_torch(path, device)
+    """Loads a checkpoint into `model`."""
+    set_weights(model, load_torch(path, device), path)
+
+
+def set_weights(model, state, path):
+    """Puts what a checkpoint holds into `model`; names the first thing that does not fit."""
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: holds no state_dict of a model", FAILED_WORK)
     state = {key: value for key, value in state.items() if not key.startswith("batch_norm.")}  # never used there

@@ -10,6 +10,8 @@ nc_metrics_nominal.csv and so on), and prints a table: measured against theorem,
 
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +33,13 @@ from utils import (
     autocast,
     find_checkpoints,
     is_locked,
-    load_weights,
+    load_torch,
     pick_device,
     read_config,
     read_csv,
     run_script,
     set_precision,
+    set_weights,
     write_csv,
 )
 
@@ -105,9 +108,9 @@ def measure_all(args, measurement, model, device, folder):
         done = set() if args.recompute else measurement.epochs()
         todo = {e: path for e, path in find_checkpoints(folder).items() if e not in done and e not in damaged}
         with Progress(len(todo), "checkpoint") as progress:
-            for epoch, path in todo.items():
+            for epoch, path, load in read_ahead(todo, device):
                 try:
-                    load_weights(model, path, device)
+                    set_weights(model, load(), path)
                     row = measurement.append(epoch)
                     progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
                 except UserError as error:
@@ -117,6 +120,16 @@ def measure_all(args, measurement, model, device, folder):
         if not training:
             return len(damaged)
         time.sleep(WATCH_SECONDS)
+
+
+def read_ahead(checkpoints, device):
+    """Yields (epoch, path, load) of {epoch: path}; load() gives what torch.load reads, begun one step ahead."""
+    with ThreadPoolExecutor(1) as thread:
+        items, ahead = list(checkpoints.items()), deque()
+        for number, (epoch, path) in enumerate(items):
+            while len(ahead) < 2 and number + len(ahead) < len(items):
+                ahead.append(thread.submit(load_torch, items[number + len(ahead)][1], device))
+            yield epoch, path, ahead.popleft().result
 
 
 def wait_for_run(folder):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import Split, batches, crop_and_flip, load_data, profile_counts, random_shifts
+from datasets import Split, crop_and_flip, epoch_order, load_data, profile_counts, random_shifts
 from utils import UserError
 
 COUNTS = [3, 2, 3, 2, 3, 2, 3, 2, 3, 2]
@@ -344,9 +344,8 @@ def numbered(count):
     return Split(images, torch.arange(count), torch.zeros(3))
 
 
-def order(split=None, **options):
-    split = split or numbered(23)
-    return torch.cat([labels for _, labels in batches(split, 5, **{"epoch": 1, "seed": 1} | options)]).tolist()
+def order(**options):
+    return epoch_order(23, **{"epoch": 1, "seed": 1} | options).tolist()
 
 
 def test_an_epoch_is_a_permutation():
@@ -354,13 +353,14 @@ def test_an_epoch_is_a_permutation():
     assert order() == order()
     assert order() != order(epoch=2) and order() != order(seed=2) and order(epoch=2) != order(seed=2)
     assert order(shuffle=False) == list(range(23))
-    assert [len(labels) for _, labels in batches(numbered(23), 5, epoch=1, seed=1)] == [5, 5, 5, 5, 3]
 
 
 def test_images_go_with_their_labels_in_both_memory_formats():
     for memory_format in (torch.contiguous_format, torch.channels_last):
         split = numbered(23).to("cpu", memory_format)
-        for images, labels in batches(split, 5, epoch=3, seed=1):
+        for rows in epoch_order(23, epoch=3, seed=1).split(5):
+            images, labels = split.take(rows)
+            assert torch.equal(labels, rows)
             assert images.is_contiguous(memory_format=memory_format)
             assert torch.equal(images[:, 0, 0, 0], labels.float())
 
@@ -377,7 +377,7 @@ def test_augmentation_is_crop_and_flip():
     """Against a slow loop over one image at a time."""
     images = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     black = torch.tensor([-1.0, -2.0, -3.0])
-    shifts = random_shifts(40, seed=1, epoch=1)
+    shifts = random_shifts(40, epoch=1, seed=1)
     assert shifts[:, :2].min() == 0 and shifts[:, :2].max() == 8 and set(shifts[:, 2].tolist()) == {0, 1}
     found = crop_and_flip(images, shifts, black)
     for image, (top, left, flip), crop in zip(images, shifts.tolist(), found, strict=True):
@@ -387,12 +387,13 @@ def test_augmentation_is_crop_and_flip():
         torch.testing.assert_close(crop, expected.flip(2) if flip else expected, rtol=1e-6, atol=1e-6)
 
 
-def test_augmentation_differs_by_epoch_and_repeats_by_seed():
-    def pixels(**options):
-        split = Split(
-            torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(8), torch.zeros(3)
-        )
-        return next(batches(split, 8, shuffle=False, augment=True, **options))[0]
-
-    assert torch.equal(pixels(epoch=1, seed=1), pixels(epoch=1, seed=1))
-    assert not torch.equal(pixels(epoch=1, seed=1), pixels(epoch=2, seed=1))
+def test_augmentation_differs_by_epoch_and_goes_with_the_image():
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        split = Split(images, torch.arange(8), torch.zeros(3)).to("cpu", memory_format)
+        shifts, others = random_shifts(8, epoch=1, seed=1), random_shifts(8, epoch=2, seed=1)
+        rows = torch.tensor([5, 2])
+        found = split.take(rows, shifts)[0]
+        assert torch.equal(found, crop_and_flip(split.images, shifts, split.black)[rows])
+        assert found.is_contiguous(memory_format=memory_format)
+        assert not torch.equal(found, split.take(rows, others)[0])

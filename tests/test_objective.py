@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from datasets import Split, batches
+from datasets import epoch_order
 from objective import Objective
 
 N, K, D, B = 22, 4, 6, 8  # the last batch of an epoch has 6
@@ -78,10 +78,9 @@ def test_minibatch_gradients_of_an_epoch_average_to_the_full_gradient(problem, l
     objective, variables = make("paper", loss), [head[0].weight, features]
     full = torch.autograd.grad(objective(head(features), features, labels, head)[0], variables)
     mean = [torch.zeros_like(variable) for variable in variables]
-    split = Split(torch.arange(N).view(N, 1, 1, 1), labels, torch.zeros(3))
-    for rows, batch_labels in batches(split, B, epoch=1, seed=1):
-        h = features[rows.flatten()]
-        gradient = torch.autograd.grad(objective(head(h), h, batch_labels, head)[0], variables)
+    for rows in epoch_order(N, epoch=1, seed=1).split(B):
+        h = features[rows]
+        gradient = torch.autograd.grad(objective(head(h), h, labels[rows], head)[0], variables)
         mean = [total + part * len(rows) / N for total, part in zip(mean, gradient, strict=True)]
     for a, b in zip(mean, full, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)

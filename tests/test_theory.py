@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
@@ -38,6 +38,9 @@ def realise(optimum, loss, lambda_w, lambda_h):
     return np.diag(np.sqrt(lambda_h * counts / lambda_w) * norms), np.diag(norms)
 
 
+# The same examples in every run, and no search for a smaller one: minimisation is slow for that.
+REPRODUCIBLE = {"deadline": None, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
+
 # Penalties are drawn by where the largest class lies against its threshold, so that none, some or all collapse.
 problems = st.tuples(
     st.lists(st.integers(1, 500), min_size=2, max_size=12),
@@ -55,13 +58,13 @@ def lambdas_of(counts, log_threshold, log_ratio, loss):
 
 
 @given(problems)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, **REPRODUCIBLE)
 def test_closed_form_is_what_minimisation_finds(problem):
     counts, _, _, loss = problem
     lambda_w, lambda_h = lambdas_of(*problem)
     closed = CLOSED_FORMS[loss](counts, lambda_w, lambda_h)
     edge = sum(counts) ** 2 * lambda_w * lambda_h * (len(counts) / (len(counts) - 1) if loss == "CrossEntropy" else 1)
-    assume(all(abs(n / edge - 1) > 1e-3 for n in counts))  # at the threshold itself the minimum is flat
+    assume(all(abs(n / edge - 1) > 1e-2 for n in counts))  # at the threshold itself the minimum is flat
     found = minimise(counts, lambda_w, lambda_h, loss=loss, starts=4)
     assert found.optimum.loss == pytest.approx(closed.loss, rel=1e-9)
     assert min(found.losses) >= closed.loss * (1 - 1e-12)  # no start goes below the closed form
@@ -71,7 +74,7 @@ def test_closed_form_is_what_minimisation_finds(problem):
 
 
 @given(problems, st.integers(0, 2**32 - 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, **REPRODUCIBLE)
 def test_no_feasible_perturbation_lowers_the_loss(problem, seed):
     counts, _, _, loss = problem
     lambda_w, lambda_h = lambdas_of(*problem)
