@@ -38,6 +38,7 @@ from utils import (
     device_name,
     find_checkpoints,
     git_commit,
+    keep_freed_memory,
     load_torch,
     load_weights,
     read_config,
@@ -55,6 +56,7 @@ def main():
     args = parse_args(__doc__.split("\n")[0])
     folder = run_folder(args)
     check_folder(args, folder)
+    keep_freed_memory()
     device, data, model = set_up(args)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):

@@ -1,0 +1,134 @@
+"""Steps of our loop against the usual one (reference.py), in turn, in each precision.
+
+    python benchmarks/training.py --model MLP          (width 1024, batch 256, N = 30,000)
+    python benchmarks/training.py --model ResNet18     (batch 32)
+
+Also, for the MLP, the rate of a whole epoch of ours against the machine's measured matrix products.
+"""
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+from common import images, in_turn, matmul_rate, ratios, report, setting
+
+from datasets import epoch_order
+from models import build_model
+from objective import make_objective
+from train_1st_order_unbalanced import Record, make_optimizer, make_step
+from utils import pick_device, set_precision
+
+from reference import UsualTraining  # isort: skip
+
+
+class OurTraining:
+    """run(steps) of the repository's own step."""
+
+    def __init__(self, args, data, device):
+        set_precision(args.precision, device)
+        torch.manual_seed(1)
+        memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
+        self.split = data.train.to(device, memory_format)
+        model = build_model(args.model, data.num_classes, bias=False, depth_linear=1, depth_relu=6, width=args.width)
+        model.to(device, memory_format=memory_format).train()
+        objective = make_objective(args, data)
+        optimizer, _ = make_optimizer(args, model, objective, device)
+        self.record = Record(-(-len(self.split) // args.batch_size), device)
+        self.step = make_step(args, self.split, model, objective, optimizer, self.record)
+        self.args, self.epoch, self.rows, self.device = args, 0, iter(()), device
+
+    def run(self, steps):
+        for _ in range(steps):
+            rows = next(self.rows, None)
+            if rows is None:
+                self.epoch += 1
+                self.record.take()
+                order = epoch_order(len(self.split), epoch=self.epoch, seed=1).to(self.device)
+                self.rows = iter(order.split(self.args.batch_size))
+                rows = next(self.rows)
+            self.step(rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="MLP")
+    parser.add_argument("--batch_size", type=int, help="default: 256 for the MLP, else 32")
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--data_dir", help="default: random images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, default=20, help="of a timed run")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV file")
+    options = parser.parse_args()
+    device = pick_device(options.device, 0)
+    data = images(options.data_dir)
+    batch_size = options.batch_size or (256 if options.model == "MLP" else 32)
+
+    precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
+    works, steps = {}, options.steps
+    for precision in precisions:
+        args = setting(options.model, batch_size, width=options.width, precision=precision)
+        if precision == "fp32":
+            torch.manual_seed(1)
+            model = build_model(options.model, 10, bias=False, depth_linear=1, depth_relu=6, width=options.width)
+            usual = UsualTraining(args, data.train, model.to(device), device)
+            works["usual loop, fp32"] = partial(usual.run, steps)
+        works[f"ours, {precision}"] = timed(OurTraining(args, data, device), steps, precision, device)
+    times = in_turn(works, options.pairs, device)
+    usual_times = times["usual loop, fp32"]
+    rows = []
+    for name, spent in times.items():
+        median, least, most = ratios(usual_times, spent)
+        rows.append(
+            {
+                "loop": f"{options.model}, {name}",
+                "batch": batch_size,
+                "ms a step": 1000 * statistics.median(spent) / steps,
+                "times the usual": median,
+                "least": least,
+                "most": most,
+                "pairs": options.pairs,
+            }
+        )
+    report(f"training_{options.model}_{device.type}", rows, device, options.out)
+    if options.model == "MLP":
+        share_of_ceiling(options, batch_size, data, device, precisions)
+
+
+def timed(training, steps, precision, device):
+    """A function for `in_turn`: steps under the precision's switches."""
+
+    def work():
+        set_precision(precision, device)
+        training.run(steps)
+
+    return work
+
+
+def share_of_ceiling(options, batch_size, data, device, precisions):
+    """FLOP/s over whole epochs, matrix products of the layers alone counted, against a large matrix product."""
+    rows, width, count = [], options.width, len(data.train)
+    weights = 3072 * width + 6 * width**2 + 10 * width
+    flops = count * 2 * (3 * weights - 3072 * width)  # forward, two products backward, but none to the images
+    for precision in precisions:
+        args = setting(options.model, batch_size, width=width, precision=precision)
+        training = OurTraining(args, data, device)
+        works = {"epoch": partial(training.run, -(-count // batch_size))}
+        ceiling, rate = [], []
+        for _ in range(3):
+            ceiling.append(matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32))
+            rate.append(flops / in_turn(works, 1, device)["epoch"][0])
+        rows.append(
+            {
+                "epoch": f"{options.model}, {precision}",
+                "GFLOP/s": statistics.median(rate) / 1e9,
+                "matrix product, GFLOP/s": statistics.median(ceiling) / 1e9,
+                "share": statistics.median(rate) / statistics.median(ceiling),
+            }
+        )
+    report(f"ceiling_{options.model}_{device.type}", rows, device, options.out)
+
+
+if __name__ == "__main__":
+    main()
