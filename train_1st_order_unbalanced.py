@@ -1,6 +1,6 @@
 """Trains a classifier on an imbalanced subset of a data set, far past zero training error.
 
-The paper's MLP on CIFAR-10 (on a GPU; about 370 checkpoints of 38 MB), and its measurement afterwards:
+The paper's MLP on CIFAR-10 (on a GPU; 401 checkpoints of 38 MB), and its measurement afterwards:
 
     CUDA_VISIBLE_DEVICES=0 python train_1st_order_unbalanced.py --model MLP \\
         --no-bias --dataset cifar10 --depth_relu 6 --depth_linear 1 --width 1024 --seed 1 \\
@@ -11,7 +11,6 @@ The paper's MLP on CIFAR-10 (on a GPU; about 370 checkpoints of 38 MB), and its 
 Writes config.json, train_log.jsonl, epoch_*.pth and last.pt into model_weights/<run name>/.
 """
 
-import contextlib
 import os
 import platform
 import shutil
@@ -46,6 +45,7 @@ from utils import (
     run_lock,
     run_script,
     write_json,
+    write_log,
 )
 from validate_NC_unbalanced import Measurement, set_up
 
@@ -234,8 +234,8 @@ def clear(folder):
         path.unlink()
     for name in ("config.json", "train_log.jsonl", "last.pt"):
         (folder / name).unlink(missing_ok=True)
-    for path in [*folder.glob("geometry*"), folder / "figures"]:
-        shutil.rmtree(path, ignore_errors=True)
+    for name in ("geometry", "geometry_nominal", "geometry_released", "figures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def resume_state(epoch, model, optimizer, scheduler):
@@ -256,16 +256,13 @@ def restore(folder, model, optimizer, scheduler, device):
     Batches depend on (seed, epoch) alone, so there is no generator to restore.
     """
     if not (folder / "last.pt").exists():
+        write_log(folder, [])
         return 0
     state = load_torch(folder / "last.pt", device)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    kept = [line for line in read_log(folder) if line["epoch"] <= state["epoch"]]
-    with contextlib.suppress(FileNotFoundError):
-        (folder / "train_log.jsonl").unlink()
-    for line in kept:
-        append_line(folder / "train_log.jsonl", line)
+    write_log(folder, [line for line in read_log(folder) if line["epoch"] <= state["epoch"]])
     return state["epoch"]
 
 
@@ -301,6 +298,9 @@ def announce(args, data, model, device, folder, epoch):
     print(f"{min(data.class_counts)} to {max(data.class_counts)} each; {len(data.test)} test images")
     print(f"model      {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"device     {device_name(device)}, {args.precision}")
+    if epoch >= args.epochs:
+        print(f"epochs     {epoch} are done: raise --epochs to go on", flush=True)
+        return
     print(f"epochs     {epoch + 1} to {args.epochs}, {-(-len(data.train) // args.batch_size)} steps each")
     print(f"disk       {left} checkpoints, {left * size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free", flush=True)
     if 4 * size + left * size > free:

@@ -300,6 +300,12 @@ def read_log(folder):
     return lines
 
 
+def write_log(folder, lines):
+    """Writes train_log.jsonl anew."""
+    with atomic_write(Path(folder) / "train_log.jsonl", "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def append_line(path, value):
     with open(path, "a") as file:
         file.write(json.dumps(value) + "\n")

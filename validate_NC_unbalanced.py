@@ -62,6 +62,9 @@ def main():
     if not find_checkpoints(folder) and not args.watch:
         raise UserError(f"{folder}: no epoch_*.pth in it; train with the same flags first, or give --load_path")
 
+    if args.precision == "tf32" and "precision" not in args.given and not torch.cuda.is_available():
+        print("the run was trained in tf32, which needs a GPU: measured in fp32")
+        args.precision = "fp32"
     device, data, model = set_up(args)
     measurement = Measurement(args, data, model, make_objective(args, data), device, folder)
     if measurement.reason:
