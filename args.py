@@ -21,6 +21,7 @@ TRAINING_FLAGS = (
     "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle "
     "clip_grad_norm precision seed init_from"
 ).split()
+THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}  # of CSV and geometry
 MLP_FLAGS = ["depth_relu", "width"]  # no other model has them
 FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset imagefolder
 
@@ -143,7 +144,7 @@ def make_parser(description=None):
         "--n_max",
         type=count,
         metavar="N",
-        help="images of the largest class with balanced, exp:R and step:R (default: all there are)",
+        help="images of the largest class with balanced, exp:R and step:R (default: as many as there are)",
     )
     data.add_argument(
         "--class_counts",
@@ -213,7 +214,10 @@ def make_parser(description=None):
         "--seed", type=number(int, 0, high=2**63 - 1), default=1, metavar="N", help="of weights and batches"
     )
     training.add_argument(
-        "--init_from", type=folder, metavar="FILE", help="checkpoint with the first weights (default: random)"
+        "--init_from",
+        type=lambda text: str(Path(text).expanduser().resolve()),
+        metavar="FILE",
+        help="checkpoint with the first weights (default: random)",
     )
 
     machine = parser.add_argument_group("machine")
@@ -225,7 +229,8 @@ def make_parser(description=None):
         "--precision",
         choices=["fp32", "tf32", "bf16"],
         default="fp32",
-        help="arithmetic of the network's body; weights, head, loss and penalties stay fp32",
+        help="bf16: the network's body, while weights, head, loss and penalties stay fp32; tf32: all products and "
+        "convolutions of the GPU",
     )
 
     machine.add_argument(
@@ -262,7 +267,7 @@ def make_parser(description=None):
     )
     measuring.add_argument(
         "--theory",
-        choices=["objective", "nominal", "released"],
+        choices=THEORY_SUFFIXES,
         default="objective",
         help="optimum to compare with: of the problem that is minimised; the closed form at the flags' own "
         "decays; the released code's formula",

@@ -186,7 +186,7 @@ def profile_counts(profile, available, n_max=None):
     profile: "all", "balanced", "exp:R" or "step:R", R = n_max/n_min, as in LDAM (Cao et al., 2019, section 4):
         class 0 the largest, exp n_k = n_max R^(-k/(K-1)), step n_max/R for the second half of the classes.
     available: images there are of each class, (K,).
-    n_max: images of the largest class; default: all there are (balanced: of the scarcest class).
+    n_max: images of the largest class; default: as many as there are enough images for in every class.
     """
     num_classes = len(available)
     kind, _, ratio = profile.partition(":")
@@ -194,11 +194,12 @@ def profile_counts(profile, available, n_max=None):
         return list(available)
     if kind == "balanced":
         return [n_max or min(available)] * num_classes
-    n_max, ratio = n_max or available[0], float(ratio)
+    ratio = float(ratio)
     if kind == "exp":
         powers = [k / (num_classes - 1) for k in range(num_classes)]
     else:
         powers = [0.0] * (num_classes // 2) + [1.0] * (num_classes - num_classes // 2)
+    n_max = n_max or int(min(count * ratio**power for count, power in zip(available, powers, strict=True)) + 1e-9)
     return [int(n_max * ratio**-power + 1e-9) for power in powers]  # 1e-9: 500 / 10 is 50, not 49.999...
 
 

@@ -8,8 +8,9 @@ and the head's matrix W (K, d) only. No d x d matrix is formed anywhere. All res
     for features, labels in batches: statistics.update_within(features, labels)     # second pass: NC1, CDNV, NC4
     row = nc_metrics(statistics, weight, optimum)
 
-mu_k is the mean of class k, mu_G the mean of all samples, H = [mu_1 ... mu_K] (d, K), and the distance of two
-matrices is dist(A, B) = |A/|A| - B/|B|| in Frobenius norms.
+One pass is enough for all but NC1, CDNV and NC4, which are NaN without the second. mu_k is the mean of class k, mu_G
+the mean of all samples, H = [mu_1 ... mu_K] (d, K), and the distance of two matrices is
+dist(A, B) = |A/|A| - B/|B|| in Frobenius norms.
 """
 
 import math
@@ -155,6 +156,8 @@ def nc1(statistics):
 
     Papyan, Han and Donoho (2020), section 2; exact in the span of the centred class means, never negative.
     """
+    if statistics.basis is None:
+        return math.nan
     return float(statistics.projected_sum / statistics.counts.sum() / statistics.num_classes)
 
 
@@ -196,14 +199,15 @@ def classical_metrics(statistics, weight):
     """
     means, counts = statistics.means, statistics.counts
     centred = means - counts @ means / counts.sum()
-    variances = statistics.within_sums / counts
+    second_pass = statistics.basis is not None
+    variances = statistics.within_sums / counts if second_pass else torch.full_like(counts, math.nan)
     pairs = torch.triu_indices(len(means), len(means), offset=1, device=means.device)
     separations = squared_distances(means)[pairs[0], pairs[1]]
     return {
         "cv_mean_norms": coefficient_of_variation(centred.norm(dim=1)),
         "cv_classifier_norms": coefficient_of_variation(weight.norm(dim=1)),
         "self_duality": distance(weight, centred),
-        "NC4": float(statistics.disagreements / counts.sum()),
+        "NC4": float(statistics.disagreements / counts.sum()) if second_pass else math.nan,
         "CDNV": ((variances[pairs[0]] + variances[pairs[1]]) / (2 * separations)).mean().item(),
     }
 

@@ -5,13 +5,13 @@
 Writes figures/nc_curves and figures/theorem, each as PDF and PNG, into every run's folder.
 """
 
-import argparse
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from args import THEORY_SUFFIXES, Help, Parser
 from utils import UserError, read_csv, run_script
 
 TEXT_WIDTH = 6.75  # inches: the width of a two-column page
@@ -30,6 +30,7 @@ STYLE = {
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
+FIGURES, KINDS = ("nc_curves", "theorem"), ("pdf", "png")
 CURVES = [  # a panel each: title, and its columns with label, colour and marker
     ("NC1", [("NC1", r"tr$(\Sigma_W\Sigma_B^\dagger)/K$", BLUE, "o")]),
     (
@@ -45,10 +46,12 @@ CURVES = [  # a panel each: title, and its columns with label, colour and marker
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was validated")
-    for folder in parser.parse_args().runs:
-        for path in draw(folder):
+    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
+    args = parser.parse_args()
+    for folder in args.runs:
+        for path in draw(folder, THEORY_SUFFIXES[args.theory]):
             print(path)
 
 
@@ -59,6 +62,9 @@ def draw(folder, suffix=""):
     rows = read_csv(folder / f"nc_metrics{suffix}.csv")
     if not rows:
         raise UserError(f"{folder}: no rows in nc_metrics{suffix}.csv; run validate_NC_unbalanced.py first")
+    missing = {column for _, columns in CURVES for column, *_ in columns} - set(rows[0])
+    if missing:
+        raise UserError(f"{folder}/nc_metrics{suffix}.csv: no column {min(missing)}; measure again with --recompute")
     figures = {"nc_curves": nc_curves(rows)}
     geometry_file = folder / f"geometry{suffix}" / f"epoch_{int(rows[-1]['epoch']):03d}.npz"
     if geometry_file.exists():
@@ -69,7 +75,7 @@ def draw(folder, suffix=""):
     written = []
     (folder / "figures").mkdir(exist_ok=True)
     for name, figure in figures.items():
-        for kind in ("pdf", "png"):
+        for kind in KINDS:
             written.append(folder / "figures" / f"{name}{suffix}.{kind}")
             figure.savefig(written[-1])
     return written

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 
 from args import Help, Parser, class_counts, number
 from plot_nc import BLUE, ORANGE, STYLE, TEXT_WIDTH
-from theory import cross_entropy_optimum, minimise, mse_optimum
+from theory import collapse_threshold, cross_entropy_optimum, minimise, mse_optimum
 from utils import Progress, UserError, run_script
 
 CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}
-THRESHOLD_FACTORS = {"CrossEntropy": lambda num_classes: num_classes / (num_classes - 1), "MSE": lambda _: 1.0}
+NOT_OF_PHASES = "weight_decay feature_decay_rate bias no_relu dim level restarts json".split()
 ZERO = 1e-6  # |h_k|^2 of a class at zero, in units of sqrt(lambda_W / (lambda_H n_k)): that of a margin of about one
 
 
@@ -29,6 +29,10 @@ def main():
     args = make_parser().parse_args()
     if args.bias_decay and not args.bias:
         raise UserError("--bias_decay: only with --bias")
+    if args.phase_diagram:
+        other = [name for name in NOT_OF_PHASES if getattr(args, name) != make_parser().get_default(name)]
+        if other:
+            raise UserError(f"--phase_diagram takes --class_counts, --loss, --grid and --seed, not --{other[0]}")
     try:
         if args.phase_diagram:
             for path in phase_diagram(args):
@@ -157,7 +161,7 @@ def phase_diagram(args):
     num_classes, n_max = len(args.class_counts), max(args.class_counts)
     ratios = np.geomspace(1, n_max, args.grid)
     profiles = [n_max * ratio ** -np.linspace(0, 1, num_classes) for ratio in ratios]
-    edges = np.array([threshold(counts, args.loss) for counts in profiles])
+    edges = np.array([collapse_threshold(counts, args.loss) for counts in profiles])
     products = np.geomspace(edges.min() / 10, edges.max() * 10, args.grid)
     collapsed = np.zeros((args.grid, args.grid), bool)
     with Progress(collapsed.size, "problem") as progress:
@@ -174,11 +178,6 @@ def phase_diagram(args):
         for path in paths:
             figure.savefig(path)
     return paths
-
-
-def threshold(counts, loss):
-    """lambda_W lambda_H above which the smallest class collapses (closed forms in theory.py)."""
-    return min(counts) / (sum(counts) ** 2 * THRESHOLD_FACTORS[loss](len(counts)))
 
 
 @matplotlib.rc_context(STYLE)

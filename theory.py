@@ -104,6 +104,13 @@ def mse_optimum(class_counts, lambda_w, lambda_h):
     )
 
 
+def collapse_threshold(class_counts, loss="CrossEntropy"):
+    """lambda_W lambda_H from which on the smallest class collapses, h_k = 0: the closed forms' conditions on n_k."""
+    counts = check(class_counts, 1.0, 1.0)
+    shrink = len(counts) / (len(counts) - 1) if loss == "CrossEntropy" else 1.0
+    return (counts.min() / (counts.sum().square() * shrink)).item()
+
+
 def self_duality(class_counts):
     """D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m."""
     roots = torch.as_tensor(class_counts, dtype=torch.float64).sqrt()

@@ -24,6 +24,7 @@ import torch
 from args import adopt_config, config_flags, parse_args, run_folder
 from datasets import epoch_order, random_shifts
 from objective import make_objective
+from plot_nc import FIGURES, KINDS
 from utils import (
     FAILED_WORK,
     GraphedStep,
@@ -40,14 +41,18 @@ from utils import (
     keep_freed_memory,
     load_torch,
     load_weights,
+    one_line,
     read_config,
+    read_csv,
     read_log,
     run_lock,
     run_script,
+    set_weights,
+    write_csv,
     write_json,
     write_log,
 )
-from validate_NC_unbalanced import Measurement, set_up
+from validate_NC_unbalanced import THEORY_SUFFIXES, Measurement, check_counts, set_up
 
 RESUME_SECONDS = 20  # least time from one last.pt, thrice a checkpoint's size, to the next
 
@@ -58,11 +63,10 @@ def main():
     check_folder(args, folder)
     keep_freed_memory()
     device, data, model = set_up(args)
+    check_counts(read_config(folder) if args.resume else None, data, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock(folder):
         check_folder(args, folder)  # again, now that no other process can write there
-        if args.force:
-            clear(folder)
         train(args, data, model, device, folder)
 
 
@@ -73,15 +77,21 @@ def main():
 
 def train(args, data, model, device, folder):
     """Runs the epochs that are left, and writes the files of the run."""
-    if args.init_from:
+    resumed = args.resume and (folder / "last.pt").exists()
+    if args.init_from and not resumed:
         load_weights(model, args.init_from, device)
     objective = make_objective(args, data)
     optimizer, scheduler = make_optimizer(args, model, objective, device)
-    epoch = restore(folder, model, optimizer, scheduler, device) if args.resume else 0
-    write_config(args, data, model, objective, device, folder)
-    announce(args, data, model, device, folder, epoch)
-    measurement = Measurement(args, data, model, objective, device, folder) if args.nc_every else None
     wandb_run = start_wandb(args, folder) if args.wandb else None
+    if args.force:
+        clear(folder)  # now that all that the new run needs is there
+    epoch = restore(folder, model, optimizer, scheduler, device) if resumed else 0
+    cut_back(folder, epoch)
+    announce(args, data, model, device, folder, epoch)
+    if epoch >= args.epochs:
+        return
+    write_config(args, data, model, objective, device, folder)
+    measurement = Measurement(args, data, model, objective, device, folder) if args.nc_every else None
 
     count = len(data.train)
     shifts = torch.zeros(count, 3, dtype=torch.int64, device=device) if args.data_augmentation else None
@@ -160,7 +170,7 @@ class Record:
         correct = (logits.argmax(1) == labels).sum()
         row = torch.stack([loss * len(labels), data_term * len(labels), correct])
         self.sums.index_copy_(0, self.position, row[None].double())
-        self.position += 1
+        self.position.add_(1).remainder_(len(self.sums))
 
     def take(self):
         """The epoch's rows (steps, 3) on the CPU; the next epoch starts anew."""
@@ -174,7 +184,7 @@ class Record:
 def make_optimizer(args, model, objective, device):
     """The optimizer, one fused kernel a step, and the schedule of its learning rate, stepped once an epoch."""
     # In a CUDA graph the learning rate is read from the device, and the optimizer's step counts are there too.
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type == "cuda" and args.cuda_graph
     lr = torch.tensor(args.lr, device=device) if on_gpu else args.lr
     common = {"lr": lr, "weight_decay": objective.optimizer_decay, "fused": True}
     if args.optimizer == "Adam":
@@ -222,20 +232,26 @@ def due(epoch, every, epochs):
 
 def check_folder(args, folder):
     """Stops where an earlier run would be overwritten or contradicted."""
-    if args.resume and (config := read_config(folder)):
+    config = read_config(folder) if args.resume else None
+    if config:
         adopt_config(args, config, folder)
-    elif find_checkpoints(folder) and not args.force and not args.resume:
+    elif args.resume and find_checkpoints(folder):
+        raise UserError(f"{folder} holds checkpoints without a config.json: no run to resume; give --save_path")
+    elif find_checkpoints(folder) and not args.force:
         raise UserError(f"{folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path")
 
 
 def clear(folder):
     """Deletes what an earlier run wrote, and nothing else."""
-    for path in [*find_checkpoints(folder).values(), *folder.glob("nc_metrics*.csv")]:
-        path.unlink()
-    for name in ("config.json", "train_log.jsonl", "last.pt"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("geometry", "geometry_nominal", "geometry_released", "figures"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    written = [
+        *find_checkpoints(folder).values(),
+        *(folder / name for name in ("config.json", "train_log.jsonl", "last.pt")),
+    ]
+    for suffix in THEORY_SUFFIXES.values():
+        written += [folder / f"nc_metrics{suffix}.csv", *folder.glob(f"geometry{suffix}/epoch_*.npz")]
+        written += [folder / "figures" / f"{name}{suffix}.{kind}" for name in FIGURES for kind in KINDS]
+    for path in written:
+        path.unlink(missing_ok=True)
 
 
 def resume_state(epoch, model, optimizer, scheduler):
@@ -251,23 +267,41 @@ def resume_state(epoch, model, optimizer, scheduler):
 
 
 def restore(folder, model, optimizer, scheduler, device):
-    """Loads last.pt and cuts the log to its epoch, which it returns; 0 where there is none.
+    """Loads last.pt, and returns its epoch. Batches depend on (seed, epoch) alone: there is no generator to restore."""
+    path = folder / "last.pt"
+    state = load_torch(path, device)
+    kinds = [{name: group.get(name) for name in ("lr", "capturable")} for group in optimizer.param_groups]
+    try:
+        set_weights(model, state["model"], path)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        epoch = state["epoch"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not the state of a run with these flags ({one_line(error)})", FAILED_WORK) from None
+    for group, kind in zip(optimizer.param_groups, kinds, strict=True):  # as this device wants them, not the last one
+        lr = float(group["lr"])
+        group["lr"] = torch.full_like(kind["lr"], lr) if isinstance(kind["lr"], torch.Tensor) else lr
+        if "capturable" in group:
+            group["capturable"] = kind["capturable"]
+    return epoch
 
-    Batches depend on (seed, epoch) alone, so there is no generator to restore.
-    """
-    if not (folder / "last.pt").exists():
-        write_log(folder, [])
-        return 0
-    state = load_torch(folder / "last.pt", device)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    write_log(folder, [line for line in read_log(folder) if line["epoch"] <= state["epoch"]])
-    return state["epoch"]
+
+def cut_back(folder, epoch):
+    """Drops log lines and rows of later epochs, which are to be run again."""
+    if (folder / "train_log.jsonl").exists():
+        write_log(folder, [line for line in read_log(folder) if line["epoch"] <= epoch])
+    for suffix in THEORY_SUFFIXES.values():
+        path = folder / f"nc_metrics{suffix}.csv"
+        if rows := read_csv(path):
+            kept = [row for row in rows if row["epoch"] <= epoch]
+            write_csv(path, kept) if kept else path.unlink()
 
 
 def write_config(args, data, model, objective, device, folder):
-    """Everything that says what the run is."""
+    """Everything that says what the run is; a resumed run keeps what it began with, but for its flags."""
+    if args.resume and (config := read_config(folder)):
+        write_json(folder / "config.json", config | {"flags": config["flags"] | {"epochs": args.epochs}})
+        return
     decays = objective.effective_decays() or (None, None)
     config = {
         "flags": config_flags(args),
@@ -299,7 +333,7 @@ def announce(args, data, model, device, folder, epoch):
     print(f"model      {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(f"device     {device_name(device)}, {args.precision}")
     if epoch >= args.epochs:
-        print(f"epochs     {epoch} are done: raise --epochs to go on", flush=True)
+        print(f"epochs     {epoch} are done; a larger --epochs goes on", flush=True)
         return
     print(f"epochs     {epoch + 1} to {args.epochs}, {-(-len(data.train) // args.batch_size)} steps each")
     print(f"disk       {left} checkpoints, {left * size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free", flush=True)

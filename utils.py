@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +43,9 @@ def run_script(main):
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = 130
-    except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise  # not of the machine, but of this code
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
         status = FAILED_WORK
     sys.exit(status)
@@ -67,6 +70,7 @@ def pick_device(device, gpu_id):
         raise UserError("this machine has no usable GPU: give --device cpu, without --gpu_id")
     if gpu_id >= gpus:
         raise UserError(f"--gpu_id {gpu_id}: this machine shows {gpus} GPUs, numbered from 0")
+    torch.cuda.set_device(gpu_id)  # CUDA graphs and streams are of the current device
     return torch.device("cuda", gpu_id)
 
 
@@ -145,7 +149,7 @@ def capture_cuda_graph(step, rows):
     """Captures step(rows) after three of them on a side stream; `rows` and all state keep their addresses."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), warnings.catch_warnings(action="ignore"):  # capturable Adam wants a graph
         for _ in range(3):
             step(rows)
     torch.cuda.current_stream().wait_stream(side)
@@ -280,7 +284,7 @@ def read_config(folder):
         return None
     try:
         config = json.loads(path.read_text())
-        if not isinstance(config["flags"], dict):
+        if not (isinstance(config["flags"], dict) and isinstance(config["class_counts"], list)):
             raise TypeError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: damaged, not a run's config") from None
@@ -339,6 +343,14 @@ def cell(value):
     if math.isnan(value):
         return ""
     return int(value) if float(value).is_integer() else value
+
+
+@contextlib.contextmanager
+def file_lock(path):
+    """Waits for, and holds, a lock that dies with its holder: what is read and written in it stays together."""
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

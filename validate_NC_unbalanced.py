@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from args import adopt_config, parse_args, run_folder
+from args import THEORY_SUFFIXES, adopt_config, parse_args, run_folder
 from datasets import load_data
 from models import build_model
 from models.classifier import head_weight
@@ -31,6 +31,7 @@ from utils import (
     UserError,
     atomic_write,
     autocast,
+    file_lock,
     find_checkpoints,
     is_locked,
     load_torch,
@@ -62,10 +63,11 @@ def main():
     if not find_checkpoints(folder) and not args.watch:
         raise UserError(f"{folder}: no epoch_*.pth in it; train with the same flags first, or give --load_path")
 
-    if args.precision == "tf32" and "precision" not in args.given and not torch.cuda.is_available():
-        print("the run was trained in tf32, which needs a GPU: measured in fp32")
+    if args.precision == "tf32" and pick_device(args.device, args.gpu_id).type == "cpu":
+        print("tf32 needs a GPU: measured in fp32")
         args.precision = "fp32"
     device, data, model = set_up(args)
+    check_counts(config, data, folder)
     measurement = Measurement(args, data, model, make_objective(args, data), device, folder)
     if measurement.reason:
         print(f"columns {', '.join(THEORY_COLUMNS)} stay empty: {measurement.reason}")
@@ -103,23 +105,32 @@ def set_up(args):
     return device, data, model.to(device, memory_format=memory_format)
 
 
+def check_counts(config, data, folder):
+    """Stops where the images are not as many as those of the run's config."""
+    if config and config["class_counts"] != data.class_counts:
+        raise UserError(
+            f"{folder}/config.json: the run was trained on {config['class_counts']} images of its classes, "
+            f"--data_dir has {data.class_counts}"
+        )
+
+
 def measure_all(args, measurement, model, device, folder):
     """Measures the checkpoints that have no row yet, with --watch until training ends; counts damaged ones."""
-    damaged = set()
+    damaged, measured = set(), set()
     while True:
         training = args.watch and is_locked(folder)  # asked before the look at the folder: its last file is seen
-        done = set() if args.recompute else measurement.epochs()
+        done = measured if args.recompute else measurement.epochs()
         todo = {e: path for e, path in find_checkpoints(folder).items() if e not in done and e not in damaged}
         with Progress(len(todo), "checkpoint") as progress:
             for epoch, path, load in read_ahead(todo, device):
                 try:
                     set_weights(model, load(), path)
                     row = measurement.append(epoch)
+                    measured.add(epoch)
                     progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
                 except UserError as error:
-                    print(f"skipped: {error}", file=sys.stderr)
+                    print(f"skipped: epoch {epoch}: {error}", file=sys.stderr)
                     damaged.add(epoch)
-        args.recompute = False
         if not training:
             return len(damaged)
         time.sleep(WATCH_SECONDS)
@@ -154,13 +165,15 @@ class Measurement:
 
     def __init__(self, args, data, model, objective, device, folder):
         self.data, self.model, self.device, self.precision = data, model, device, args.precision
-        self.suffix = "" if args.theory == "objective" else f"_{args.theory}"
+        self.suffix = THEORY_SUFFIXES[args.theory]
         self.csv = Path(folder) / f"nc_metrics{self.suffix}.csv"
         self.geometry_folder = Path(folder) / f"geometry{self.suffix}"
         self.optimum, self.reason = find_optimum(args, objective, data.class_counts, head_weight(model).shape[1])
-        self.rows = [] if args.recompute else read_csv(self.csv)
+        self.rows = read_csv(self.csv)
 
     def epochs(self):
+        """Epochs that have a row, by whichever process."""
+        self.rows = read_csv(self.csv)
         return {int(row["epoch"]) for row in self.rows}
 
     def append(self, epoch):
@@ -170,8 +183,10 @@ class Measurement:
         self.geometry_folder.mkdir(exist_ok=True)
         with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
             np.savez(file, class_counts=self.data.class_counts, **{name: part.numpy() for name, part in parts.items()})
-        self.rows = sorted([*(r for r in self.rows if r["epoch"] != epoch), row], key=lambda r: r["epoch"])
-        write_csv(self.csv, self.rows)
+        with file_lock(self.csv.with_name(f".{self.csv.name}.lock")):  # training and validate --watch both add rows
+            others = [other for other in read_csv(self.csv) if other["epoch"] != epoch]
+            self.rows = sorted([*others, row], key=lambda other: other["epoch"])
+            write_csv(self.csv, self.rows)
         return row
 
     @torch.inference_mode()
@@ -187,6 +202,8 @@ class Measurement:
         for logits, features, labels in passes:
             statistics.update(features, labels)
             correct += (logits.argmax(1) == labels).sum()
+        if not statistics.means.isfinite().all():
+            raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
         for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
             statistics.update_within(features, labels, logits.argmax(1))
         test_correct = sum((logits.argmax(1) == labels).sum() for logits, _, labels in self.forward(self.data.test))
@@ -202,6 +219,8 @@ class Measurement:
 
     def forward(self, split):
         """Yields (logits, features, labels) of a split in order, batch by batch."""
+        if not len(split):
+            return
         for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
             with autocast(self.precision, self.device):
                 logits, features = self.model(images)

@@ -314,6 +314,8 @@ def test_a_class_with_too_few_images_is_named():
         ("step:10", [5000] * 10, 500, [500] * 5 + [50] * 5),
         ("step:4", [40, 40, 40], None, [40, 10, 10]),
         ("exp:1", [7, 7], None, [7, 7]),
+        ("step:4", [178, 182, 177, 183, 40], None, [160, 160, 40, 40, 40]),  # every class has enough
+        ("exp:10", [100, 20, 9], None, [63, 19, 6]),
     ],
 )
 def test_profiles(profile, available, n_max, expected):

@@ -266,6 +266,18 @@ def test_batches_do_not_matter():
         assert row == pytest.approx(rows[0], rel=1e-9, nan_ok=True)
 
 
+def test_one_pass_gives_all_but_three_columns():
+    features, labels, weight = samples([5, 16, 27], 8)
+    both = nc_metrics(
+        statistics_of(features, labels, 3), torch.from_numpy(weight), mse_optimum([5, 16, 27], 1e-3, 1e-3)
+    )
+    statistics = ClassStatistics(3)
+    statistics.update(torch.from_numpy(features), torch.from_numpy(labels))
+    one = nc_metrics(statistics, torch.from_numpy(weight), mse_optimum([5, 16, 27], 1e-3, 1e-3))
+    assert {name for name, value in one.items() if math.isnan(value)} == {"NC1", "NC4", "CDNV"}
+    assert all(one[name] == pytest.approx(both[name], rel=1e-12) for name in one if not math.isnan(one[name]))
+
+
 def test_a_class_without_samples_is_an_error():
     statistics = ClassStatistics(3)
     statistics.update(torch.rand(4, 5), torch.tensor([0, 1, 1, 0]))

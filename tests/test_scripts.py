@@ -331,6 +331,69 @@ def test_wrong_input_is_one_line(train, validate, tmp_path):
     assert not list(tmp_path.glob("nan/epoch_*"))
 
 
+def test_force_keeps_the_old_run_until_the_new_one_can_start(train, tmp_path):
+    train(*TINY, "--save_path", "run")
+    train(*TINY, "--save_path", "run", "--force", "--init_from", "nothing.pth", status=2)
+    assert (tmp_path / "run" / "epoch_002.pth").exists()
+    (tmp_path / "run" / "nc_metrics_mine.csv").write_text("mine")
+    train(*TINY, "--save_path", "run", "--force", "--init_from", "run/epoch_002.pth", "--epochs", 1)
+    assert not (tmp_path / "run" / "epoch_002.pth").exists() and (tmp_path / "run" / "nc_metrics_mine.csv").exists()
+    (tmp_path / "run" / "epoch_001.pth").rename(tmp_path / "elsewhere.pth")
+    train(*TINY, "--save_path", "run", "--resume", "--epochs", 2)  # what it began with is not asked for again
+
+
+def test_resume_does_not_overwrite_what_it_cannot_resume(train, tmp_path):
+    train(*TINY, "--save_path", "run")
+    for name in ("last.pt", "config.json"):
+        (tmp_path / "run" / name).unlink()
+    _, error = train(*TINY, "--save_path", "run", "--resume", status=2)
+    assert "holds checkpoints without a config.json" in error
+
+
+def test_resume_of_a_finished_run_changes_nothing(train, tmp_path):
+    train(*TINY, "--save_path", "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    out, _ = train(*TINY, "--save_path", "run", "--resume")
+    assert "2 are done; a larger --epochs goes on" in out
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_rows_of_training_survive_validation(train, validate, tmp_path):
+    """Rows of epochs without a checkpoint are kept by --recompute."""
+    train(*TINY, "--epochs", 5, "--save_every", 4, "--nc_every", 1, "--save_path", "run")
+    before = (tmp_path / "run" / "nc_metrics.csv").read_text()
+    validate("--load_path", "run", "--recompute")
+    assert (tmp_path / "run" / "nc_metrics.csv").read_text() == before and before.count("\n") == 6
+
+
+def test_other_images_are_refused(train, validate, tmp_path):
+    write_folder(tmp_path / "a", train=4)
+    write_folder(tmp_path / "b", train=5)
+    flags = ["--dataset", "imagefolder", "--width", 8, "--epochs", 1, "--save_path", "run"]
+    train(*flags, "--data_dir", "a")
+    _, error = validate("--load_path", "run", "--data_dir", "b", status=2)
+    assert "trained on [4, 4, 4] images of its classes, --data_dir has [5, 5, 5]" in error
+    _, error = train(*flags, "--data_dir", "b", "--resume", "--epochs", 2, status=2)
+    assert "trained on [4, 4, 4] images" in error
+
+
+def test_features_that_overflow_are_skipped(train, validate, tmp_path):
+    train(*TINY, "--save_path", "run")
+    path = tmp_path / "run" / "epoch_001.pth"
+    torch.save({key: value * 1e20 for key, value in weights(path).items()}, path)
+    _, error = validate("--load_path", "run", status=1)
+    assert "skipped: epoch 1: the features overflow" in error
+    assert [row["epoch"] for row in rows_of(tmp_path / "run" / "nc_metrics.csv")] == ["2"]
+
+
+def test_an_empty_test_set_leaves_its_accuracy_empty(train, validate, tmp_path):
+    counts = ["--class_counts", "178,182,177,183,181,182,181,179,174,180"]
+    train(*TINY, *counts, "--epochs", 1, "--save_path", "run")
+    validate("--load_path", "run")
+    row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
+    assert [name for name, cell in row.items() if not cell] == ["test_acc1"]
+
+
 def test_watch_measures_a_finished_run_and_ends(train, validate, tmp_path):
     train(*TINY, "--save_path", "run")
     validate("--load_path", "run", "--watch")

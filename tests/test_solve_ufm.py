@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from solve_ufm import phase_diagram, threshold
-from theory import cross_entropy_optimum
+from solve_ufm import phase_diagram
+from theory import collapse_threshold, cross_entropy_optimum
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def test_json_of_every_sample(solve):
         (["--dim", 2], "d = 2 < K = 10"),
         (["--bias_decay", 1], "--bias_decay: only with --bias"),
         (["--level", "batch"], "invalid choice"),
+        (["--phase_diagram", "x", "--bias"], "--phase_diagram takes --class_counts"),
     ],
 )
 def test_wrong_input_is_one_line(solve, flags, words):
@@ -83,4 +84,4 @@ def test_phase_diagram(tmp_path, loss, monkeypatch):
     assert np.array_equal(drawn["collapsed"], above)
     assert above.any() and not above.all()
     assert drawn["edges"][0] == pytest.approx(50 / (200**2 * (4 / 3 if loss == "CrossEntropy" else 1)))
-    assert threshold([50, 50, 50, 50], loss) == drawn["edges"][0]
+    assert collapse_threshold([50, 50, 50, 50], loss) == drawn["edges"][0]
