@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from args import adopt_config, config_flags, parse_args, run_folder
+from args import LOCAL_FLAGS, adopt_config, config_flags, parse_args, run_folder
 from datasets import epoch_order, random_shifts
 from objective import make_objective
 from plot_nc import FIGURES, KINDS
@@ -54,6 +54,7 @@ from utils import (
 )
 from validate_NC_unbalanced import THEORY_SUFFIXES, Measurement, check_counts, set_up
 
+RESULTS = ("train_log.jsonl", "nc_metrics.csv")  # of a run, beside its checkpoints
 RESUME_SECONDS = 20  # least time from one last.pt, thrice a checkpoint's size, to the next
 
 
@@ -237,7 +238,7 @@ def check_folder(args, folder):
         adopt_config(args, config, folder)
     elif args.resume and find_checkpoints(folder):
         raise UserError(f"{folder} holds checkpoints without a config.json: no run to resume; give --save_path")
-    elif find_checkpoints(folder) and not args.force:
+    elif not args.force and (find_checkpoints(folder) or any((folder / name).exists() for name in RESULTS)):
         raise UserError(f"{folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path")
 
 
@@ -298,9 +299,10 @@ def cut_back(folder, epoch):
 
 
 def write_config(args, data, model, objective, device, folder):
-    """Everything that says what the run is; a resumed run keeps what it began with, but for its flags."""
+    """Everything that says what the run is; a resumed run keeps what it began with, but for the flags typed."""
     if args.resume and (config := read_config(folder)):
-        write_json(folder / "config.json", config | {"flags": config["flags"] | {"epochs": args.epochs}})
+        typed = {name: value for name, value in config_flags(args).items() if name in args.given - LOCAL_FLAGS}
+        write_json(folder / "config.json", config | {"flags": config["flags"] | typed})
         return
     decays = objective.effective_decays() or (None, None)
     config = {

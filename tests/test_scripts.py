@@ -221,6 +221,10 @@ def test_a_run_is_not_overwritten(train, tmp_path):
     _, error = train(*TINY, "--save_path", "run", "--resume", "--lr", 0.5, status=2)
     assert "contradicts the flags: --lr is 0.5 here and 0.001 there" in error
     assert (tmp_path / "run" / "epoch_002.pth").read_bytes() == before
+    for path in (tmp_path / "run").glob("epoch_*"):
+        path.rename(tmp_path / path.name)  # to save space, say: log and metrics are a run as well
+    train(*TINY, "--save_path", "run", status=2)
+    (tmp_path / "epoch_002.pth").rename(tmp_path / "run" / "epoch_002.pth")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     train(*TINY, "--save_path", "run", "--epochs", 1, "--force")
     assert not (tmp_path / "run" / "epoch_002.pth").exists()
