@@ -219,7 +219,7 @@ def copy_state(state):
     if isinstance(state, torch.Tensor):
         return state.detach().clone()
     if isinstance(state, dict):
-        return {key: copy_state(value) for key, value in state.items()}
+        return type(state)((key, copy_state(value)) for key, value in state.items())
     return [copy_state(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
