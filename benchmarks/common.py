@@ -1,6 +1,7 @@
 """What the benchmarks share: data, timing in pairs, tables and CSV files. Run them from the repository's root."""
 
 import csv
+import multiprocessing
 import platform
 import statistics
 import sys
@@ -64,6 +65,37 @@ def in_turn(works, pairs, device):
             if turn:
                 times[name].append(spent)
     return times
+
+
+class Elsewhere:
+    """A work in a process of its own, for `in_turn`: nothing that this process sets reaches it.
+
+    make: a function of a module that returns the work. Use as a context; calling it runs the work once.
+    """
+
+    def __init__(self, make):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(make, theirs))
+
+    def __enter__(self):
+        self.process.start()
+        return self
+
+    def __call__(self):
+        self.pipe.send(True)
+        self.pipe.recv()
+
+    def __exit__(self, *error):
+        self.pipe.send(False)
+        self.process.join()
+
+
+def serve(make, pipe):
+    work = make()
+    while pipe.recv():
+        work()
+        pipe.send(True)
 
 
 def ratios(slower, faster):

@@ -11,13 +11,13 @@ import statistics
 from functools import partial
 
 import torch
-from common import images, in_turn, matmul_rate, ratios, report, setting
+from common import Elsewhere, images, in_turn, matmul_rate, ratios, report, setting, synchronise
 
 from datasets import epoch_order
 from models import build_model
 from objective import make_objective
 from train_1st_order_unbalanced import Record, make_optimizer, make_step
-from utils import pick_device, set_precision
+from utils import keep_freed_memory, pick_device, set_precision
 
 from reference import UsualTraining  # isort: skip
 
@@ -66,16 +66,15 @@ def main():
     batch_size = options.batch_size or (256 if options.model == "MLP" else 32)
 
     precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
-    works, steps = {}, options.steps
+    steps = options.steps
+    keep_freed_memory()
+    works = {"usual loop, fp32": None}
     for precision in precisions:
         args = setting(options.model, batch_size, width=options.width, precision=precision)
-        if precision == "fp32":
-            torch.manual_seed(1)
-            model = build_model(options.model, 10, bias=False, depth_linear=1, depth_relu=6, width=options.width)
-            usual = UsualTraining(args, data.train, model.to(device), device)
-            works["usual loop, fp32"] = partial(usual.run, steps)
         works[f"ours, {precision}"] = timed(OurTraining(args, data, device), steps, precision, device)
-    times = in_turn(works, options.pairs, device)
+    with Elsewhere(partial(usual_work, options, batch_size, device)) as usual:
+        works["usual loop, fp32"] = usual
+        times = in_turn(works, options.pairs, device)
     usual_times = times["usual loop, fp32"]
     rows = []
     for name, spent in times.items():
@@ -94,6 +93,20 @@ def main():
     report(f"training_{options.model}_{device.type}", rows, device, options.out)
     if options.model == "MLP":
         share_of_ceiling(options, batch_size, data, device, precisions)
+
+
+def usual_work(options, batch_size, device):
+    """The reference's steps, for a process of their own."""
+    args = setting(options.model, batch_size, width=options.width)
+    torch.manual_seed(1)
+    model = build_model(options.model, 10, bias=False, depth_linear=1, depth_relu=6, width=options.width).to(device)
+    usual = UsualTraining(args, images(options.data_dir).train, model, device)
+
+    def work():
+        usual.run(options.steps)
+        synchronise(device)
+
+    return work
 
 
 def timed(training, steps, precision, device):
