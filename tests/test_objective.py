@@ -104,7 +104,7 @@ def test_effective_decays_make_an_epoch_the_problem(problem, loss, kind):
 
 
 def test_released_decays_on_the_papers_setting():
-    """N = 30,000, batch 256: 118 batches; lambda_H differs about a hundredfold from the flag's."""
+    """N = 30,000, batch 256: 118 batches; lambda_H is 59 times smaller than the flag's."""
     objective = Objective("CrossEntropy", "released", 1e-4, 1e-5, True, 30_000, 10, 256)
     assert objective.effective_decays() == pytest.approx((2e-4, 2e-5 / 118))
 
