@@ -45,9 +45,10 @@ def read_torchvision(name, data_dir, download):
     try:
         splits = [reader(data_dir, download=download, **part) for part in parts]
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        folder = f", or images as {name}/{{train,test}}/<class>/*" if name.startswith("cifar") else ""
         state = "damaged" if present else "absent" if not download else "absent, and the download failed"
         raise UserError(
-            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({one_line(error)}); put it there, "
+            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({one_line(error)}); put it there{folder}, "
             f"give another --data_dir, or use --dataset digits, which needs none"
         ) from None
     arrays = []
