@@ -48,8 +48,8 @@ def read_torchvision(name, data_dir, download):
         folder = f", or images as {name}/{{train,test}}/<class>/*" if name.startswith("cifar") else ""
         state = "damaged" if present else "absent" if not download else "absent, and the download failed"
         raise UserError(
-            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({one_line(error)}); put it there{folder}, "
-            f"give another --data_dir, or use --dataset digits, which needs none"
+            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({one_line(error)}); put it "
+            f"there{folder}, give another --data_dir, or use --dataset digits, which needs none"
         ) from None
     arrays = []
     for split in splits:
