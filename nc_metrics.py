@@ -47,15 +47,16 @@ class ClassStatistics:
         """Second pass, over the same samples: adds a batch; `predictions` (B,) int64, the head's, are for NC4."""
         check_batch(features, labels)
         if self.basis is None:
-            self.basis = between_class_basis(self.means, self.counts)
+            self.centres = self.means  # those of the whole first pass, divided once
+            self.basis = between_class_basis(self.centres, self.counts)
             self.within_sums = torch.zeros_like(self.counts)
-            self.half_norms_sq = 0.5 * self.means.square().sum(1)
+            self.half_norms_sq = 0.5 * self.centres.square().sum(1)
         features = features.double()
-        centred = features - self.means[labels]
+        centred = features - self.centres[labels]
         self.within_sums.index_add_(0, labels, centred.square().sum(1))
         self.projected_sum += (centred @ self.basis).square().sum()
         if predictions is not None:
-            nearest = (features @ self.means.T - self.half_norms_sq).argmax(1)
+            nearest = (features @ self.centres.T - self.half_norms_sq).argmax(1)
             self.disagreements += (nearest != predictions).sum()
         else:
             self.disagreements = math.nan
