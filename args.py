@@ -19,7 +19,7 @@ from utils import UserError
 TRAINING_FLAGS = (
     "dataset imbalance n_max class_counts data_augmentation model depth_linear bias loss objective sep_decay "
     "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle "
-    "clip_grad_norm precision seed init_from"
+    "adam_beta2 adam_eps amsgrad warmup_epochs clip_grad_norm precision seed init_from"
 ).split()
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}  # of CSV and geometry
 MLP_FLAGS = ["depth_relu", "width"]  # no other model has them
@@ -36,17 +36,18 @@ LOCAL_FLAGS = set(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def number(cast, low, *, above=False, high=math.inf):
-    """An argparse type: a finite `cast` in [low, high], or in (low, high] with `above`."""
+def number(cast, low, *, above=False, high=math.inf, below=False):
+    """An argparse type: a finite `cast` from low to high, without low itself if `above`, without high if `below`."""
     kind = {int: "a whole number", float: "a number"}[cast]
-    bound = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+    bound = f"{'>' if above else '>='} {low}" + (f" and {'<' if below else '<='} {high}" if high < math.inf else "")
 
     def parse(text):
         try:
             value = cast(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and (value > low if above else value >= low) and value <= high):
+        inside = (value > low if above else value >= low) and (value < high if below else value <= high)
+        if not (math.isfinite(value) and inside):
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bound}")
         return value
 
@@ -85,9 +86,10 @@ def imbalance(text):
 
 
 def decay_type(text):
-    if text != "step" and not re.fullmatch(r"step(_[1-9]\d*)+", text):
+    if text not in ("step", "cosine") and not re.fullmatch(r"step(_[1-9]\d*)+", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not step (every --patience epochs) or milestones such as step_60_120"
+            f"{text!r} is not step (every --patience epochs), cosine (after --patience epochs), or milestones such as "
+            "step_60_120"
         )
     return text
 
@@ -200,10 +202,33 @@ def make_parser(description=None):
         type=decay_type,
         default="step",
         metavar="TYPE",
-        help="step: lr times gamma every --patience epochs; step_60_120: at epochs 60 and 120",
+        help="step: lr times gamma every --patience epochs; step_60_120: at epochs 60 and 120; cosine: constant for "
+        "--patience epochs, then a half cosine that would be zero after --epochs",
     )
-    training.add_argument("--patience", type=count, default=2000, metavar="N", help="epochs from lr drop to lr drop")
+    training.add_argument(
+        "--patience", type=count, default=2000, metavar="N", help="epochs from lr drop to lr drop, or to the cosine"
+    )
     training.add_argument("--gamma", type=positive, default=0.1, metavar="X", help="factor of an lr drop")
+    training.add_argument(
+        "--warmup_epochs",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="first epochs, in which the learning rate rises linearly to --lr; 0: none",
+    )
+    training.add_argument(
+        "--adam_beta2",
+        type=number(float, 0, high=1, below=True),
+        default=0.999,
+        metavar="X",
+        help="Adam: how slowly its mean of squared gradients forgets",
+    )
+    training.add_argument(
+        "--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: added to the root of that mean"
+    )
+    training.add_argument(
+        "--amsgrad", action="store_true", help="Adam: divide by the largest such mean so far (default: off)"
+    )
     training.add_argument(
         "--clip_grad_norm", type=positive, metavar="X", help="largest norm of a gradient (default: off)"
     )
@@ -299,6 +324,13 @@ def check(parser, args):
         parser.error("--class_counts and --imbalance: give one of them")
     if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
         parser.error("--n_max: only with --imbalance balanced, exp:R or step:R")
+    for name in ("adam_beta2", "adam_eps", "amsgrad"):
+        if args.optimizer != "Adam" and name in args.given:
+            parser.error(f"--{name}: only with --optimizer Adam")
+    if args.decay_type == "cosine" and args.patience >= args.epochs:
+        parser.error(
+            f"--decay_type cosine begins after --patience {args.patience}: give less than --epochs {args.epochs}"
+        )
     expected = SOURCES[args.dataset].num_classes
     if args.class_counts and expected and len(args.class_counts) != expected:
         parser.error(
@@ -320,6 +352,8 @@ def training_flags(args):
         names += MLP_FLAGS
     if args.dataset == "imagefolder":
         names += FOLDER_FLAGS
+    if args.decay_type == "cosine":
+        names += ["epochs"]  # the learning rate of each epoch depends on how many there will be
     flags = {name: getattr(args, name) for name in names}
     if not args.class_counts:
         flags["imbalance"] = args.imbalance or ("paper" if SOURCES[args.dataset].paper_counts else "all")

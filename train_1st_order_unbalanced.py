@@ -11,6 +11,7 @@ The paper's MLP on CIFAR-10 (on a GPU; 401 checkpoints of 38 MB), and its measur
 Writes config.json, train_log.jsonl, epoch_*.pth and last.pt into model_weights/<run name>/.
 """
 
+import math
 import os
 import platform
 import shutil
@@ -82,11 +83,11 @@ def train(args, data, model, device, folder):
     if args.init_from and not resumed:
         load_weights(model, args.init_from, device)
     objective = make_objective(args, data)
-    optimizer, scheduler = make_optimizer(args, model, objective, device)
+    optimizer = make_optimizer(args, model, objective, device)
     wandb_run = start_wandb(args, folder) if args.wandb else None
     if args.force:
         clear(folder)  # now that all that the new run needs is there
-    epoch = restore(folder, model, optimizer, scheduler, device) if resumed else 0
+    epoch = restore(folder, model, optimizer, device) if resumed else 0
     cut_back(folder, epoch)
     announce(args, data, model, device, folder, epoch)
     if epoch >= args.epochs:
@@ -103,15 +104,14 @@ def train(args, data, model, device, folder):
         while epoch < args.epochs:
             epoch += 1
             began = time.perf_counter()
-            lr = float(optimizer.param_groups[0]["lr"])
+            lr = set_learning_rate(optimizer, learning_rate(args, epoch))
             model.train()
             order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle).to(device)
             if shifts is not None:
                 shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
             for rows in order.split(args.batch_size):
                 step(rows)
-            scheduler.step()
-            line = log_line(epoch, lr, objective, record.take(), count, time.perf_counter() - began)
+            line = log_line(epoch, lr, objective, record.take(), time.perf_counter() - began)
             append_line(folder / "train_log.jsonl", line)
             if wandb_run:
                 wandb_run.log(line, step=epoch)
@@ -121,7 +121,7 @@ def train(args, data, model, device, folder):
                 writer.save(checkpoint_path(folder, epoch), copy_state(model.state_dict()))
                 if epoch == args.epochs or time.monotonic() - saved > RESUME_SECONDS:
                     saved = time.monotonic()
-                    writer.save(folder / "last.pt", resume_state(epoch, model, optimizer, scheduler))
+                    writer.save(folder / "last.pt", resume_state(epoch, model, optimizer))
             progress.step(
                 f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
                 f"{line['images_per_second']:.0f} images/s"
@@ -142,10 +142,11 @@ def make_step(args, split, model, objective, optimizer, record, shifts=None):
         loss, data_term = objective(logits, features, labels, model.fc)
         optimizer.zero_grad()
         loss.backward()
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         if args.clip_grad_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, args.clip_grad_norm, grad_norm)
         optimizer.step()
-        record.add(loss.detach(), data_term.detach(), logits.detach(), labels)
+        record.add(loss.detach(), data_term.detach(), logits.detach(), labels, grad_norm)
 
     if device.type != "cuda" or not args.cuda_graph:
         return step
@@ -160,64 +161,90 @@ def optimizer_tensors(optimizer):
 
 
 class Record:
-    """Loss, data term and correct predictions of each step of an epoch, on the device."""
+    """What the log says of an epoch: a row a step, on the device."""
+
+    COLUMNS = ("size", "loss", "data_term", "correct", "grad_norm")  # means over the batch, but for the count `correct`
 
     def __init__(self, steps, device):
-        self.sums = torch.zeros(steps, 3, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(steps, len(self.COLUMNS), dtype=torch.float64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def add(self, loss, data_term, logits, labels):
-        """Adds a step: the mean losses of a batch become sums."""
+    def add(self, loss, data_term, logits, labels, grad_norm):
+        """Adds a step: mean losses of a batch, its logits (B, K) and labels (B,), the norm of its gradient."""
         correct = (logits.argmax(1) == labels).sum()
-        row = torch.stack([loss * len(labels), data_term * len(labels), correct])
-        self.sums.index_copy_(0, self.position, row[None].double())
-        self.position.add_(1).remainder_(len(self.sums))
+        size = torch.full_like(loss, len(labels))
+        row = torch.stack([size, loss, data_term, correct, grad_norm])
+        self.rows.index_copy_(0, self.position, row[None].double())
+        self.position.add_(1).remainder_(len(self.rows))
 
     def take(self):
-        """The epoch's rows (steps, 3) on the CPU; the next epoch starts anew."""
+        """The epoch's columns, {name: (steps,)} on the CPU; the next epoch starts anew."""
         self.position.zero_()
-        return self.sums.cpu()
+        return dict(zip(self.COLUMNS, self.rows.cpu().unbind(1), strict=True))
 
     def tensors(self):
-        return [self.sums, self.position]
+        return [self.rows, self.position]
 
 
 def make_optimizer(args, model, objective, device):
-    """The optimizer, one fused kernel a step, and the schedule of its learning rate, stepped once an epoch."""
+    """The optimizer, one fused kernel a step."""
     # In a CUDA graph the learning rate is read from the device, and the optimizer's step counts are there too.
     on_gpu = device.type == "cuda" and args.cuda_graph
     lr = torch.tensor(args.lr, device=device) if on_gpu else args.lr
     common = {"lr": lr, "weight_decay": objective.optimizer_decay, "fused": True}
-    if args.optimizer == "Adam":
-        optimizer = torch.optim.Adam(model.parameters(), capturable=on_gpu, **common)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, **common)
+    if args.optimizer == "SGD":
+        return torch.optim.SGD(model.parameters(), momentum=0.9, **common)
+    adam = {"betas": (0.9, args.adam_beta2), "eps": args.adam_eps, "amsgrad": args.amsgrad, "capturable": on_gpu}
+    return torch.optim.Adam(model.parameters(), **adam, **common)
+
+
+def learning_rate(args, epoch):
+    """The learning rate of an epoch, counted from 1; it depends on nothing but the flags."""
+    if epoch <= args.warmup_epochs:
+        return args.lr * epoch / args.warmup_epochs
+    done = epoch - 1
+    if args.decay_type == "cosine":
+        progress = max(0, done - args.patience) / (args.epochs - args.patience)
+        return args.lr * (1 + math.cos(math.pi * progress)) / 2
     if args.decay_type == "step":
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.patience, args.gamma)
-    else:
-        milestones = [int(epoch) for epoch in args.decay_type.split("_")[1:]]
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, args.gamma)
-    return optimizer, scheduler
+        return args.lr * args.gamma ** (done // args.patience)
+    return args.lr * args.gamma ** sum(done >= int(milestone) for milestone in args.decay_type.split("_")[1:])
 
 
-def log_line(epoch, lr, objective, totals, num_samples, seconds):
-    """A line of train_log.jsonl, of an epoch's Record (steps, 3); stops at a loss that is not finite."""
-    if not totals.isfinite().all():
-        step = int((~totals.isfinite().all(1)).nonzero()[0]) + 1
+def set_learning_rate(optimizer, lr):
+    """Sets the learning rate, in place where a CUDA graph reads it; returns it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    return lr
+
+
+def log_line(epoch, lr, objective, steps, seconds):
+    """A line of train_log.jsonl, of an epoch's Record; stops at a loss that is not finite.
+
+    The loss spiked if a step's was more than twice the least before it in the epoch.
+    """
+    size, loss = steps["size"], steps["loss"]
+    if not loss.isfinite().all():
+        step = int((~loss.isfinite()).nonzero()[0]) + 1
         raise UserError(
             f"the loss is not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1; "
             f"checkpoints up to then are kept",
             FAILED_WORK,
         )
-    loss, data_term, correct = (totals.sum(0) / num_samples).tolist()
+    count = float(size.sum())
     return {
         "epoch": epoch,
-        "lr": float(f"{lr:.7g}"),  # on a GPU it is a float32
-        "loss": loss,
-        "ce" if objective.loss == "CrossEntropy" else "mse": data_term,
-        "train_acc1": 100 * correct,
+        "lr": float(f"{lr:.7g}"),
+        "loss": float((size * loss).sum()) / count,
+        "ce" if objective.loss == "CrossEntropy" else "mse": float((size * steps["data_term"]).sum()) / count,
+        "train_acc1": 100 * float(steps["correct"].sum()) / count,
+        "grad_norm_max": float(steps["grad_norm"].max()),
+        "loss_spike": bool((loss > 2 * loss.cummin(0).values).any()),
         "seconds": round(seconds, 4),
-        "images_per_second": round(num_samples / seconds, 1),
+        "images_per_second": round(count / seconds, 1),
     }
 
 
@@ -255,19 +282,18 @@ def clear(folder):
         path.unlink(missing_ok=True)
 
 
-def resume_state(epoch, model, optimizer, scheduler):
+def resume_state(epoch, model, optimizer):
     """What last.pt holds: all that a resumed run starts from."""
     return copy_state(
         {
             "epoch": epoch,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
         }
     )
 
 
-def restore(folder, model, optimizer, scheduler, device):
+def restore(folder, model, optimizer, device):
     """Loads last.pt, and returns its epoch. Batches depend on (seed, epoch) alone: there is no generator to restore."""
     path = folder / "last.pt"
     state = load_torch(path, device)
@@ -275,7 +301,6 @@ def restore(folder, model, optimizer, scheduler, device):
     try:
         set_weights(model, state["model"], path)
         optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
         epoch = state["epoch"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not the state of a run with these flags ({one_line(error)})", FAILED_WORK) from None

@@ -50,6 +50,11 @@ def test_the_papers_command():
         ("--imbalance linear:3", ["--imbalance", "paper, balanced, exp:R or step:R"]),
         ("--decay_type cliff", ["--decay_type", "step_60_120"]),
         ("--decay_type step_", ["--decay_type", "step_60_120"]),
+        ("--decay_type cosine --epochs 50", ["--patience 2000", "--epochs 50"]),
+        ("--adam_beta2 1", ["--adam_beta2", ">= 0 and < 1"]),
+        ("--adam_eps 0", ["--adam_eps", "> 0"]),
+        ("--optimizer SGD --amsgrad", ["--amsgrad", "--optimizer Adam"]),
+        ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
         ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),
         ("--class_counts 5", ["--class_counts", "two classes or more"]),
         ("--class_counts 1,0,3", ["--class_counts", "whole numbers >= 1"]),
@@ -85,7 +90,8 @@ def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
         "data_augmentation": "", "model": "VGG11", "depth_linear": "2", "loss": "MSE", "objective": "released",
         "sep_decay": "", "weight_decay": "0.5", "feature_decay_rate": "0.5", "optimizer": "SGD", "lr": "0.5",
         "decay_type": "step_5", "gamma": "0.5", "patience": "5", "batch_size": "5", "no_shuffle": "",
-        "clip_grad_norm": "5", "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
+        "clip_grad_norm": "5", "adam_beta2": "0.5", "adam_eps": "0.5", "amsgrad": "",
+        "warmup_epochs": "5", "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
     }  # fmt: skip
     names = {run_name(parse())} | {run_name(parse(f"--{flag} {value}")) for flag, value in values.items()}
@@ -130,6 +136,13 @@ def test_config_names_each_contradiction():
         adopt_config(args, config_of("--width 77"), "x")
     assert "--width is 5 here and 77 there" in str(error.value) and "--lr is 1.0 here and 0.0001" in str(error.value)
     assert "epochs" not in str(error.value) and "seed" not in str(error.value)
+
+
+def test_epochs_are_part_of_a_run_only_if_its_learning_rate_depends_on_them():
+    cosine = "--decay_type cosine --patience 5 --epochs"
+    assert run_name(parse(f"{cosine} 10")) != run_name(parse(f"{cosine} 20"))
+    with pytest.raises(UserError, match="--epochs is 20 here and 10 there"):
+        adopt_config(parse("--epochs 20"), config_of(f"{cosine} 10"), "x")
 
 
 def test_config_and_profiles():

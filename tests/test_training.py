@@ -1,6 +1,7 @@
 """Parts of the training loop that only a GPU uses in full, and files written beside training, on the CPU."""
 
 import copy
+import math
 import time
 from types import SimpleNamespace
 
@@ -11,8 +12,16 @@ import utils
 from datasets import Split
 from models import build_model
 from objective import Objective
-from train_1st_order_unbalanced import Record, make_optimizer, make_step, optimizer_tensors
-from utils import GraphedStep, Writer, copy_state, load_torch
+from train_1st_order_unbalanced import (
+    Record,
+    learning_rate,
+    log_line,
+    make_optimizer,
+    make_step,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from utils import GraphedStep, UserError, Writer, copy_state, load_torch
 
 
 def set_up(optimizer="Adam", **flags):
@@ -21,10 +30,11 @@ def set_up(optimizer="Adam", **flags):
     model = build_model("MLP", 4, bias=False, depth_relu=1, width=8)
     objective = Objective("CrossEntropy", "paper", 1e-3, 1e-3, True, 20, 4, 8)
     args = SimpleNamespace(
-        precision="fp32", clip_grad_norm=None, optimizer=optimizer, lr=1e-2, decay_type="step", patience=5, gamma=0.1,
-        batch_size=8, cuda_graph=True, **flags,
+        precision="fp32", clip_grad_norm=None, optimizer=optimizer, lr=1e-2, adam_beta2=0.9, adam_eps=1e-8,
+        amsgrad=False, batch_size=8, cuda_graph=True,
     )  # fmt: skip
-    chosen, _ = make_optimizer(args, model, objective, torch.device("cpu"))
+    args = SimpleNamespace(**vars(args) | flags)
+    chosen = make_optimizer(args, model, objective, torch.device("cpu"))
     record = Record(3, "cpu")
     return model, chosen, record, make_step(args, split, model, objective, chosen, record)
 
@@ -66,19 +76,102 @@ def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
     record.take()
     for rows in ORDER.split(8)[:2]:
         step(rows)
-    assert torch.equal(record.take()[:2], found[:2])
+    for name, column in record.take().items():
+        assert torch.equal(column[:2], found[name][:2])
     for a, b in zip(graphed_model.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_record_holds_sums_over_a_batch():
+def test_the_record_holds_a_row_a_step():
     record = Record(2, "cpu")
     logits, labels = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 0, 0])
-    record.add(torch.tensor(0.5), torch.tensor(0.25), logits, labels)
-    record.add(torch.tensor(1.0), torch.tensor(2.0), logits[:1], labels[:1])
-    assert record.take().tolist() == [[1.5, 0.75, 2.0], [1.0, 2.0, 1.0]]
-    record.add(torch.tensor(9.0), torch.tensor(9.0), logits, labels)
-    assert record.sums[0].tolist() == [27.0, 27.0, 2.0]
+    record.add(torch.tensor(0.5), torch.tensor(0.25), logits, labels, torch.tensor(7.0))
+    record.add(torch.tensor(1.0), torch.tensor(2.0), logits[:1], labels[:1], torch.tensor(8.0))
+    columns = {name: column.tolist() for name, column in record.take().items()}
+    assert columns == {"size": [3, 1], "loss": [0.5, 1], "data_term": [0.25, 2], "correct": [2, 1], "grad_norm": [7, 8]}
+    record.add(torch.tensor(9.0), torch.tensor(9.0), logits, labels, torch.tensor(9.0))
+    assert record.rows[0].tolist() == [3, 9, 9, 2, 9]
+
+
+def log_of(losses, sizes, norms=None):
+    columns = {"size": sizes, "loss": losses, "data_term": losses, "correct": [1.0] * len(sizes)}
+    columns["grad_norm"] = norms or [1.0] * len(sizes)
+    objective = Objective("CrossEntropy", "paper", 1e-3, 1e-3, True, 20, 4, 8)
+    return log_line(3, 0.1, objective, {name: torch.tensor(c, dtype=torch.float64) for name, c in columns.items()}, 2.0)
+
+
+def test_the_log_weighs_batches_by_their_size_and_names_the_largest_gradient():
+    line = log_of([1.0, 4.0], [8.0, 2.0], norms=[0.5, 3.0])
+    assert line["loss"] == line["ce"] == 1.6 and line["train_acc1"] == 20.0 and line["grad_norm_max"] == 3.0
+    assert line["epoch"] == 3 and line["lr"] == 0.1 and line["images_per_second"] == 5.0
+
+
+@pytest.mark.parametrize(
+    "losses, spike",
+    [([3, 2, 1], False), ([1, 1.9], False), ([1, 2.1, 1], True), ([4, 1, 1.5, 2.5], True), ([5], False)],
+)
+def test_a_loss_spikes_when_it_more_than_doubles_within_an_epoch(losses, spike):
+    assert log_of([float(loss) for loss in losses], [5.0] * len(losses))["loss_spike"] is spike
+
+
+def test_a_loss_that_is_not_finite_is_named_by_its_step():
+    with pytest.raises(UserError, match="epoch 3, step 2"):
+        log_of([1.0, math.inf, math.nan], [5.0] * 3)
+
+
+def rates(**flags):
+    args = SimpleNamespace(**{"lr": 8.0, "gamma": 0.5, "patience": 2, "epochs": 6, "warmup_epochs": 0} | flags)
+    return [learning_rate(args, epoch) for epoch in range(1, args.epochs + 1)]
+
+
+def test_learning_rates():
+    assert rates(decay_type="step") == [8, 8, 4, 4, 2, 2]
+    assert rates(decay_type="step_1_4") == [8, 4, 4, 4, 2, 2]
+    halfway = 8 * (1 + math.cos(math.pi / 4)) / 2
+    assert rates(decay_type="cosine") == pytest.approx([8, 8, 8, halfway, 4, 8 - halfway])
+    assert rates(decay_type="step", warmup_epochs=4) == [2, 4, 6, 8, 2, 2]
+
+
+@pytest.mark.parametrize("decay_type", ["step", "step_3_7"])
+def test_steps_of_the_learning_rate_are_those_of_torch(decay_type):
+    args = SimpleNamespace(lr=0.3, gamma=0.1, patience=3, epochs=12, warmup_epochs=0, decay_type=decay_type)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedulers = torch.optim.lr_scheduler
+    scheduler = (
+        schedulers.StepLR(optimizer, 3, 0.1)
+        if decay_type == "step"
+        else schedulers.MultiStepLR(optimizer, [3, 7], gamma=0.1)
+    )
+    for epoch in range(1, 13):
+        assert learning_rate(args, epoch) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_the_learning_rate_is_set_in_place(kind):
+    lr = kind(1.0)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    set_learning_rate(optimizer, 0.25)
+    assert float(optimizer.param_groups[0]["lr"]) == 0.25
+    assert not isinstance(lr, torch.Tensor) or optimizer.param_groups[0]["lr"] is lr
+
+
+def test_adam_takes_its_flags():
+    _, adam, _, _ = set_up(adam_beta2=0.5, adam_eps=0.25, amsgrad=True)
+    group = adam.param_groups[0]
+    assert (group["betas"], group["eps"], group["amsgrad"], group["fused"]) == ((0.9, 0.5), 0.25, True, True)
+
+
+def test_a_clipped_gradient_is_logged_as_it_was():
+    """SGD's first step has length lr times the clipped norm; the record has the norm before."""
+    model, _, record, step = set_up("SGD", clip_grad_norm=0.01)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step(ORDER[:8])
+    moved = sum((a.detach() - b).square().sum() for a, b in zip(model.parameters(), before, strict=True)).sqrt()
+    assert float(moved) == pytest.approx(1e-2 * 0.01, rel=1e-3)
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(record.take()["grad_norm"][0]) > 0.02
 
 
 def test_files_are_written_in_order_while_the_caller_goes_on(tmp_path, monkeypatch):
