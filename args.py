@@ -19,7 +19,7 @@ from utils import UserError
 TRAINING_FLAGS = (
     "dataset imbalance n_max class_counts data_augmentation model depth_linear bias loss objective sep_decay "
     "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle "
-    "adam_beta2 adam_eps amsgrad warmup_epochs clip_grad_norm precision seed init_from"
+    "adam_beta2 adam_eps amsgrad warmup_epochs penalty_warmup_epochs clip_grad_norm precision seed init_from"
 ).split()
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}  # of CSV and geometry
 MLP_FLAGS = ["depth_relu", "width"]  # no other model has them
@@ -217,6 +217,13 @@ def make_parser(description=None):
         help="first epochs, in which the learning rate rises linearly to --lr; 0: none",
     )
     training.add_argument(
+        "--penalty_warmup_epochs",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="first epochs, in which the penalties of --sep_decay rise linearly from nothing; 0: none",
+    )
+    training.add_argument(
         "--adam_beta2",
         type=number(float, 0, high=1, below=True),
         default=0.999,
@@ -254,10 +261,9 @@ def make_parser(description=None):
         "--precision",
         choices=["fp32", "tf32", "bf16"],
         default="fp32",
-        help="bf16: the network's body, while weights, head, loss and penalties stay fp32; tf32: all products and "
-        "convolutions of the GPU",
+        help="of products and convolutions in the network's body; weights, head, loss and penalties stay fp32; "
+        "tf32 needs a GPU",
     )
-
     machine.add_argument(
         "--cuda_graph", action=yes_no, default=True, help="on a GPU, replay a captured training step (default: on)"
     )

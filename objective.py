@@ -33,10 +33,11 @@ class Objective:
     num_classes: int  # K
     batch_size: int
 
-    def __call__(self, logits, features, labels, head):
+    def __call__(self, logits, features, labels, head, penalty_strength=1.0):
         """Loss of a batch: (what is minimised, the mean loss of a sample: CE, or |W h - e_y|^2 / 2), scalars.
 
-        logits (B, K), features (B, d), labels (B,), head: the layers of `model.fc`.
+        logits (B, K), features (B, d), labels (B,), head: the layers of `model.fc`; penalty_strength: a number or
+        scalar tensor that both penalties are multiplied with, for schedules that end at 1.
         """
         if self.loss == "CrossEntropy":
             data = F.cross_entropy(logits, labels)
@@ -45,8 +46,9 @@ class Objective:
         total = self.data_factor * data
         if self.sep_decay:
             share = self.num_samples / len(labels) if self.kind == "paper" else 1.0
-            total = total + 0.5 * self.weight_decay * sum(layer.weight.square().sum() for layer in head)
-            total = total + 0.5 * self.feature_decay * share * features.square().sum()
+            penalty = 0.5 * self.weight_decay * sum(layer.weight.square().sum() for layer in head)
+            penalty = penalty + 0.5 * self.feature_decay * share * features.square().sum()
+            total = total + penalty_strength * penalty
         return total, data
 
     @property

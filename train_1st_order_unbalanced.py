@@ -97,14 +97,16 @@ def train(args, data, model, device, folder):
 
     count = len(data.train)
     shifts = torch.zeros(count, 3, dtype=torch.int64, device=device) if args.data_augmentation else None
+    strength = torch.ones((), device=device)  # of the penalties
     record = Record(-(-count // args.batch_size), device)
-    step = make_step(args, data.train, model, objective, optimizer, record, shifts)
+    step = make_step(args, data.train, model, objective, optimizer, record, shifts, strength)
     saved = time.monotonic()
     with Progress(args.epochs, "epoch", start=epoch) as progress, Writer() as writer:
         while epoch < args.epochs:
             epoch += 1
             began = time.perf_counter()
             lr = set_learning_rate(optimizer, learning_rate(args, epoch))
+            strength.fill_(penalty_strength(args, epoch))
             model.train()
             order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle).to(device)
             if shifts is not None:
@@ -131,7 +133,7 @@ def train(args, data, model, device, folder):
     print(f"finished: {folder}")
 
 
-def make_step(args, split, model, objective, optimizer, record, shifts=None):
+def make_step(args, split, model, objective, optimizer, record, shifts=None, strength=1.0):
     """step(rows): one optimizer step on the images rows (B,) of a split. Nothing in it waits for the device."""
     device, parameters = split.labels.device, list(model.parameters())
 
@@ -139,7 +141,7 @@ def make_step(args, split, model, objective, optimizer, record, shifts=None):
         images, labels = split.take(rows, shifts)
         with autocast(args.precision, device):
             logits, features = model(images)
-        loss, data_term = objective(logits, features, labels, model.fc)
+        loss, data_term = objective(logits, features, labels, model.fc, strength)
         optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -209,6 +211,11 @@ def learning_rate(args, epoch):
     if args.decay_type == "step":
         return args.lr * args.gamma ** (done // args.patience)
     return args.lr * args.gamma ** sum(done >= int(milestone) for milestone in args.decay_type.split("_")[1:])
+
+
+def penalty_strength(args, epoch):
+    """What the penalties are multiplied with in an epoch, counted from 1."""
+    return min(1.0, (epoch - 1) / args.penalty_warmup_epochs) if args.penalty_warmup_epochs else 1.0
 
 
 def set_learning_rate(optimizer, lr):

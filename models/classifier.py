@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class Classifier(nn.Module):
@@ -18,10 +19,20 @@ class Classifier(nn.Module):
             return self.fc(features), features
 
 
+class HeadLinear(nn.Linear):
+    """A linear layer that is at least fp32, forward and backward, where TF32 is switched on for the network's body."""
+
+    def forward(self, features):
+        if torch.backends.cuda.matmul.fp32_precision != "tf32":
+            return super().forward(features)
+        bias = None if self.bias is None else self.bias.double()
+        return F.linear(features.double(), self.weight.double(), bias).to(features.dtype)
+
+
 def linear_head(dim, num_classes, depth_linear, bias):
     """`depth_linear` linear layers, the last one to the classes; only that one may have a bias."""
-    hidden = [nn.Linear(dim, dim, bias=False) for _ in range(depth_linear - 1)]
-    return nn.Sequential(*hidden, nn.Linear(dim, num_classes, bias=bias))
+    hidden = [HeadLinear(dim, dim, bias=False) for _ in range(depth_linear - 1)]
+    return nn.Sequential(*hidden, HeadLinear(dim, num_classes, bias=bias))
 
 
 def head_weight(model):

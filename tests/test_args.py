@@ -91,7 +91,8 @@ def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
         "sep_decay": "", "weight_decay": "0.5", "feature_decay_rate": "0.5", "optimizer": "SGD", "lr": "0.5",
         "decay_type": "step_5", "gamma": "0.5", "patience": "5", "batch_size": "5", "no_shuffle": "",
         "clip_grad_norm": "5", "adam_beta2": "0.5", "adam_eps": "0.5", "amsgrad": "",
-        "warmup_epochs": "5", "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
+        "warmup_epochs": "5", "penalty_warmup_epochs": "5",
+        "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
     }  # fmt: skip
     names = {run_name(parse())} | {run_name(parse(f"--{flag} {value}")) for flag, value in values.items()}

@@ -143,3 +143,24 @@ def test_bf16_leaves_head_and_features_in_fp32(name):
     assert logits.dtype == features.dtype == torch.float32
     torch.testing.assert_close(logits, features @ head_weight(model).T)
     assert torch.equal(features, features.bfloat16().float())  # the body did run in bf16
+
+
+def test_tf32_leaves_the_head_at_least_fp32(monkeypatch):
+    """Where TF32 is on, the head's products, and those of its gradients, do not use the GPU's fp32 matrix products."""
+    torch.manual_seed(0)
+    head = small("MLP", bias=True, depth_linear=2).fc
+    features = torch.rand(5, 32, requires_grad=True)
+    expected = head(features)
+    gradients = torch.autograd.grad(expected.square().sum(), [features, *head.parameters()])
+    used = []
+    original = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: used.append(x.dtype) or original(x, *rest))
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    try:
+        found = head(features)
+    finally:
+        switch.fp32_precision = before
+    assert used == [torch.float64, torch.float64] and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found.square().sum(), [features, *head.parameters()]), gradients)

@@ -53,6 +53,15 @@ def test_value_is_the_literal_formula(problem, loss, kind, size):
     assert total.item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("strength", [0.25, torch.tensor(0.25, dtype=torch.float64)])
+def test_the_strength_of_the_penalties_leaves_the_data_term(problem, strength):
+    features, labels, head = problem
+    batch = head(features), features, labels, head
+    (full, data), (weak, same) = make()(*batch), make()(*batch, strength)
+    assert torch.equal(data, same)
+    torch.testing.assert_close(weak - data, 0.25 * (full - data))
+
+
 @pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
 def test_gradient_is_that_of_the_literal_formula(problem, loss):
     features, labels, head = problem

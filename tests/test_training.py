@@ -19,6 +19,7 @@ from train_1st_order_unbalanced import (
     make_optimizer,
     make_step,
     optimizer_tensors,
+    penalty_strength,
     set_learning_rate,
 )
 from utils import GraphedStep, UserError, Writer, copy_state, load_torch
@@ -130,6 +131,12 @@ def test_learning_rates():
     halfway = 8 * (1 + math.cos(math.pi / 4)) / 2
     assert rates(decay_type="cosine") == pytest.approx([8, 8, 8, halfway, 4, 8 - halfway])
     assert rates(decay_type="step", warmup_epochs=4) == [2, 4, 6, 8, 2, 2]
+
+
+def test_penalties_rise_to_their_full_size():
+    strengths = [penalty_strength(SimpleNamespace(penalty_warmup_epochs=4), epoch) for epoch in range(1, 7)]
+    assert strengths == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert penalty_strength(SimpleNamespace(penalty_warmup_epochs=0), 1) == 1
 
 
 @pytest.mark.parametrize("decay_type", ["step", "step_3_7"])
