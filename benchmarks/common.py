@@ -29,13 +29,15 @@ def setting(model, batch_size, **flags):
     return args
 
 
-def images(data_dir=None, counts=COUNTS, num_test=10_000):
+def images(data_dir=None, fraction=1.0):
     """CIFAR-10 in --data_dir, or as many random images: the time does not depend on what they show."""
+    counts = [int(count * fraction) for count in COUNTS]
     if data_dir:
         return load_data("cifar10", data_dir, class_counts=counts)
     torch.manual_seed(0)
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     labels = labels[torch.randperm(len(labels))]
+    num_test = int(10_000 * fraction)
     test_labels = torch.arange(num_test) % len(counts)
     black = torch.full((3,), -2.0)
     train = Split(torch.randn(len(labels), 3, 32, 32), labels, black)
@@ -110,6 +112,13 @@ def matmul_rate(device, dtype=torch.float32, size=4096, repeats=5):
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     times = in_turn({"matmul": lambda: a @ b}, repeats, device)["matmul"]
     return 2 * size**3 / statistics.median(times)
+
+
+def copy_rate(device, size=2**28, repeats=5):
+    """Measured rate of a large copy, in bytes read and written a second: the memory's ceiling."""
+    source, target = torch.ones(size // 4, device=device), torch.empty(size // 4, device=device)
+    times = in_turn({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
+    return 2 * size / statistics.median(times)
 
 
 def report(name, rows, device, folder):

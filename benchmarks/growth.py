@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py
 
-Measuring: `nc_metrics` on given features, both passes and all columns, beside one copy of the features in memory;
-its peak memory on top of them, each size in a process of its own. An epoch: the MLP's step, for N = 30,000.
+Measuring: both passes and all columns, on features that lie in memory, and its peak memory on top of them; each size
+in a process of its own. An epoch: the MLP's step, for N = 30,000.
 """
 
 import argparse
@@ -34,18 +34,20 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="of a timed run of training")
+    parser.add_argument("--fraction", type=float, default=1, help="of the numbers of images below")
     parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV files")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     rows = []
-    for size in SIZES:
+    for num, dim, num_classes in SIZES:
+        size = int(num * options.fraction), dim, num_classes
         with context.Pool(1) as pool:  # a process's peak memory never falls: one for each size
             rows.append(pool.apply(measure, (*size, options.device, options.repeats)))
     device = pick_device(options.device, 0)
     report(f"growth_measuring_{device.type}", rows, device, options.out)
 
     keep_freed_memory()
-    data = images()
+    data = images(fraction=options.fraction)
     sizes = [(batch, 1024) for batch in BATCHES] + [(256, width) for width in WIDTHS if width != 1024]
     rows = [epoch(data, *size, device, options) for size in sizes]
     report(f"growth_training_{device.type}", rows, device, options.out)

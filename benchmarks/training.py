@@ -11,7 +11,7 @@ import statistics
 from functools import partial
 
 import torch
-from common import Elsewhere, images, in_turn, matmul_rate, ratios, report, setting, synchronise
+from common import Elsewhere, copy_rate, images, in_turn, matmul_rate, ratios, report, setting, synchronise
 
 from datasets import epoch_order
 from models import build_model
@@ -33,7 +33,7 @@ class OurTraining:
         model = build_model(args.model, data.num_classes, bias=False, depth_linear=1, depth_relu=6, width=args.width)
         model.to(device, memory_format=memory_format).train()
         objective = make_objective(args, data)
-        optimizer, _ = make_optimizer(args, model, objective, device)
+        optimizer = make_optimizer(args, model, objective, device)
         self.record = Record(-(-len(self.split) // args.batch_size), device)
         self.step = make_step(args, self.split, model, objective, optimizer, self.record)
         self.args, self.epoch, self.rows, self.device = args, 0, iter(()), device
@@ -59,10 +59,11 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=20, help="of a timed run")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--fraction", type=float, default=1, help="of the paper's 30,000 images")
     parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV file")
     options = parser.parse_args()
     device = pick_device(options.device, 0)
-    data = images(options.data_dir)
+    data = images(options.data_dir, options.fraction)
     batch_size = options.batch_size or (256 if options.model == "MLP" else 32)
 
     precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
@@ -100,7 +101,7 @@ def usual_work(options, batch_size, device):
     args = setting(options.model, batch_size, width=options.width)
     torch.manual_seed(1)
     model = build_model(options.model, 10, bias=False, depth_linear=1, depth_relu=6, width=options.width).to(device)
-    usual = UsualTraining(args, images(options.data_dir).train, model, device)
+    usual = UsualTraining(args, images(options.data_dir, options.fraction).train, model, device)
 
     def work():
         usual.run(options.steps)
@@ -120,24 +121,36 @@ def timed(training, steps, precision, device):
 
 
 def share_of_ceiling(options, batch_size, data, device, precisions):
-    """FLOP/s over whole epochs, matrix products of the layers alone counted, against a large matrix product."""
+    """Arithmetic and memory traffic of whole epochs against a large matrix product and a large copy.
+
+    Counted are the matrix products of the layers, and what a step of Adam cannot do without: the weights are read
+    forward and backward, the gradient is written and read, two moments and the weights are read and written.
+    """
     rows, width, count = [], options.width, len(data.train)
     weights = 3072 * width + 6 * width**2 + 10 * width
+    steps = -(-count // batch_size)
     flops = count * 2 * (3 * weights - 3072 * width)  # forward, two products backward, but none to the images
+    traffic = steps * 4 * 10 * weights
     for precision in precisions:
         args = setting(options.model, batch_size, width=width, precision=precision)
         training = OurTraining(args, data, device)
-        works = {"epoch": partial(training.run, -(-count // batch_size))}
-        ceiling, rate = [], []
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        ceiling, copies, epochs = [], [], []
         for _ in range(3):
-            ceiling.append(matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32))
-            rate.append(flops / in_turn(works, 1, device)["epoch"][0])
+            ceiling.append(matmul_rate(device, dtype))
+            copies.append(copy_rate(device))
+            epochs += in_turn({"epoch": partial(training.run, steps)}, 1, device)["epoch"]
+        epoch, ceiling, copies = (statistics.median(values) for values in (epochs, ceiling, copies))
         rows.append(
             {
                 "epoch": f"{options.model}, {precision}",
-                "GFLOP/s": statistics.median(rate) / 1e9,
-                "matrix product, GFLOP/s": statistics.median(ceiling) / 1e9,
-                "share": statistics.median(rate) / statistics.median(ceiling),
+                "seconds": epoch,
+                "GFLOP/s": flops / epoch / 1e9,
+                "matrix product, GFLOP/s": ceiling / 1e9,
+                "share": flops / epoch / ceiling,
+                "GB/s": traffic / epoch / 1e9,
+                "copy, GB/s": copies / 1e9,
+                "share of copy": traffic / epoch / copies,
             }
         )
     report(f"ceiling_{options.model}_{device.type}", rows, device, options.out)
