@@ -18,11 +18,11 @@ from utils import UserError
 # The flags that change the trained weights: they name the run, and must agree with its config.json.
 TRAINING_FLAGS = (
     "dataset imbalance n_max class_counts data_augmentation model depth_linear bias loss objective sep_decay "
-    "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle "
+    "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle stratified "
     "adam_beta2 adam_eps amsgrad warmup_epochs penalty_warmup_epochs clip_grad_norm precision seed init_from"
 ).split()
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}  # of CSV and geometry
-MLP_FLAGS = ["depth_relu", "width"]  # no other model has them
+MLP_FLAGS = ["depth_relu", "width", "revive"]  # no other model has them
 FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset imagefolder
 
 # The flags that belong to one call, not to the run.
@@ -240,7 +240,18 @@ def make_parser(description=None):
         "--clip_grad_norm", type=positive, metavar="X", help="largest norm of a gradient (default: off)"
     )
     training.add_argument(
+        "--revive",
+        action="store_true",
+        help="MLP: images whose features are all zero, to which a ReLU gives no gradient, get that of the features "
+        "that the loss would raise (default: off)",
+    )
+    training.add_argument(
         "--no_shuffle", action="store_true", help="batches in the order of the data set (default: off)"
+    )
+    training.add_argument(
+        "--stratified",
+        action="store_true",
+        help="shuffled batches that each have every class in proportion (default: off)",
     )
     training.add_argument(
         "--seed", type=number(int, 0, high=2**63 - 1), default=1, metavar="N", help="of weights and batches"
@@ -330,9 +341,13 @@ def check(parser, args):
         parser.error("--class_counts and --imbalance: give one of them")
     if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
         parser.error("--n_max: only with --imbalance balanced, exp:R or step:R")
+    if args.revive and args.model != "MLP":
+        parser.error("--revive: only with --model MLP")
     for name in ("adam_beta2", "adam_eps", "amsgrad"):
         if args.optimizer != "Adam" and name in args.given:
             parser.error(f"--{name}: only with --optimizer Adam")
+    if args.stratified and args.no_shuffle:
+        parser.error("--stratified and --no_shuffle: give one of them")
     if args.decay_type == "cosine" and args.patience >= args.epochs:
         parser.error(
             f"--decay_type cosine begins after --patience {args.patience}: give less than --epochs {args.epochs}"

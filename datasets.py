@@ -321,14 +321,24 @@ def to_split(images, labels, mean, std):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def epoch_order(count, *, epoch, seed, shuffle=True):
+def epoch_order(count, *, epoch, seed, shuffle=True, labels=None):
     """The order (N,) in which an epoch takes the samples, on the CPU.
 
-    A permutation of (seed, epoch) alone: the same on every device, and in a run that was resumed.
+    A permutation of (seed, epoch) alone: the same on every device, and in a run that was resumed. With labels (N,) on
+    the CPU, it is stratified: each class is spread evenly over the epoch, so that every batch has its share of it.
     """
     if not shuffle:
         return torch.arange(count)
-    return torch.randperm(count, generator=epoch_generator(seed, epoch, SHUFFLE))
+    generator = epoch_generator(seed, epoch, SHUFFLE)
+    order = torch.randperm(count, generator=generator)
+    if labels is None:
+        return order
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    rank = torch.arange(count) - (counts.cumsum(0) - counts)[labels[by_class]]
+    offset = torch.rand(len(counts), generator=generator, dtype=torch.float64)
+    place = (rank + offset[labels[by_class]]) / counts[labels[by_class]]
+    return by_class[place.argsort()]
 
 
 def random_shifts(count, *, epoch, seed):

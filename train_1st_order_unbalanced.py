@@ -96,6 +96,7 @@ def train(args, data, model, device, folder):
     measurement = Measurement(args, data, model, objective, device, folder) if args.nc_every else None
 
     count = len(data.train)
+    strata = data.train.labels.cpu() if args.stratified else None
     shifts = torch.zeros(count, 3, dtype=torch.int64, device=device) if args.data_augmentation else None
     strength = torch.ones((), device=device)  # of the penalties
     record = Record(-(-count // args.batch_size), device)
@@ -108,10 +109,10 @@ def train(args, data, model, device, folder):
             lr = set_learning_rate(optimizer, learning_rate(args, epoch))
             strength.fill_(penalty_strength(args, epoch))
             model.train()
-            order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle).to(device)
+            order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle, labels=strata)
             if shifts is not None:
                 shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
-            for rows in order.split(args.batch_size):
+            for rows in order.to(device).split(args.batch_size):
                 step(rows)
             line = log_line(epoch, lr, objective, record.take(), time.perf_counter() - began)
             append_line(folder / "train_log.jsonl", line)

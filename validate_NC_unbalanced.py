@@ -99,6 +99,7 @@ def set_up(args):
         depth_linear=args.depth_linear,
         depth_relu=args.depth_relu,
         width=args.width,
+        revive=args.revive,
     )
     memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
     data.train, data.test = data.train.to(device, memory_format), data.test.to(device, memory_format)

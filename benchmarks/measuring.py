@@ -6,9 +6,11 @@ python benchmarks/measuring.py       (MLP, d = 1024, 30,000 + 10,000 images)
 import argparse
 import statistics
 import tempfile
+from functools import partial
 
 import torch
 from common import images, in_turn, ratios, report, seconds, setting
+from training import OurTraining
 
 from models import build_model
 from objective import make_objective
@@ -45,11 +47,14 @@ def main():
                 for _ in measurement.forward(split):
                     pass
 
-        times = in_turn({"bare forward pass": bare, "ours": measurement.measure}, options.pairs, device)
+        training = OurTraining(args, data, device)
+        epoch = partial(training.run, -(-len(data.train) // args.batch_size))
+        works = {"bare forward pass": bare, "ours": measurement.measure, "an epoch of training": epoch}
+        times = in_turn(works, options.pairs, device)
         usual = [seconds(lambda: usual_measurement(model, data, device), device) for _ in range(options.usual)]
         found, expected = measurement.measure()[0]["NC1"], usual_measurement(model, data, device)[0]
     print(f"NC1: ours {found:.8g}, the usual way {expected:.8g}")
-    times["the usual way"] = usual
+    epochs, times["the usual way"] = times.pop("an epoch of training"), usual
     bare_median, usual_median = statistics.median(times["bare forward pass"]), statistics.median(usual)
     rows = []
     for name, spent in times.items():
@@ -58,6 +63,11 @@ def main():
         rows.append(row | {"of a bare pass": median / bare_median, "times the usual": usual_median / median})
     over, least, most = ratios(times["ours"], times["bare forward pass"])
     print(f"ours against a bare forward pass, pair by pair: median {over:.3f}, from {least:.3f} to {most:.3f}")
+    every = [measured / (10 * epoch) for measured, epoch in zip(times["ours"], epochs, strict=True)]
+    print(
+        f"--nc_every 10 on top of training time, {statistics.median(epochs):.3f} s an epoch: median "
+        f"{statistics.median(every):.1%}, from {min(every):.1%} to {max(every):.1%}"
+    )
     report(f"measuring_{device.type}", rows, device, options.out)
 
 

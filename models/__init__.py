@@ -21,7 +21,7 @@ MODELS = {
 }
 
 
-def build_model(name, num_classes, *, bias=True, depth_linear=1, depth_relu=6, width=1024):
-    """A model with fresh weights; `depth_relu` and `width` are of the MLP only."""
-    own = {"depth_relu": depth_relu, "width": width} if name == "MLP" else {}
+def build_model(name, num_classes, *, bias=True, depth_linear=1, depth_relu=6, width=1024, revive=False):
+    """A model with fresh weights; `depth_relu`, `width` and `revive` are of the MLP only."""
+    own = {"depth_relu": depth_relu, "width": width, "revive": revive} if name == "MLP" else {}
     return MODELS[name](num_classes=num_classes, bias=bias, depth_linear=depth_linear, **own)

@@ -54,6 +54,8 @@ def test_the_papers_command():
         ("--adam_beta2 1", ["--adam_beta2", ">= 0 and < 1"]),
         ("--adam_eps 0", ["--adam_eps", "> 0"]),
         ("--optimizer SGD --amsgrad", ["--amsgrad", "--optimizer Adam"]),
+        ("--model VGG11 --revive", ["--revive", "--model MLP"]),
+        ("--stratified --no_shuffle", ["--stratified and --no_shuffle"]),
         ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
         ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),
         ("--class_counts 5", ["--class_counts", "two classes or more"]),
@@ -91,7 +93,7 @@ def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
         "sep_decay": "", "weight_decay": "0.5", "feature_decay_rate": "0.5", "optimizer": "SGD", "lr": "0.5",
         "decay_type": "step_5", "gamma": "0.5", "patience": "5", "batch_size": "5", "no_shuffle": "",
         "clip_grad_norm": "5", "adam_beta2": "0.5", "adam_eps": "0.5", "amsgrad": "",
-        "warmup_epochs": "5", "penalty_warmup_epochs": "5",
+        "warmup_epochs": "5", "penalty_warmup_epochs": "5", "stratified": "", "revive": "",
         "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
     }  # fmt: skip

@@ -357,6 +357,22 @@ def test_an_epoch_is_a_permutation():
     assert order(shuffle=False) == list(range(23))
 
 
+def test_a_stratified_epoch_has_every_class_in_proportion():
+    """Each batch is within two images of its share, each epoch another permutation of all, images not only offsets."""
+    counts = torch.tensor([3, 10, 40, 97])
+    labels = torch.arange(4).repeat_interleave(counts)[torch.randperm(150, generator=torch.Generator().manual_seed(0))]
+    orders = [epoch_order(150, epoch=epoch, seed=1, labels=labels) for epoch in (1, 2)]
+    for found in orders:
+        assert torch.equal(found.sort().values, torch.arange(150))
+        for rows in found.split(30):
+            share = counts * len(rows) / 150
+            assert (labels[rows].bincount(minlength=4) - share).abs().max() <= 2
+    for label in range(4):
+        first, second = (found[labels[found] == label].tolist() for found in orders)
+        assert first != second
+    assert torch.equal(orders[0], epoch_order(150, epoch=1, seed=1, labels=labels))
+
+
 def test_images_go_with_their_labels_in_both_memory_formats():
     for memory_format in (torch.contiguous_format, torch.channels_last):
         split = numbered(23).to("cpu", memory_format)

@@ -5,6 +5,7 @@ import torch
 
 from models import MODELS, build_model
 from models.classifier import head_weight
+from models.mlp import RevivingReLU
 from utils import UserError, load_weights
 
 CONVOLUTIONAL = [name for name in MODELS if name != "MLP"]
@@ -164,3 +165,27 @@ def test_tf32_leaves_the_head_at_least_fp32(monkeypatch):
     assert used == [torch.float64, torch.float64] and found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found.square().sum(), [features, *head.parameters()]), gradients)
+
+
+def test_a_dead_image_gets_the_gradient_that_would_raise_its_features():
+    inputs = torch.tensor([[1.0, -2.0, -3.0], [-1.0, -2.0, -3.0], [0.0, -1.0, 0.0]], requires_grad=True)
+    gradient = torch.tensor([[-5.0, -6.0, 7.0], [-5.0, 6.0, -7.0], [1.0, -2.0, 3.0]])
+    outputs = RevivingReLU.apply(inputs)
+    assert torch.equal(outputs, inputs.relu())
+    outputs.backward(gradient)
+    assert inputs.grad.tolist() == [[-5, 0, 0], [-5, 0, -7], [0, -2, 0]]
+
+
+def test_a_dead_network_lives_again_only_if_it_is_told_to():
+    for revive in (False, True):
+        torch.manual_seed(0)
+        model = small("MLP", revive=revive)
+        with torch.no_grad():
+            model.intermediate_layer.bias.fill_(-100)
+        images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+        optimizer = torch.optim.Adam(model.parameters(), lr=1)
+        for _ in range(150):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images)[0], labels).backward()
+            optimizer.step()
+        assert (model(images)[1] > 0).any(1).all() == revive
