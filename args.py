@@ -104,8 +104,13 @@ def folder(text):
 
 
 class Parser(argparse.ArgumentParser):
+    """Errors in one line; of a file of flags, @FILE, what follows a # is a comment."""
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#")[0].split()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -116,9 +121,10 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def make_parser(description=None):
     """The parser of both entry scripts."""
     parser = Parser(
-        usage="%(prog)s [flags]",
+        usage="%(prog)s [@FILE of flags] [flags]",
         description=description,
         allow_abbrev=False,
+        fromfile_prefix_chars="@",
         formatter_class=lambda prog: Help(prog, max_help_position=32, width=110),
     )
     yes_no = argparse.BooleanOptionalAction

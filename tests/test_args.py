@@ -51,6 +51,7 @@ def test_the_papers_command():
         ("--decay_type cliff", ["--decay_type", "step_60_120"]),
         ("--decay_type step_", ["--decay_type", "step_60_120"]),
         ("--decay_type cosine --epochs 50", ["--patience 2000", "--epochs 50"]),
+        ("@nothing.flags", ["nothing.flags", "No such file"]),
         ("--adam_beta2 1", ["--adam_beta2", ">= 0 and < 1"]),
         ("--adam_eps 0", ["--adam_eps", "> 0"]),
         ("--optimizer SGD --amsgrad", ["--amsgrad", "--optimizer Adam"]),
@@ -114,6 +115,12 @@ def test_names_ignore_what_a_model_or_data_set_does_not_use():
     assert run_name(parse("--dataset imagefolder --data_dir x")) != run_name(
         parse("--dataset imagefolder --data_dir y")
     )
+
+
+def test_flags_from_a_file_and_later_ones_win(tmp_path):
+    (tmp_path / "some.flags").write_text("# a comment\n--lr 0.5 --no-bias  # and another\n--width 7\n")
+    args = parse(f"@{tmp_path}/some.flags --width 8")
+    assert (args.lr, args.bias, args.width) == (0.5, False, 8) and {"lr", "bias", "width"} <= args.given
 
 
 def test_folder(tmp_path):
