@@ -248,8 +248,8 @@ def make_parser(description=None):
     training.add_argument(
         "--revive",
         action="store_true",
-        help="MLP: images whose features are all zero, to which a ReLU gives no gradient, get that of the features "
-        "that the loss would raise (default: off)",
+        help="MLP: features at zero, to which their ReLU gives no gradient, get the one that would raise them "
+        "(default: off)",
     )
     training.add_argument(
         "--no_shuffle", action="store_true", help="batches in the order of the data set (default: off)"

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from args import parse_args
 from datasets import Data, Split, load_data
 from utils import device_name
 
+ROOT = Path(__file__).resolve().parent.parent
 COUNTS = [1000, 1000, 2000, 2000, 3000, 3000, 4000, 4000, 5000, 5000]  # the paper's CIFAR-10 subset
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import report
+from common import ROOT, report
 
 from runs import read_run
 from utils import pick_device
@@ -31,7 +31,7 @@ SETTINGS = {
     "resnet18_batch256": f"--model ResNet18 --batch_size 256 {PAPER} --nc_every 10",
 }
 METRICS = ("train_acc1", "NC1", "NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err")
-SCRIPT = Path(__file__).parent.parent / "train_1st_order_unbalanced.py"
+SCRIPT = ROOT / "train_1st_order_unbalanced.py"
 
 
 def main():

@@ -7,10 +7,10 @@ from models.classifier import Classifier, linear_head
 
 
 class RevivingReLU(torch.autograd.Function):
-    """ReLU of (B, d), with a gradient for samples that it leaves without one: those whose d outputs are all zero.
+    """ReLU whose outputs at zero get the gradients that would raise them: the projected gradient of h >= 0.
 
-    A feature at zero is a minimum of the constraint h >= 0 only if the loss would not fall as it rises. Of the samples
-    that are zero throughout, the features that the loss would raise get its gradient as if there were no ReLU.
+    A feature at zero is stationary in min over h >= 0 only if the loss would not fall as it rises. ReLU's own gradient
+    is zero there in any case, so an image, or a class, whose features are all zero stays so for good.
     """
 
     @staticmethod
@@ -21,15 +21,14 @@ class RevivingReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        active = context.saved_tensors[0] > 0
-        dead = ~active.any(1, keepdim=True)
-        return gradient * (active | (dead & (gradient < 0)))
+        (outputs,) = context.saved_tensors
+        return gradient * ((outputs > 0) | (gradient < 0))
 
 
 class MLP(Classifier):
     """`depth_relu` ReLU layers, one more whose output is the features, and a linear head, all `width` wide.
 
-    revive: samples whose features are all zero keep a gradient (`RevivingReLU`).
+    revive: features at zero keep the gradient that would raise them (`RevivingReLU`).
     """
 
     def __init__(self, *, depth_relu, width, depth_linear, num_classes, bias, revive=False):
