@@ -1,7 +1,8 @@
-"""sweep.sh and the Slurm array: what runs when, what is skipped, and what is left after a kill."""
+"""sweep.sh, the Slurm array and the paper's experiments: what runs, what is skipped, what a kill leaves."""
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import time
 
 import pytest
 
+from args import TRAINING_FLAGS, parse_args
 from tests.conftest import ROOT
+from tests.test_args import PAPER
 from tests.test_scripts import log_of, same_weights
 from utils import read_csv, read_log
 
@@ -204,3 +207,35 @@ def test_a_slurm_task_that_must_stop_can_go_on(tmp_path, array_task, sent, reque
     (tmp_path / "go").touch()
     assert array_task(path, 1).wait(timeout=30) == 0
     assert (tmp_path / "ran").read_text() == "ran\nstopped\nran\n"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The paper's experiments
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "mnist", "fashionmnist", "svhn"])
+def test_the_papers_experiments(tmp_path, dataset):
+    """Their commands, without running them: four models, the paper's flags, folders of their own."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "scripts" / "environment.sh").write_text("")
+    variables = environment(PYTHON="python", OBJECTIVE="released", FLAGS="--save_every 100 --data_dir elsewhere")
+    script = tmp_path / "scripts" / f"reproduce_{dataset}.sh"
+    done = subprocess.run([script, "--count"], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "4\n"
+    commands = (tmp_path / "model_weights" / f"{dataset}_released" / "commands.txt").read_text().splitlines()
+    settings = {}
+    for command in commands:
+        train, validate = (shlex.split(part) for part in command.split(" && "))
+        assert train[:2] == ["python", "train_1st_order_unbalanced.py"] and validate[1] == "validate_NC_unbalanced.py"
+        assert train[2:] == validate[2:]
+        args = parse_args(argv=train[2:])
+        settings[args.model] = args
+        assert (args.dataset, args.objective, args.save_every, args.data_dir) == (dataset, "released", 100, "elsewhere")
+        assert args.batch_size == (256 if args.model == "MLP" else 32) and args.resume
+        paper = parse_args(argv=shlex.split(PAPER))
+        free = {"model", "batch_size", "dataset", "objective"}
+        assert {name for name in TRAINING_FLAGS if getattr(args, name) != getattr(paper, name)} <= free
+        assert (args.epochs, args.patience) == (paper.epochs, paper.patience)
+    assert list(settings) == ["MLP", "ResNet18", "VGG11", "densenet_cifar"]
+    assert len({args.save_path for args in settings.values()}) == 4
