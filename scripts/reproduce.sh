@@ -43,6 +43,8 @@ fi
 
 # The data set, before all jobs begin to download it at once.
 "$PYTHON" - --dataset "$dataset" ${FLAGS:-} <<'PYTHON'
+import sys
+
 from args import parse_args
 from datasets import load_data
 from utils import run_script
@@ -50,9 +52,11 @@ from utils import run_script
 
 def main():
     args = parse_args()
-    load_data(args.dataset, args.data_dir, download=args.download)
+    counts = {"imbalance": args.imbalance, "n_max": args.n_max, "class_counts": args.class_counts}
+    load_data(args.dataset, args.data_dir, download=args.download, **counts)
 
 
+sys.argv[0] = "reproduce.sh"
 run_script(main)
 PYTHON
 
