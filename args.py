@@ -27,7 +27,8 @@ FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset ima
 
 # The flags that belong to one call, not to the run.
 LOCAL_FLAGS = set(
-    "data_dir download device gpu_id save_path load_path resume force theory watch recompute wandb cuda_graph".split()
+    "data_dir download device gpu_id save_path load_path resume force theory watch recompute tensorboard wandb "
+    "cuda_graph".split()
 )
 
 
@@ -293,6 +294,11 @@ def make_parser(description=None):
     files.add_argument("--resume", action="store_true", help="go on where the run stopped (default: off)")
     files.add_argument(
         "--force", action="store_true", help="delete an earlier run in the folder and start again (default: off)"
+    )
+    files.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="log to tensorboard/ in the run's folder as well; the package is needed (default: off)",
     )
     files.add_argument(
         "--wandb",

@@ -114,5 +114,21 @@ def theorem(geometry, epoch):
     return figure
 
 
+@matplotlib.rc_context(STYLE)
+def heatmaps(geometry, epoch):
+    """H^T H, W W^T and W H, measured above the theorem's where it is known, on one colour scale."""
+    rows = [suffix for suffix in ("", "_theory") if f"HTH{suffix}" in geometry]
+    figure = Figure(figsize=(TEXT_WIDTH, 2.2 * len(rows)))
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for column, (name, title) in enumerate([("HTH", r"$H^\top H$"), ("WWT", r"$WW^\top$"), ("WH", r"$WH$")]):
+        limit = max(np.abs(geometry[name + suffix]).max() for suffix in rows)
+        for axis, suffix in zip(axes[:, column], rows, strict=True):
+            image = axis.imshow(geometry[name + suffix], cmap="RdBu_r", vmin=-limit, vmax=limit)
+            axis.set(title=f"{title}, theorem" if suffix else f"{title}, epoch {epoch}")
+            axis.grid(False)
+        figure.colorbar(image, ax=axes[:, column], shrink=0.6)
+    return figure
+
+
 if __name__ == "__main__":
     run_script(main)

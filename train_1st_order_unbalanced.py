@@ -12,18 +12,17 @@ Writes config.json, train_log.jsonl, epoch_*.pth and last.pt into model_weights/
 """
 
 import math
-import os
 import platform
 import shutil
 import time
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from args import LOCAL_FLAGS, adopt_config, config_flags, parse_args, run_folder
 from datasets import epoch_order, random_shifts
+from loggers import TENSORBOARD_FILES, open_loggers
 from objective import make_objective
 from plot_nc import FIGURES, KINDS
 from utils import (
@@ -84,7 +83,6 @@ def train(args, data, model, device, folder):
         load_weights(model, args.init_from, device)
     objective = make_objective(args, data)
     optimizer = make_optimizer(args, model, objective, device)
-    wandb_run = start_wandb(args, folder) if args.wandb else None
     if args.force:
         clear(folder)  # now that all that the new run needs is there
     epoch = restore(folder, model, optimizer, device) if resumed else 0
@@ -102,7 +100,11 @@ def train(args, data, model, device, folder):
     record = Record(-(-count // args.batch_size), device)
     step = make_step(args, data.train, model, objective, optimizer, record, shifts, strength)
     saved = time.monotonic()
-    with Progress(args.epochs, "epoch", start=epoch) as progress, Writer() as writer:
+    with (
+        Progress(args.epochs, "epoch", start=epoch) as progress,
+        Writer() as writer,
+        open_loggers(args, folder, "train", first_epoch=epoch + 1) as loggers,
+    ):
         while epoch < args.epochs:
             epoch += 1
             began = time.perf_counter()
@@ -114,12 +116,14 @@ def train(args, data, model, device, folder):
                 shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
             for rows in order.to(device).split(args.batch_size):
                 step(rows)
-            line = log_line(epoch, lr, objective, record.take(), time.perf_counter() - began)
+            steps = record.take()
+            line = log_line(epoch, lr, objective, steps, time.perf_counter() - began)
             append_line(folder / "train_log.jsonl", line)
-            if wandb_run:
-                wandb_run.log(line, step=epoch)
+            check_finite(epoch, steps["loss"])
+            for logger in loggers:
+                logger.scalars("train", line)
             if args.nc_every and due(epoch, args.nc_every, args.epochs):
-                measurement.append(epoch)
+                measurement.append(epoch, loggers)
             if due(epoch, args.save_every, args.epochs):
                 writer.save(checkpoint_path(folder, epoch), copy_state(model.state_dict()))
                 if epoch == args.epochs or time.monotonic() - saved > RESUME_SECONDS:
@@ -129,8 +133,6 @@ def train(args, data, model, device, folder):
                 f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
                 f"{line['images_per_second']:.0f} images/s"
             )
-    if wandb_run:
-        wandb_run.finish()
     print(f"finished: {folder}")
 
 
@@ -230,18 +232,11 @@ def set_learning_rate(optimizer, lr):
 
 
 def log_line(epoch, lr, objective, steps, seconds):
-    """A line of train_log.jsonl, of an epoch's Record; stops at a loss that is not finite.
+    """A line of train_log.jsonl, of an epoch's Record.
 
     The loss spiked if a step's was more than twice the least before it in the epoch.
     """
     size, loss = steps["size"], steps["loss"]
-    if not loss.isfinite().all():
-        step = int((~loss.isfinite()).nonzero()[0]) + 1
-        raise UserError(
-            f"the loss is not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1; "
-            f"checkpoints up to then are kept",
-            FAILED_WORK,
-        )
     count = float(size.sum())
     return {
         "epoch": epoch,
@@ -254,6 +249,17 @@ def log_line(epoch, lr, objective, steps, seconds):
         "seconds": round(seconds, 4),
         "images_per_second": round(count / seconds, 1),
     }
+
+
+def check_finite(epoch, loss):
+    """Stops at a loss that is not finite, of the losses (steps,) of an epoch."""
+    if not loss.isfinite().all():
+        step = int((~loss.isfinite()).nonzero()[0]) + 1
+        raise UserError(
+            f"the loss is not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1; "
+            f"checkpoints up to then are kept",
+            FAILED_WORK,
+        )
 
 
 def due(epoch, every, epochs):
@@ -281,6 +287,7 @@ def clear(folder):
     """Deletes what an earlier run wrote, and nothing else."""
     written = [
         *find_checkpoints(folder).values(),
+        *folder.glob(TENSORBOARD_FILES),
         *(folder / name for name in ("config.json", "train_log.jsonl", "last.pt")),
     ]
     for suffix in THEORY_SUFFIXES.values():
@@ -374,18 +381,6 @@ def announce(args, data, model, device, folder, epoch):
     print(f"disk       {left} checkpoints, {left * size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free", flush=True)
     if 4 * size + left * size > free:
         print(f"warning: the disk of {folder} is too small; raise --save_every", flush=True)
-
-
-def start_wandb(args, folder):
-    """A Weights & Biases run; the package is optional."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb True needs the package wandb: pip install wandb, or give --wandb False") from None
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    return wandb.init(
-        project="neural-collapse-imbalance", name=Path(folder).name, dir=folder, config=config_flags(args), mode=mode
-    )
 
 
 if __name__ == "__main__":

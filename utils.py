@@ -333,7 +333,7 @@ def read_csv(path):
 
 
 def write_csv(path, rows):
-    """Writes dicts of numbers that share their keys; NaN becomes an empty cell, a whole number has no point."""
+    """Writes dicts of numbers and texts with the same keys; NaN becomes an empty cell, a whole number has no point."""
     with atomic_write(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -342,7 +342,9 @@ def write_csv(path, rows):
 
 
 def cell(value):
-    """A number as a cell of a CSV file that `read_csv` reads back as the same float."""
+    """A number as a cell of a CSV file that `read_csv` reads back as the same float; a text as it is."""
+    if isinstance(value, str):
+        return value
     if math.isnan(value):
         return ""
     return int(value) if float(value).is_integer() else value

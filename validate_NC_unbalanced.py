@@ -19,11 +19,12 @@ import torch
 
 from args import THEORY_SUFFIXES, adopt_config, parse_args, run_folder
 from datasets import load_data
+from loggers import open_loggers, require_packages
 from models import build_model
 from models.classifier import head_weight
 from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from objective import make_objective
-from plot_nc import draw
+from plot_nc import draw, heatmaps
 from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
 from utils import (
     FAILED_WORK,
@@ -72,7 +73,8 @@ def main():
     if measurement.reason:
         print(f"columns {', '.join(THEORY_COLUMNS)} stay empty: {measurement.reason}")
 
-    failed = measure_all(args, measurement, model, device, folder)
+    with open_loggers(args, folder, "validate", first_epoch=0 if args.recompute else None) as loggers:
+        failed = measure_all(args, measurement, model, device, folder, loggers)
     if measurement.rows:
         print_table(measurement)
         print(f"figures in {draw(folder, measurement.suffix)[0].parent}")
@@ -81,6 +83,7 @@ def main():
 
 def set_up(args):
     """What the flags mean on this machine: the device, and the data and a fresh model on it."""
+    require_packages(args)
     device = pick_device(args.device, args.gpu_id)
     set_precision(args.precision, device)
     data = load_data(
@@ -115,7 +118,7 @@ def check_counts(config, data, folder):
         )
 
 
-def measure_all(args, measurement, model, device, folder):
+def measure_all(args, measurement, model, device, folder, loggers):
     """Measures the checkpoints that have no row yet, with --watch until training ends; counts damaged ones."""
     damaged, measured = set(), set()
     while True:
@@ -126,7 +129,7 @@ def measure_all(args, measurement, model, device, folder):
             for epoch, path, load in read_ahead(todo, device):
                 try:
                     set_weights(model, load(), path)
-                    row = measurement.append(epoch)
+                    row = measurement.append(epoch, loggers)
                     measured.add(epoch)
                     progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
                 except UserError as error:
@@ -177,17 +180,20 @@ class Measurement:
         self.rows = read_csv(self.csv)
         return {int(row["epoch"]) for row in self.rows}
 
-    def append(self, epoch):
-        """Measures the model as it is; writes the geometry, then the row, which it returns."""
+    def append(self, epoch, loggers):
+        """Measures the model as it is; writes the geometry, then the row, which it returns, and logs both."""
         row, parts = self.measure()
-        row = {"epoch": epoch, **row}
+        row, parts = {"epoch": epoch, **row}, {name: part.numpy() for name, part in parts.items()}
         self.geometry_folder.mkdir(exist_ok=True)
         with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
-            np.savez(file, class_counts=self.data.class_counts, **{name: part.numpy() for name, part in parts.items()})
+            np.savez(file, class_counts=self.data.class_counts, **parts)
         with file_lock(self.csv.with_name(f".{self.csv.name}.lock")):  # training and validate --watch both add rows
             others = [other for other in read_csv(self.csv) if other["epoch"] != epoch]
             self.rows = sorted([*others, row], key=lambda other: other["epoch"])
             write_csv(self.csv, self.rows)
+        for logger in loggers:
+            logger.scalars("nc", row)
+            logger.figure("heatmaps", heatmaps(parts, epoch), epoch)
         return row
 
     @torch.inference_mode()

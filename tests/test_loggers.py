@@ -1,0 +1,76 @@
+"""TensorBoard's event files read back, and what happens without the packages."""
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import ROOT
+from utils import read_csv, read_log
+
+TINY = "--dataset digits --width 24 --depth_relu 1 --batch_size 200 --no-bias --sep_decay --save_path run".split()
+
+
+def events(folder):
+    """{tag: {epoch: value}} of the scalars in a folder of event files, and the epochs that have heatmaps."""
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    scalars = {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in tags["scalars"]}
+    for tag, values in scalars.items():
+        assert len(accumulator.Scalars(tag)) == len(values), f"{tag}: an epoch twice"
+    return scalars, [image.step for tag in tags["images"] for image in accumulator.Images(tag)]
+
+
+def same(values, rows, column):
+    return values == {row["epoch"]: pytest.approx(row[column], rel=1e-6) for row in rows}
+
+
+def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, validate, tmp_path):
+    run = tmp_path / "run"
+    train(*TINY, "--epochs", 3, "--save_every", 2, "--nc_every", 2, "--tensorboard")
+    scalars, heatmaps = events(run / "tensorboard" / "train")
+    assert same(scalars["train/loss"], read_log(run), "loss") and same(scalars["train/lr"], read_log(run), "lr")
+    assert same(scalars["nc/NC2_H"], read_csv(run / "nc_metrics.csv"), "NC2_H") and heatmaps == [1, 3]
+    assert not {tag for tag in scalars if "epoch" in tag}
+
+    train(*TINY, "--epochs", 4, "--save_every", 2, "--resume", "--tensorboard")  # goes on in the same curves
+    scalars, _ = events(run / "tensorboard" / "train")
+    assert same(scalars["train/loss"], read_log(run), "loss") and len(read_log(run)) == 4
+
+    for _ in range(2):  # the second call hides what the first one wrote
+        validate("--load_path", "run", "--recompute", "--tensorboard")
+        scalars, heatmaps = events(run / "tensorboard" / "validate")
+        assert same(scalars["nc/NC1"], read_csv(run / "nc_metrics.csv"), "NC1") and heatmaps == [1, 3, 4]
+
+    (run / "tensorboard" / "notes.txt").write_text("mine")
+    train(*TINY, "--epochs", 1, "--force")
+    assert [path.name for path in (run / "tensorboard").rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_columns_without_a_value_are_left_out(train, validate, tmp_path):
+    train(*TINY, "--epochs", 1, "--depth_linear", 2)
+    validate("--load_path", "run", "--tensorboard")
+    scalars, heatmaps = events(tmp_path / "run" / "tensorboard" / "validate")
+    assert "nc/NC1" in scalars and "nc/NC2_H" not in scalars and heatmaps == [1]
+
+
+@pytest.mark.parametrize("flags", [["--tensorboard"], ["--wandb", "True"]], ids=["tensorboard", "wandb"])
+def test_a_missing_package_is_one_line_before_any_work(run_script, tmp_path, flags):
+    """Neither is needed for anything else."""
+    code = "import runpy, sys\nsys.modules.update(tensorboard=None, wandb=None)\n"
+    code += f"runpy.run_path({str(ROOT / 'train_1st_order_unbalanced.py')!r}, run_name='__main__')"
+    (tmp_path / "without.py").write_text(code)
+    package = flags[0].removeprefix("--")
+    _, error = run_script(tmp_path / "without.py", *TINY, *flags, status=2)
+    assert f"pip install {package}" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    run_script(tmp_path / "without.py", *TINY, "--epochs", 1)
+
+
+def test_wandb_offline(train, validate, tmp_path):
+    pytest.importorskip("wandb")
+    train(*TINY, "--epochs", 2, "--wandb", "True")
+    folder = next((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert list(folder.glob("run-*.wandb"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["flags"]["wandb"] is True

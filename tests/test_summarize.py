@@ -1,0 +1,152 @@
+"""summarize.py on run folders made by hand, and on real ones: numbers counted here, not by its own code."""
+
+import csv
+import json
+import statistics
+
+import pytest
+
+from summarize import METRICS, markdown, read_measured, shortfall, summarize, time_to_collapse
+from tests.test_runs import make_run
+from utils import append_line, run_lock, write_csv
+
+TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 1 --batch_size 200 --no-bias --sep_decay".split()
+
+
+def write_run(folder, *flags, distances, epochs=9, every=4, seconds=2.0):
+    """A run of 7 images and batches of 4, measured at epochs 1, 5, ...: there all metrics are `distances`."""
+    run = make_run(folder, "--batch_size", "4", "--epochs", "9", *flags)
+    for epoch in range(1, epochs + 1):
+        append_line(folder / "train_log.jsonl", {"epoch": epoch, "loss": 1 / epoch, "seconds": seconds})
+    if distances:
+        rows = [{"epoch": 1 + every * i, **dict.fromkeys(METRICS, value)} for i, value in enumerate(distances)]
+        write_csv(folder / "nc_metrics.csv", rows)
+    return read_measured(run.folder, "objective")
+
+
+def cells(text):
+    """The tables of a Markdown text as lists of {head: cell}."""
+    tables = []
+    for block in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if line[0] == "|"]
+        if lines:
+            tables.append([dict(zip(lines[0], line, strict=True)) for line in lines[2:]])
+    return tables
+
+
+def test_mean_and_standard_deviation_over_the_seeds(tmp_path):
+    values = {1: 8.1e-4, 2: 8.4e-4, 3: 8.9e-4}
+    runs = [
+        write_run(tmp_path / f"{seed}", "--seed", f"{seed}", distances=[2, 1, value], seconds=float(seed))
+        for seed, value in values.items()
+    ]
+    row = summarize("", runs)
+    assert row["seeds"] == row["runs"] == 3 and row["setting"] == "all runs"
+    assert row["NC1"] == pytest.approx(statistics.mean(values.values()))
+    assert row["NC1_std"] == pytest.approx(statistics.stdev(values.values()))
+    assert (row["seconds"], row["seconds_std"]) == (18.0, 9.0)
+    line = cells(markdown([row], runs))[0][0]
+    assert (line["seeds"], line["NC2_H"], line["time"]) == ("3", "8.5e-4 ± 4e-5", "0:00:18 ± 0:00:09")
+
+
+def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
+    text = markdown([summarize("x", [write_run(tmp_path / "a", distances=[2, 2, 36.279])])], [])
+    assert cells(text)[0][0]["NC1"] == "36" and cells(text)[0][0]["test_acc1"] == "36.28"
+
+
+@pytest.mark.parametrize(
+    "distances, expected",
+    [
+        ([0.9, 0.9, 0.9], None),
+        ([0.9, 0.04, 0.9], None),  # did not stay
+        ([0.9, 0.9, 0.05], (9, 18, 18.0)),
+        ([0.9, 0.04, 0.03], (5, 10, 10.0)),
+        ([0.01, 0.9, 0.01], (9, 18, 18.0)),
+        ([0.01, 0.01, 0.01], (1, 2, 2.0)),
+    ],
+)
+def test_time_to_collapse_is_from_when_on_the_distances_stay_small(tmp_path, distances, expected):
+    """Epoch, ceil(7/4) = 2 steps an epoch, 2 seconds an epoch."""
+    assert time_to_collapse(write_run(tmp_path / "a", distances=distances), 0.05) == expected
+
+
+@pytest.mark.parametrize("name", ["NC2_H", "NC2_WWT", "NC3_WH"])
+def test_time_to_collapse_asks_all_three(tmp_path, name):
+    run = write_run(tmp_path / "a", distances=[0.9, 0.04, 0.04])
+    run.rows[1][name] = 0.06
+    assert time_to_collapse(run, 0.05)[0] == 9
+    run.rows[2][name] = float("nan")
+    assert time_to_collapse(run, 0.05) is None
+
+
+def test_time_to_collapse_over_seeds(tmp_path):
+    """Median and slowest; not reached where one seed did not; nothing where there is no optimum."""
+    ends = {"a": [0.9, 0.9, 0.04], "b": [0.9, 0.04, 0.04], "c": [0.04, 0.04, 0.009]}
+    runs = [write_run(tmp_path / name, "--seed", f"{i}", distances=end) for i, (name, end) in enumerate(ends.items())]
+    row = summarize("x", runs)
+    line = cells(markdown([row], runs))[1][0]
+    assert [line[f"{unit} to 0.05"] for unit in ("epochs", "steps", "time")] == [
+        "5 (9)",
+        "10 (18)",
+        "0:00:10 (0:00:18)",
+    ]
+    assert line["epochs to 0.01"] == "not reached by 2 of 3" and line["steps to 0.01"] == "-"
+    run = write_run(tmp_path / "d", distances=[float("nan")] * 3)
+    assert set(cells(markdown([summarize("x", [run])], [run]))[1][0].values()) == {"x", "1", "-"}
+
+
+def test_runs_that_do_not_count_are_listed(tmp_path):
+    done = write_run(tmp_path / "done", distances=[0.9, 0.9, 0.3])
+    cut = write_run(tmp_path / "cut", "--seed", "2", distances=[0.9, 0.8], epochs=6)
+    failed = write_run(tmp_path / "failed", "--seed", "3", distances=[0.9], epochs=4)
+    append_line(failed.folder / "train_log.jsonl", {"epoch": 5, "loss": float("nan"), "seconds": 1.0})
+    failed = read_measured(failed.folder, "objective")
+    unmeasured = write_run(tmp_path / "unmeasured", "--seed", "4", distances=[0.9, 0.8])
+    empty = make_run(tmp_path / "empty", "--seed", "5", "--batch_size", "4", "--epochs", "9")
+    runs = [done, cut, failed, unmeasured, empty]
+    assert [shortfall(run) for run in runs] == [
+        None,
+        "unfinished: 6 of 9 epochs",
+        "failed: the loss is not finite in epoch 5",
+        "not measured at its last epoch, 9: run validate_NC_unbalanced.py",
+        "unfinished: 0 of 9 epochs",
+    ]
+    with run_lock(cut.folder):
+        assert shortfall(cut) == "running: 6 of 9 epochs"
+    row = summarize("x", runs)
+    assert (row["seeds"], row["runs"], row["NC1"]) == (1, 5, 0.3)
+    text = markdown([row], runs)
+    assert cells(text)[0][0]["seeds"] == "1 of 5" and f"- {cut.folder}: unfinished: 6 of 9 epochs\n" in text
+    text = markdown([summarize("x", [cut])], [cut])
+    assert cells(text)[0][0]["seeds"] == "0 of 1" and cells(text)[0][0]["NC1"] == "-"
+
+
+def test_the_script_on_real_runs(run_script, train, tmp_path):
+    """A setting of one good run, one that failed, bare checkpoints; the same folder twice counts once."""
+    train(*TINY, "--nc_every", 1, "--save_path", "good")
+    train(*TINY, "--lr", 1e30, "--epochs", 2, "--save_path", "bad", status=1)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "nc_metrics.csv").write_bytes((tmp_path / "good" / "nc_metrics.csv").read_bytes())
+    out, _ = run_script("summarize.py", "good", "bad", "bare", "good", "--out", "tables")
+    text = (tmp_path / "tables" / "summary.md").read_text(encoding="utf-8")
+    assert text in out and "- bad: failed: the loss is not finite in epoch 1\n" in text
+    settings = [(line["setting"], line["seeds"]) for line in cells(text)[0]]
+    assert settings == [("lr 0.0001, epochs 1", "1"), ("lr 1e+30, epochs 2", "0 of 1"), ("bare", "1")]
+    with open(tmp_path / "tables" / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(tmp_path / "good" / "nc_metrics.csv", newline="") as file:
+        assert next(csv.DictReader(file))["NC1"] == rows[0]["NC1"] == rows[2]["NC1"] != ""
+    log = json.loads((tmp_path / "good" / "train_log.jsonl").read_text())
+    assert float(rows[0]["seconds"]) == log["seconds"] and rows[1]["NC1"] == rows[2]["seconds"] == ""
+
+
+def test_wrong_input_is_one_line(run_script, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "nc_metrics.csv").write_text("epoch,NC1\n1,2\n")
+    for runs, words in (
+        (["nowhere"], "nowhere: no such folder"),
+        (["old"], "no column NC2_H in its rows"),
+        ([], "RUN"),
+    ):
+        _, error = run_script("summarize.py", *runs, status=2)
+        assert words in error and error.count("\n") == 1, error
