@@ -146,7 +146,7 @@ class Setting:
     def note(self):
         """What there is to say of a figure of the first run alone."""
         theory = self.runs[0].suffix.replace("_", "theory ")
-        return listed(self.label, theory, f"seed {self.runs[0].seed} of {self.seeds}" if self.seeds else "")
+        return listed(self.label, theory, f"seed {self.runs[0].seed}, one of {len(self.runs)}" if self.seeds else "")
 
 
 def listed(*texts):
@@ -221,7 +221,7 @@ def curves(panels, settings):
         axis.set_title(title, pad=6 if several else 20)
         for position, (column, label) in enumerate(columns):
             for index, setting in enumerate(settings):
-                plot_series(axis, *series(setting.runs, column), label, look(index if several else position))
+                plot_series(axis, *series(setting.runs, column), label, style_of(index if several else position))
         if not axis.lines:
             axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
         elif not several:
@@ -231,7 +231,7 @@ def curves(panels, settings):
 
     seeds = "mean over seeds (geometric on log axes) and range"
     if several:
-        handles = [Line2D([], [], **look(index)) for index in range(len(settings))]
+        handles = [Line2D([], [], **style_of(index)) for index in range(len(settings))]
         labels = [textwrap.fill(listed(setting.label, setting.seeds), 32) for setting in settings]
         title = textwrap.fill(seeds, 36) if any(setting.seeds for setting in settings) else None
         axes[len(panels)].legend(handles, labels, title=title, loc="center", alignment="left")
@@ -252,18 +252,18 @@ def series(runs, column):
     return epochs, np.array([[table[epoch] for epoch in epochs] for table in tables])
 
 
-def plot_series(axis, epochs, values, label, look):
+def plot_series(axis, epochs, values, label, style):
     """A line of the mean over the seeds, values (S, E), in a band of their range."""
     if not epochs:
         return
     with np.errstate(divide="ignore"):
         mean = np.exp(np.log(values).mean(0)) if axis.get_yscale() == "log" else values.mean(0)
-    axis.plot(epochs, mean, markevery=-(-len(epochs) // 8), label=label, **look)
+    axis.plot(epochs, mean, markevery=-(-len(epochs) // 8), label=label, **style)
     if len(values) > 1:
-        axis.fill_between(epochs, values.min(0), values.max(0), color=look["color"], alpha=0.25, linewidth=0)
+        axis.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.25, linewidth=0)
 
 
-def look(index):
+def style_of(index):
     """Colour and marker of the index-th curve of a panel."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
@@ -276,41 +276,44 @@ def look(index):
 def theorem(settings):
     """Margins and squared class-mean norms against n_k: measured, over seeds the mean and range, and by the theory."""
     several = len(settings) > 1
-    figure = Figure()
+    figure = Figure(figsize=(TEXT_WIDTH, 2.45))
     axes = figure.subplots(1, 2)
     for axis, label in zip(axes, (r"margin $M_k$", r"class-mean norm $\|\mu_k\|^2$"), strict=True):
         axis.set(xlabel=r"training images of the class $n_k$", ylabel=label)
-    drawn = [
-        plot_theorem(axes, setting, look(index), look(index)["color"] if several else ORANGE)
-        for index, setting in enumerate(settings)
-    ]
+    drawn = []
+    for index, setting in enumerate(settings):
+        style = style_of(index)
+        drawn.append(plot_theorem(axes, setting, style, style["color"] if several else ORANGE))
+
     if several:
-        handles = [tuple(marks.values()) for marks in drawn]
-        labels = [
+        texts = [
             textwrap.fill(listed(setting.label, f"at epoch {setting.epoch}", setting.seeds, *list(marks)[2:]), 90)
             for setting, marks in zip(settings, drawn, strict=True)
         ]
-        title = "measured (over seeds: mean and range), theory, collapse threshold"
-        look_of_legend = {"ncols": 1, "handlelength": 6, "title": title}
+        figure.set_figheight(2.45 + 0.15 * sum(text.count("\n") + 1 for text in texts))
+        figure.legend(
+            [tuple(marks.values()) for marks in drawn],
+            texts,
+            title="measured (over seeds: mean and range), theory, collapse threshold",
+            loc="outside lower center",
+            handlelength=6,
+            handler_map={tuple: HandlerTuple(ndivide=None, pad=0.5)},
+        )
     else:
-        handles, labels, look_of_legend = list(drawn[0].values()), list(drawn[0]), {"ncols": 3}
-    num_lines = sum(label.count("\n") + 1 for label in labels) + 1 if several else 1
-    figure.set_size_inches(TEXT_WIDTH, 2.3 + 0.15 * num_lines)
-    side_by_side = {tuple: HandlerTuple(ndivide=None, pad=0.5)}
-    figure.legend(handles, labels, loc="outside lower center", handler_map=side_by_side, **look_of_legend)
+        figure.legend(drawn[0].values(), drawn[0].keys(), ncols=3, loc="outside lower center")
     return figure
 
 
-def plot_theorem(axes, setting, look, colour):
+def plot_theorem(axes, setting, style, colour):
     """Draws a setting into the axes of `theorem`; returns {text: mark} of what it drew: measured, theory, collapse."""
     geometry = setting.geometries[0]
     counts = geometry["class_counts"]
     for axis, name in zip(axes, CLASS_VALUES, strict=True):
         values = np.array([geometry[name] for geometry in setting.geometries])
         spread = np.abs([values.min(0), values.max(0)] - values.mean(0)) if setting.seeds else None
-        axis.errorbar(counts, values.mean(0), spread, linestyle="none", capsize=2, **look)
+        axis.errorbar(counts, values.mean(0), spread, linestyle="none", capsize=2, **style)
     seeds = f"mean and range over {setting.seeds}" if setting.seeds else ""
-    drawn = {listed(f"measured at epoch {setting.epoch}", seeds): Line2D([], [], linestyle="none", **look)}
+    drawn = {listed(f"measured at epoch {setting.epoch}", seeds): Line2D([], [], linestyle="none", **style)}
     if "margins_theory" not in geometry:
         return drawn
 
@@ -323,8 +326,8 @@ def plot_theorem(axes, setting, look, colour):
             axis.axvline(threshold, color=colour, linestyle=":")
     drawn["theory" + setting.runs[0].suffix.replace("_", ", ")] = Line2D([], [], color=colour)
     if threshold is not None:
-        style = ":" if near else "none"
-        drawn[rf"collapse: $n_k \leq$ {threshold:.3g}"] = Line2D([], [], color=colour, linestyle=style)
+        mark = Line2D([], [], color=colour, linestyle=":" if near else "none")
+        drawn[rf"collapse: $n_k \leq$ {threshold:.3g}"] = mark
     return drawn
 
 
@@ -393,11 +396,12 @@ def heatmaps(geometry, epoch, note="", limits=None):
     axes = figure.subplots(len(rows), 3, squeeze=False, sharex=True, sharey=True)
     for position, (title, matrices) in enumerate(rows.items()):
         difference = title == "difference"
-        for axis, matrix, symbol in zip(axes[position], matrices, MATRICES.values(), strict=True):
+        for axis, matrix in zip(axes[position], matrices, strict=True):
             edges = np.arange(len(matrix) + 1) - 0.5
             scale = {"cmap": COLOUR_MAP, "vmin": -limits[difference], "vmax": limits[difference]}
             mesh = axis.pcolormesh(edges, edges, matrix, rasterized=len(matrix) > VECTOR_CLASSES, **scale)
-            axis.set_title(f"distance {np.linalg.norm(matrix):.1e}" if difference else symbol if position == 0 else "")
+            if difference:
+                axis.set_title(f"distance {np.linalg.norm(matrix):.1e}")
         axes[position, 0].set_ylabel(f"{title}\nclass")
         if difference or position == 0:
             figure.colorbar(mesh, ax=axes[position] if difference else axes[:2], aspect=12 if difference else 25)
@@ -407,8 +411,9 @@ def heatmaps(geometry, epoch, note="", limits=None):
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes[0, 0].invert_yaxis()
-    for axis in axes[-1]:
-        axis.set_xlabel("class")
+    for top, bottom, symbol in zip(axes[0], axes[-1], MATRICES.values(), strict=True):
+        top.set_title(symbol)
+        bottom.set_xlabel("class")
     return figure
 
 
