@@ -64,6 +64,7 @@ TRAINING_PANELS = [
     ("accuracy (%)", "linear", [("train_acc1", "training"), ("test_acc1", "test")]),
     ("optimizer", "log", [("lr", "learning rate")]),
 ]
+WIDE = 20  # largest n_k / smallest n_k above which their axis is logarithmic
 CLASS_VALUES = ("margins", "mean_norms_sq")
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
 CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}
@@ -278,8 +279,10 @@ def theorem(settings):
     several = len(settings) > 1
     figure = Figure(figsize=(TEXT_WIDTH, 2.45))
     axes = figure.subplots(1, 2)
+    counts = np.concatenate([setting.geometries[0]["class_counts"] for setting in settings])
+    scale = "log" if max(counts) > WIDE * min(counts) else "linear"
     for axis, label in zip(axes, (r"margin $M_k$", r"class-mean norm $\|\mu_k\|^2$"), strict=True):
-        axis.set(xlabel=r"training images of the class $n_k$", ylabel=label)
+        axis.set(xlabel=r"training images of the class $n_k$", ylabel=label, xscale=scale)
     drawn = []
     for index, setting in enumerate(settings):
         style = style_of(index)
@@ -326,8 +329,8 @@ def plot_theorem(axes, setting, style, colour):
             axis.axvline(threshold, color=colour, linestyle=":")
     drawn["theory" + setting.runs[0].suffix.replace("_", ", ")] = Line2D([], [], color=colour)
     if threshold is not None:
-        mark = Line2D([], [], color=colour, linestyle=":" if near else "none")
-        drawn[rf"collapse: $n_k \leq$ {threshold:.3g}"] = mark
+        largest = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
+        drawn[rf"collapse: $n_k \leq$ {largest}"] = Line2D([], [], color=colour, linestyle=":" if near else "none")
     return drawn
 
 
@@ -391,7 +394,7 @@ def heatmaps(geometry, epoch, note="", limits=None):
     """
     rows = heatmap_rows(geometry)
     limits = limits or heatmap_limits(rows)
-    figure = Figure(figsize=(HEATMAPS_WIDTH, 0.6 + 1.4 * len(rows)))
+    figure = Figure(figsize=(HEATMAPS_WIDTH, 0.9 + 1.35 * len(rows)))
     figure.suptitle("\n".join([*textwrap.wrap(listed(f"epoch {epoch}", note), 80), "matrices / their Frobenius norms"]))
     axes = figure.subplots(len(rows), 3, squeeze=False, sharex=True, sharey=True)
     for position, (title, matrices) in enumerate(rows.items()):

@@ -300,6 +300,7 @@ def test_the_curve_meets_the_theory_of_the_classes(tmp_path, theory, loss, bias,
         found = np.interp(counts, curve.get_xdata(), curve.get_ydata())
         np.testing.assert_allclose(found, getattr(optimum, name), rtol=0.01, atol=1e-3)
         assert bias or len(set(curve.get_xdata())) == 100
+        assert axis.get_xscale() == ("log" if max(counts) > 100 * min(counts) else "linear")
     has_threshold = theory == "nominal" or (theory == "objective" and not bias)
     assert len(legend_of(figure)) == 2 + has_threshold
 
@@ -401,7 +402,9 @@ def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
         folders += [recorded(tmp_path / f"other{n}", n, lr=n, weight_decay=0.1, loss="MSE") for n in range(2, 6)]
     settings = settings_of(*folders)
     figures = [curves(NC_PANELS, settings), curves(TRAINING_PANELS, settings), theorem(settings)]
-    figures.append(heatmaps(settings[0].geometries[0], 80, settings[0].note))
+    parts = settings[0].geometries[0]
+    figures.append(heatmaps(parts, 80, settings[0].note))
+    figures.append(heatmaps({name: array for name, array in parts.items() if not name.endswith("_theory")}, 80))
     for figure in figures:
         figure.savefig(tmp_path / "figure.png")
         width, height = figure.get_size_inches()
