@@ -330,7 +330,7 @@ def plot_theorem(axes, setting, style, colour):
     drawn["theory" + setting.runs[0].suffix.replace("_", ", ")] = Line2D([], [], color=colour)
     if threshold is not None:
         largest = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
-        drawn[rf"collapse: $n_k \leq$ {largest}"] = Line2D([], [], color=colour, linestyle=":" if near else "none")
+        drawn[rf"collapse: $n_k\leq{largest}$"] = Line2D([], [], color=colour, linestyle=":" if near else "none")
     return drawn
 
 

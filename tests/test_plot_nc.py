@@ -260,7 +260,7 @@ def test_the_theorem_is_a_curve_over_n_k(tmp_path):
         np.testing.assert_allclose(points.get_ydata(), geometry(80)[name])
         np.testing.assert_allclose(curve.get_ydata(), expected, rtol=1e-9)
         np.testing.assert_allclose(collapse.get_xdata(), threshold)
-    assert legend_of(figure) == ["measured at epoch 80", "theory", r"collapse: $n_k \leq$ 5.78"]
+    assert legend_of(figure) == ["measured at epoch 80", "theory", r"collapse: $n_k\leq5.78$"]
 
 
 def test_a_threshold_far_from_the_classes_is_only_said(tmp_path):
@@ -269,7 +269,7 @@ def test_a_threshold_far_from_the_classes_is_only_said(tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     figure = theorem(settings_of(run))
     assert len(figure.axes[0].lines) == 2 and figure.axes[0].get_xlim()[0] > 10
-    assert legend_of(figure)[2] == r"collapse: $n_k \leq$ 0.0578"
+    assert legend_of(figure)[2] == r"collapse: $n_k\leq0.0578$"
 
 
 @pytest.mark.parametrize("counts", [[34, 34, 68, 68, 102, 102, 136, 136, 170, 170], [102] * 10, [1, 900]])
@@ -321,7 +321,7 @@ def test_settings_in_the_theorem_have_a_row_each(tmp_path):
     settings = settings_of(*three_seeds(tmp_path), recorded(tmp_path / "other", bias=True))
     figure = theorem(settings)
     assert legend_of(figure) == [
-        r"bias False, at epoch 80, 3 seeds, collapse: $n_k \leq$ 5.78",
+        r"bias False, at epoch 80, 3 seeds, collapse: $n_k\leq5.78$",
         "bias True, at epoch 80",
     ]
 
