@@ -1,11 +1,17 @@
 """What the folders of runs say, and which of them differ by nothing but their seed."""
 
+import zipfile
+import zlib
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from args import THEORY_SUFFIXES, parse_args, training_flags
 from utils import UserError, read_config, read_csv, read_log
+
+GEOMETRY = {"HTH": 2, "WWT": 2, "WH": 2, "margins": 1, "mean_norms_sq": 1}  # arrays of an npz: dimensions of size K
 
 
 @dataclass
@@ -33,6 +39,21 @@ class Run:
 
     def geometry_file(self, epoch):
         return self.folder / f"geometry{self.suffix}" / f"epoch_{epoch:03d}.npz"
+
+    def geometry(self, epoch):
+        """The arrays of an epoch's npz: class_counts, HTH, WWT, WH, margins, mean_norms_sq and those of _theory."""
+        path = self.geometry_file(epoch)
+        try:
+            with np.load(path) as stored:
+                arrays = dict(stored)
+            shape = arrays["class_counts"].shape
+            for name, dimensions in GEOMETRY.items():
+                for array in (arrays[name], arrays.get(f"{name}_theory", arrays[name])):
+                    if array.shape != shape * dimensions:
+                        raise ValueError
+        except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
+            raise UserError(f"{path}: missing or damaged; measure again with --recompute") from None
+        return arrays
 
 
 def read_run(folder, theory="objective"):

@@ -77,7 +77,7 @@ def main():
         failed = measure_all(args, measurement, model, device, folder, loggers)
     if measurement.rows:
         print_table(measurement)
-        print(f"figures in {draw(folder, measurement.suffix)[0].parent}")
+        print(f"figures in {draw(folder, args.theory)[0].parent}")
     return FAILED_WORK if failed or not measurement.rows else 0
 
 

@@ -66,7 +66,8 @@ def test_files_of_a_run(train, validate, tmp_path):
     optimum = cross_entropy_optimum(config["class_counts"], 1e-4, 1e-5)
     np.testing.assert_allclose(geometry["WWT_theory"], optimum.WWT)
     figures = {path.name for path in (folder / "figures").iterdir()}
-    assert figures == {"nc_curves.pdf", "nc_curves.png", "theorem.pdf", "theorem.png"}
+    names = ("nc_curves", "theorem", "heatmaps", "training")
+    assert figures == {f"{name}.{kind}" for name in names for kind in ("pdf", "png")}
     assert "measured against theorem" in out and f"{optimum.margins[0]:.4f}" in out
 
 

@@ -1,0 +1,416 @@
+"""Figures, drawn from the CSV, npz, log and config of a recorded run: an MLP on digits, 80 epochs, seed 1."""
+
+import json
+import shutil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from args import THEORY_SUFFIXES
+from plot_nc import (
+    FIGURES,
+    KINDS,
+    NC_PANELS,
+    STYLE,
+    TRAINING_PANELS,
+    curves,
+    draw_runs,
+    heatmaps,
+    make_settings,
+    theorem,
+    write_animation,
+)
+from runs import read_run
+from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
+from utils import UserError, read_csv, write_csv
+
+RECORDED = Path(__file__).parent / "recorded_run"
+EPOCHS = [1, 21, 41, 61, 80]
+ROWS = np.genfromtxt(RECORDED / "nc_metrics.csv", delimiter=",", names=True)
+LOG = [json.loads(line) for line in (RECORDED / "train_log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def style():
+    """As the figures are drawn in the end."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def recorded(folder, factor=1.0, **flags):
+    """A copy of the recorded run with other flags, all that was measured times a factor; returns its folder."""
+    shutil.copytree(RECORDED, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["flags"] |= flags
+    (folder / "config.json").write_text(json.dumps(config))
+    change_rows(folder, lambda name, value: value if name == "epoch" else factor * value)
+    lines = [{name: value if name == "epoch" else factor * value for name, value in line.items()} for line in LOG]
+    (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for path in (folder / "geometry").iterdir():
+        change_geometry(path, lambda name, array: array if name.endswith(("theory", "counts")) else factor * array)
+    return folder
+
+
+def change_rows(folder, change):
+    rows = read_csv(folder / "nc_metrics.csv")
+    write_csv(folder / "nc_metrics.csv", [{name: change(name, value) for name, value in row.items()} for row in rows])
+
+
+def change_geometry(path, change):
+    arrays = {name: change(name, array) for name, array in np.load(path).items()}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def settings_of(*folders, theory="objective", epoch=None):
+    return make_settings([read_run(folder, theory) for folder in folders], epoch)
+
+
+def three_seeds(tmp_path, **flags):
+    return [recorded(tmp_path / f"seed{n}", factor, seed=n, **flags) for n, factor in ((1, 1), (2, 2), (3, 4))]
+
+
+def texts(figure):
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+
+
+def legend_of(part):
+    legend = part.get_legend() if hasattr(part, "get_legend") else part.legends[0]
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def geometry(epoch):
+    return np.load(RECORDED / "geometry" / f"epoch_{epoch:03d}.npz")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_run(run_script, tmp_path):
+    """In its own folder: PDF whose text stays text in embedded TrueType fonts, PNG of the same size, a GIF."""
+    recorded(tmp_path / "run")
+    out, _ = run_script("plot_nc.py", "run", "--animate")
+    figures = {path.name: path for path in (tmp_path / "run" / "figures").iterdir()}
+    assert {f"run/figures/{name}" for name in figures} == set(out.split())
+    stills = [name for name in FIGURES if name != "heatmaps_animation"]
+    assert set(figures) == {f"{n}.{kind}" for n in stills for kind in ("pdf", "png")} | {"heatmaps_animation.gif"}
+    assert set(figures) <= {f"{name}.{kind}" for name in FIGURES for kind in KINDS}  # what --force deletes
+    for name in stills:
+        pdf = figures[f"{name}.pdf"].read_bytes()
+        assert b"/FontFile2" in pdf and b"/Type3" not in pdf
+        assert pdf.count(b"/Subtype /Image") == (2 if name == "heatmaps" else 0)  # its two colour bars
+        assert Image.open(figures[f"{name}.png"]).width == (1000 if name == "heatmaps" else 1350)  # 5, 6.75 inches
+    assert Image.open(figures["heatmaps_animation.gif"]).n_frames == len(EPOCHS)
+
+
+def test_figures_of_several_runs(run_script, tmp_path):
+    """In a folder of their own, heatmaps a setting; the runs' folders stay as they were."""
+    three_seeds(tmp_path)
+    recorded(tmp_path / "other", lr=0.01)
+    run_script("plot_nc.py", "seed1", "seed2", "seed3", "other", "other", "--out", "all", "--epoch", 41)
+    assert {path.stem for path in (tmp_path / "all").iterdir()} == {
+        "nc_curves", "theorem", "training", "heatmaps_1_lr-0.001", "heatmaps_2_lr-0.01"
+    }  # fmt: skip
+    assert not (tmp_path / "seed1" / "figures").exists()
+    run_script("plot_nc.py", "seed1", "seed2")
+    assert (tmp_path / "figures" / "heatmaps.pdf").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["nothing"], "nothing: no such folder"),
+        (["empty"], "empty: no rows in nc_metrics.csv; run validate_NC_unbalanced.py first"),
+        (["run", "--theory", "nominal"], "run: no rows in nc_metrics_nominal.csv"),
+        (["run", "--epoch", "7"], "run: no geometry of epoch 7, there are 1, 21, 41, 61, 80"),
+        (["old"], "old/nc_metrics.csv: no column NC2_W; measure again with --recompute"),
+        (["torn"], "torn/geometry/epoch_080.npz: missing or damaged; measure again with --recompute"),
+        (["odd"], "odd/geometry/epoch_080.npz: missing or damaged"),
+    ],
+)
+def test_one_line_on_what_is_missing(run_script, tmp_path, flags, message):
+    (tmp_path / "empty").mkdir()
+    for name in ("run", "old", "torn", "odd"):
+        recorded(tmp_path / name)
+    path = tmp_path / "old" / "nc_metrics.csv"
+    path.write_text(path.read_text().replace("NC2_W,", "other,"))
+    path = tmp_path / "torn" / "geometry" / "epoch_080.npz"
+    path.write_bytes(path.read_bytes()[:3000])
+    path = tmp_path / "odd" / "geometry" / "epoch_080.npz"
+    change_geometry(path, lambda name, array: array[:3] if name == "WWT_theory" else array)
+    _, error = run_script("plot_nc.py", *flags, status=2)
+    assert message in error and error.count("\n") == 1
+
+
+def test_what_a_folder_lacks_is_left_out(tmp_path):
+    """A folder of bare checkpoints has no config and no log; a run without --sep_decay has no theory."""
+    bare = recorded(tmp_path / "bare")
+    for name in ("config.json", "train_log.jsonl"):
+        (bare / name).unlink()
+    assert {path.stem for path in draw_runs([read_run(bare)], bare / "figures")} == {"nc_curves", "theorem", "heatmaps"}
+    figure = theorem(settings_of(bare))
+    assert legend_of(figure) == ["measured at epoch 80", "theory"]  # no penalties known, so no threshold
+    assert list(figure.axes[0].lines[1].get_xdata()) == list(geometry(80)["class_counts"])
+
+    plain = recorded(tmp_path / "plain")
+    change_rows(plain, lambda name, value: np.nan if name in ("NC2_H", "NC2_WWT", "NC3_WH") else value)
+    path = plain / "geometry" / "epoch_080.npz"
+    change_geometry(path, lambda name, array: None if name.endswith("_theory") else array)
+    assert legend_of(theorem(settings_of(plain))) == ["measured at epoch 80"]
+    _, nc2, nc3 = curves(NC_PANELS, settings_of(plain)).axes
+    assert [line.get_label() for line in nc2.lines] == ["$W$ against $H$"]
+    assert [text.get_text() for text in nc3.texts] == ["no optimum known"] and not nc3.lines
+
+    shutil.rmtree(plain / "geometry")
+    assert {path.stem for path in draw_runs([read_run(plain)], plain / "new")} == {"nc_curves", "training"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Against the epoch
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_curves_of_a_run_are_its_columns(tmp_path):
+    run = settings_of(recorded(tmp_path / "run"))
+    panels = curves(NC_PANELS, run).axes
+    for axis, columns in zip(panels, (["NC1"], ["NC2_H", "NC2_WWT", "NC2_W"], ["NC3_WH"]), strict=True):
+        assert axis.get_yscale() == "log" and axis.get_xlabel() == "epoch" and not axis.collections
+        for line, column in zip(axis.lines, columns, strict=True):
+            assert list(line.get_xdata()) == EPOCHS
+            np.testing.assert_allclose(line.get_ydata(), ROWS[column], rtol=1e-12)
+    assert [axis.get_title() for axis in panels] == ["NC1", "NC2", "NC3"]
+    assert legend_of(panels[0]) == [r"tr$(\Sigma_W\Sigma_B^\dagger)/K$"]
+
+    loss, accuracy, rate = curves(TRAINING_PANELS, run).axes
+    assert legend_of(loss) == ["objective", "cross entropy"] and legend_of(accuracy) == ["training", "test"]
+    lines = [*loss.lines, accuracy.lines[0], rate.lines[0]]
+    for line, column in zip(lines, ["loss", "ce", "train_acc1", "lr"], strict=True):
+        assert list(line.get_xdata()) == list(range(1, 81))
+        np.testing.assert_allclose(line.get_ydata(), [entry[column] for entry in LOG], rtol=1e-12)
+    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), ROWS["test_acc1"])
+    assert accuracy.get_yscale() == "linear" and loss.get_yscale() == rate.get_yscale() == "log"
+
+
+def test_seeds_are_mean_and_range(tmp_path):
+    """Three seeds at 1, 2 and 4 times the recorded values: geometric mean 2, arithmetic mean 7/3, range 1 to 4."""
+    seeds = settings_of(*three_seeds(tmp_path))
+    for panels, axis, column, mean in (
+        (NC_PANELS, 0, "NC1", 2),
+        (NC_PANELS, 2, "NC3_WH", 2),
+        (TRAINING_PANELS, 1, "test_acc1", 7 / 3),
+    ):
+        figure = curves(panels, seeds)
+        line, band = figure.axes[axis].lines[-1], figure.axes[axis].collections[-1].get_paths()[0].vertices
+        np.testing.assert_allclose(line.get_ydata(), mean * ROWS[column], rtol=1e-12)
+        for epoch, value in zip(EPOCHS, ROWS[column], strict=True):
+            edge = band[band[:, 0] == epoch, 1]
+            np.testing.assert_allclose([edge.min(), edge.max()], [value, 4 * value], rtol=1e-12)
+        assert legend_of(figure) == ["3 seeds: mean over seeds (geometric on log axes) and range"]
+
+
+def test_seeds_are_drawn_where_all_have_a_value(tmp_path):
+    folders = three_seeds(tmp_path)
+    rows = read_csv(folders[1] / "nc_metrics.csv")
+    write_csv(folders[1] / "nc_metrics.csv", rows[:3])
+    seeds = settings_of(*folders)
+    assert list(curves(NC_PANELS, seeds).axes[0].lines[0].get_xdata()) == EPOCHS[:3]
+    assert seeds[0].epoch == 41
+    with pytest.raises(UserError, match="no geometry of epoch 80, there are 1, 21, 41"):
+        settings_of(*folders, epoch=80)
+
+
+def test_settings_are_overlaid_and_named_by_what_differs(tmp_path):
+    settings = settings_of(*three_seeds(tmp_path), recorded(tmp_path / "other", 0.5, lr=0.01))
+    figure = curves(NC_PANELS, settings)
+    columns = ["NC1", "NC2_H", "NC2_WWT", "NC2_W", "NC3_WH"]
+    assert [axis.get_title().split(",")[0] for axis in figure.axes[:5]] == ["NC1", "NC2", "NC2", "NC2", "NC3"]
+    for axis, column in zip(figure.axes, columns, strict=False):
+        first, second = axis.lines
+        np.testing.assert_allclose(first.get_ydata(), 2 * ROWS[column], rtol=1e-12)
+        np.testing.assert_allclose(second.get_ydata(), 0.5 * ROWS[column], rtol=1e-12)
+        assert first.get_color() != second.get_color() and first.get_marker() != second.get_marker()
+        assert len(axis.collections) == 1  # the band of the seeds
+    assert legend_of(figure.axes[5]) == ["lr 0.001, 3 seeds", "lr 0.01"]
+    assert len(curves(TRAINING_PANELS, settings).axes) == 6  # loss, its cross entropy, two accuracies, lr, legend
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Against n_k
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_theorem_is_a_curve_over_n_k(tmp_path):
+    """The formula of the theorem in NumPy, n_k free and N, K those of the run; collapse where it says so."""
+    lambda_w, lambda_h, total, classes = 0.01, 0.0005, 1020, 10
+    figure = theorem(settings_of(recorded(tmp_path / "run")))
+    sizes = figure.axes[0].lines[1].get_xdata()
+    ratio = np.sqrt(sizes) / (total * np.sqrt(lambda_w * lambda_h * (classes - 1) / classes))
+    margins = np.maximum(0, np.log(np.maximum((classes - 1) * (ratio - 1), 1e-300)))
+    norms = margins * np.sqrt((classes - 1) * lambda_w / (classes * lambda_h * sizes))
+    threshold = total**2 * lambda_w * lambda_h * classes / (classes - 1)
+    assert sizes[0] < threshold < 34 and sizes[-1] > 170
+    for axis, name, expected in zip(figure.axes, ("margins", "mean_norms_sq"), (margins, norms), strict=True):
+        points, curve, collapse = axis.lines
+        np.testing.assert_allclose(points.get_xdata(), geometry(80)["class_counts"])
+        np.testing.assert_allclose(points.get_ydata(), geometry(80)[name])
+        np.testing.assert_allclose(curve.get_ydata(), expected, rtol=1e-9)
+        np.testing.assert_allclose(collapse.get_xdata(), threshold)
+    assert legend_of(figure) == ["measured at epoch 80", "theory", r"collapse: $n_k\leq5.78$"]
+
+
+def test_a_threshold_far_from_the_classes_is_only_said(tmp_path):
+    run = recorded(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"effective_feature_decay": 5e-6}
+    (run / "config.json").write_text(json.dumps(config))
+    figure = theorem(settings_of(run))
+    assert len(figure.axes[0].lines) == 2 and figure.axes[0].get_xlim()[0] > 10
+    assert legend_of(figure)[2] == r"collapse: $n_k\leq0.0578$"
+
+
+@pytest.mark.parametrize("counts", [[34, 34, 68, 68, 102, 102, 136, 136, 170, 170], [102] * 10, [1, 900]])
+@pytest.mark.parametrize(
+    ("theory", "loss", "bias", "form"),
+    [
+        ("objective", "CrossEntropy", False, cross_entropy_optimum),
+        ("objective", "MSE", False, mse_optimum),
+        ("objective", "CrossEntropy", True, lambda *problem: minimise(*problem, bias=True, starts=1).optimum),
+        ("nominal", "CrossEntropy", True, cross_entropy_optimum),
+        ("released", "CrossEntropy", False, released_formula),
+    ],
+)
+def test_the_curve_meets_the_theory_of_the_classes(tmp_path, theory, loss, bias, form, counts):
+    """Whichever theory a run is compared with: at the run's n_k the curve has the values that validate stored."""
+    run = recorded(tmp_path / "run", loss=loss, bias=bias)
+    suffix = THEORY_SUFFIXES[theory]
+    optimum = form(counts, 0.01, 0.0005)
+    names = ("HTH", "WWT", "WH", "margins", "mean_norms_sq")
+    arrays = {name + end: getattr(optimum, name).numpy() for name in names for end in ("", "_theory")}
+    np.savez(run / "geometry" / "epoch_080.npz", class_counts=counts, **arrays)
+    if suffix:
+        (run / "nc_metrics.csv").rename(run / f"nc_metrics{suffix}.csv")
+        (run / "geometry").rename(run / f"geometry{suffix}")
+    figure = theorem(settings_of(run, theory=theory))
+    for axis, name in zip(figure.axes, ("margins", "mean_norms_sq"), strict=True):
+        curve = axis.lines[1]
+        found = np.interp(counts, curve.get_xdata(), curve.get_ydata())
+        np.testing.assert_allclose(found, getattr(optimum, name), rtol=0.01, atol=1e-3)
+        assert bias or len(set(curve.get_xdata())) == 100
+        assert axis.get_xscale() == ("log" if max(counts) > 100 * min(counts) else "linear")
+    has_threshold = theory == "nominal" or (theory == "objective" and not bias)
+    assert len(legend_of(figure)) == 2 + has_threshold
+
+
+def test_seeds_are_spread_about_their_mean(tmp_path):
+    """1, 2 and 4 times the recorded geometry: points at 7/3, bars from 1 to 4."""
+    figure = theorem(settings_of(*three_seeds(tmp_path)))
+    for axis, name in zip(figure.axes, ("margins", "mean_norms_sq"), strict=True):
+        recorded_values = geometry(80)[name]
+        (bars,) = axis.collections
+        ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+        np.testing.assert_allclose(axis.lines[0].get_ydata(), 7 / 3 * recorded_values)
+        np.testing.assert_allclose(ends, np.stack([recorded_values, 4 * recorded_values], axis=1))
+    assert legend_of(figure)[0] == "measured at epoch 80, mean and range over 3 seeds"
+
+
+def test_settings_in_the_theorem_have_a_row_each(tmp_path):
+    settings = settings_of(*three_seeds(tmp_path), recorded(tmp_path / "other", bias=True))
+    figure = theorem(settings)
+    assert legend_of(figure) == [
+        r"bias False, at epoch 80, 3 seeds, collapse: $n_k\leq5.78$",
+        "bias True, at epoch 80",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Matrices
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [41, 80])
+def test_heatmaps_are_the_matrices_of_the_epoch(epoch):
+    """On one colour scale, beside the theory's; the differences' norms are the distances of the CSV."""
+    parts = dict(geometry(epoch))
+    axes = np.array(heatmaps(parts, epoch).axes[:9]).reshape(3, 3)
+    meshes = [[axis.collections[0] for axis in row] for row in axes]
+    row = ROWS[EPOCHS.index(epoch)]
+    for column, (name, metric) in enumerate((("HTH", "NC2_H"), ("WWT", "NC2_WWT"), ("WH", "NC3_WH"))):
+        measured, theory, difference = (np.asarray(meshes[k][column].get_array()).reshape(10, 10) for k in range(3))
+        np.testing.assert_allclose(measured, parts[name] / np.linalg.norm(parts[name]))
+        np.testing.assert_allclose(theory, parts[f"{name}_theory"] / np.linalg.norm(parts[f"{name}_theory"]))
+        np.testing.assert_allclose(difference, measured - theory)
+        assert np.linalg.norm(difference) == pytest.approx(row[metric], rel=1e-6)
+        assert axes[2, column].get_title() == f"distance {row[metric]:.1e}"
+    for rows in (meshes[:2], meshes[2:]):
+        limits = {mesh.get_clim() for row in rows for mesh in row}
+        (low, high) = limits.pop()
+        assert not limits and low == -high
+        assert high == max(abs(mesh.get_array()).max() for row in rows for mesh in row)
+    assert [axis.get_title() for axis in axes[0]] == [r"$H^{\!\top}\!H$", r"$WW^{\!\top}$", "$WH$"]
+    low, high = axes[0, 0].get_ylim()
+    assert low > high  # class 0 is at the top, as in a matrix
+
+
+def test_heatmaps_without_a_theory_or_with_all_classes_collapsed():
+    parts = {name: array for name, array in geometry(80).items() if not name.endswith("_theory")}
+    assert len(heatmaps(parts, 80).axes) == 4  # three matrices and a colour bar
+    nothing = {name: np.zeros((10, 10)) for name in ("HTH", "WWT", "WH", "HTH_theory", "WWT_theory", "WH_theory")}
+    heatmaps(nothing, 80).savefig("/dev/null", format="png")
+
+
+def test_the_animation_goes_through_the_checkpoints_on_fixed_scales(tmp_path):
+    """Its last frame is the last epoch's heatmaps, on the colours of the largest entries of all epochs."""
+    path = tmp_path / "animation.gif"
+    write_animation(path, settings_of(RECORDED)[0])
+    gif = Image.open(path)
+    frames = []
+    for number in range(gif.n_frames):
+        gif.seek(number)
+        frames.append(np.asarray(gif.convert("RGB"), float))
+    assert len(frames) == len(EPOCHS) and path.stat().st_size < 5e6
+
+    def largest(rows):
+        return max(np.abs(array / np.linalg.norm(array)).max() for array in rows)
+
+    names = ("HTH", "WWT", "WH")
+    parts = [geometry(epoch) for epoch in EPOCHS]
+    matrices = largest(part[name + end] for part in parts for name in names for end in ("", "_theory"))
+    differences = max(
+        np.abs(part[n] / np.linalg.norm(part[n]) - part[f"{n}_theory"] / np.linalg.norm(part[f"{n}_theory"])).max()
+        for part in parts
+        for n in names
+    )
+    heatmaps(dict(parts[-1]), 80, limits=(matrices, differences)).savefig(tmp_path / "last.png", dpi=110)
+    last = np.asarray(Image.open(tmp_path / "last.png").convert("RGB"), float)
+    assert np.abs(frames[-1] - last).mean() < 2 < np.abs(frames[0] - last).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# On paper
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
+    """All text at 6.5 points or more at print size, inside the page, and legends clear of the axes."""
+    folders = three_seeds(tmp_path)
+    if several:
+        folders += [recorded(tmp_path / f"other{n}", n, lr=n, weight_decay=0.1, loss="MSE") for n in range(2, 6)]
+    settings = settings_of(*folders)
+    figures = [curves(NC_PANELS, settings), curves(TRAINING_PANELS, settings), theorem(settings)]
+    parts = settings[0].geometries[0]
+    figures.append(heatmaps(parts, 80, settings[0].note))
+    figures.append(heatmaps({name: array for name, array in parts.items() if not name.endswith("_theory")}, 80))
+    for figure in figures:
+        figure.savefig(tmp_path / "figure.png")
+        width, height = figure.get_size_inches()
+        assert width <= 6.75
+        page = figure.get_tightbbox()
+        assert page.x0 >= 0 and page.y0 >= 0 and page.x1 <= width and page.y1 <= height
+        assert min(text.get_fontsize() for text in texts(figure)) >= 6.5
+        for legend in figure.legends:
+            assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes)
