@@ -20,8 +20,8 @@ COLLAPSE = "NC2_H NC2_WWT NC3_WH".split()  # the distances that are at most a th
 THRESHOLDS = (0.05, 0.01)
 UNITS = ("epoch", "step", "seconds")  # in which the time to collapse is given
 METRICS_NOTE = (
-    "At the last epoch, mean ± standard deviation over the seeds; `margin_rel_err` and `norm_rel_err` relative to the "
-    "optimum, accuracies in percent; time of training alone, h:mm:ss."
+    "At the last epoch, {} over the seeds; `margin_rel_err` and `norm_rel_err` relative to the optimum, accuracies in "
+    "percent; time of training alone, h:mm:ss."
 )
 COLLAPSE_NOTE = (
     f"Time to collapse: the first measured epoch from which on {', '.join(COLLAPSE)} are all at most the threshold, to "
@@ -34,10 +34,13 @@ def main():
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=folder, default=".", metavar="DIR", help="folder for summary.md and summary.csv")
     parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
+    parser.add_argument(
+        "--worst", action="store_true", help="in the table, the worst seed instead of the deviation (default: off)"
+    )
     args = parser.parse_args()
     groups = by_setting([read_measured(run, args.theory) for run in dict.fromkeys(args.runs)])
     settings = [summarize(label, runs) for label, runs in groups]
-    text = markdown(settings, [run for _, runs in groups for run in runs])
+    text = markdown(settings, [run for _, runs in groups for run in runs], args.worst)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "summary.md", "w", encoding="utf-8") as file:
@@ -113,8 +116,8 @@ def summarize(label, runs):
     counted = [run for run in runs if shortfall(run) is None]
     row = {"setting": label or "all runs", "seeds": len(counted), "runs": len(runs)}
     for name in METRICS:
-        row |= mean_and_std(name, [run.rows[-1][name] for run in counted])
-    row |= mean_and_std("seconds", [seconds_until(run, math.inf) for run in counted])
+        row |= over_seeds(name, [run.rows[-1][name] for run in counted])
+    row |= over_seeds("seconds", [seconds_until(run, math.inf) for run in counted])
     for threshold in THRESHOLDS:
         times = [time for run in counted if (time := time_to_collapse(run, threshold))]
         row[f"reached_{threshold}"] = len(times)
@@ -124,11 +127,13 @@ def summarize(label, runs):
     return row | {"folders": " ".join(str(run.folder) for run in runs)}
 
 
-def mean_and_std(name, values):
-    """{name: mean, name_std: standard deviation with n - 1}; NaN where there are too few values."""
+def over_seeds(name, values):
+    """{name: mean, name_std: standard deviation with n - 1, name_worst}; NaN where there are too few values."""
+    worst = min if name.endswith("_acc1") else max
     return {
         name: float(np.mean(values)) if values else math.nan,
         f"{name}_std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
+        f"{name}_worst": worst(values) if values else math.nan,
     }
 
 
@@ -137,20 +142,21 @@ def mean_and_std(name, values):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(settings, runs):
-    """Both tables, and the runs that do not count."""
+def markdown(settings, runs, worst=False):
+    """Both tables, the first with the seeds' standard deviation or their worst, and the runs that do not count."""
+    over_seeds = mean_and_worst if worst else plus_minus
     metrics, collapse = [], []
     for row in settings:
         head = [
             row["setting"],
             str(row["seeds"]) if row["seeds"] == row["runs"] else f"{row['seeds']} of {row['runs']}",
         ]
-        metrics.append([*head, *(plus_minus(row, name) for name in METRICS), plus_minus(row, "seconds")])
+        metrics.append([*head, *(over_seeds(row, name) for name in METRICS), over_seeds(row, "seconds")])
         collapse.append([*head, *(cell for threshold in THRESHOLDS for cell in collapse_cells(row, threshold))])
     times = [f"{name} to {threshold}" for threshold in THRESHOLDS for name in ("epochs", "steps", "time")]
     parts = [
         table(["setting", "seeds", *METRICS, "time"], metrics),
-        METRICS_NOTE,
+        METRICS_NOTE.format("mean and in brackets the worst" if worst else "mean ± standard deviation"),
         table(["setting", "seeds", *times], collapse),
         COLLAPSE_NOTE,
     ]
@@ -175,6 +181,14 @@ def plus_minus(row, name):
     if math.isnan(mean):
         return "-"
     return written(name, mean, 2) + (f" ± {written(name, std, 1)}" if not math.isnan(std) else "")
+
+
+def mean_and_worst(row, name):
+    """A cell: mean, and in brackets the worst of several seeds."""
+    mean, worst = row[name], row[f"{name}_worst"]
+    if math.isnan(mean):
+        return "-"
+    return written(name, mean, 2) + (f" ({written(name, worst, 2)})" if row["seeds"] > 1 else "")
 
 
 def written(name, value, digits):

@@ -47,6 +47,9 @@ def test_mean_and_standard_deviation_over_the_seeds(tmp_path):
     assert (row["seconds"], row["seconds_std"]) == (18.0, 9.0)
     line = cells(markdown([row], runs))[0][0]
     assert (line["seeds"], line["NC2_H"], line["time"]) == ("3", "8.5e-4 ± 4e-5", "0:00:18 ± 0:00:09")
+    line = cells(markdown([row], runs, worst=True))[0][0]
+    assert (line["NC2_H"], line["time"]) == ("8.5e-4 (8.9e-4)", "0:00:18 (0:00:27)")
+    assert row["train_acc1_worst"] == 8.1e-4  # of an accuracy, the lowest is the worst
 
 
 def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
