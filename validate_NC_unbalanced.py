@@ -31,6 +31,8 @@ from utils import (
     UserError,
     atomic_write,
     autocast,
+    checkpoint_path,
+    clear_temporaries,
     file_lock,
     find_checkpoints,
     is_locked,
@@ -47,7 +49,7 @@ from utils import (
 BATCH = 512  # images of a forward pass
 FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statistics; above, they are computed twice
 WATCH_SECONDS = 2  # between looks at a folder with --watch
-WATCH_GRACE = 60  # seconds that --watch waits for a training run to begin
+WATCH_GRACE = 60  # seconds that --watch waits for a training run to begin, or to go on once its process is gone
 
 
 def main():
@@ -73,10 +75,11 @@ def main():
         print(f"columns {', '.join(THEORY_COLUMNS)} stay empty: {measurement.reason}")
 
     failed = measure_all(args, measurement, model, device, folder)
-    if measurement.rows:
-        print_table(measurement)
-        print(f"figures in {draw(folder, measurement.suffix)[0].parent}")
-    return FAILED_WORK if failed or not measurement.rows else 0
+    if not measurement.rows:
+        raise UserError(f"{folder}: no checkpoint could be measured", FAILED_WORK)
+    print_table(measurement)
+    print(f"figures in {draw(folder, measurement.suffix)[0].parent}")
+    return FAILED_WORK if failed else 0
 
 
 def set_up(args):
@@ -117,8 +120,12 @@ def check_counts(config, data, folder):
 def measure_all(args, measurement, model, device, folder):
     """Measures the checkpoints that have no row yet, with --watch until training ends; counts damaged ones."""
     damaged, measured = set(), set()
+    seen = time.monotonic()  # when training was last known to live
     while True:
-        training = args.watch and is_locked(folder)  # asked before the look at the folder: its last file is seen
+        ended = not args.watch or is_finished(folder)  # asked before the look at the folder: its last file is seen
+        if not ended and is_locked(folder):
+            seen = time.monotonic()
+        gone = time.monotonic() - seen > WATCH_GRACE
         done = measured if args.recompute else measurement.epochs()
         todo = {e: path for e, path in find_checkpoints(folder).items() if e not in done and e not in damaged}
         with Progress(len(todo), "checkpoint") as progress:
@@ -129,11 +136,22 @@ def measure_all(args, measurement, model, device, folder):
                     measured.add(epoch)
                     progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
                 except UserError as error:
+                    if not path.exists():  # training with --keep deleted it
+                        continue
                     print(f"skipped: epoch {epoch}: {error}", file=sys.stderr)
                     damaged.add(epoch)
-        if not training:
+        if ended:
+            return len(damaged)
+        if gone:
+            print(f"no process has trained in {folder} for {WATCH_GRACE} seconds: the watch ends")
             return len(damaged)
         time.sleep(WATCH_SECONDS)
+
+
+def is_finished(folder):
+    """Whether training has written the last checkpoint that the run's config.json asks for."""
+    config = read_config(folder)
+    return config is not None and checkpoint_path(folder, config["flags"].get("epochs", 0)).exists()
 
 
 def read_ahead(checkpoints, device):
@@ -169,6 +187,10 @@ class Measurement:
         self.csv = Path(folder) / f"nc_metrics{self.suffix}.csv"
         self.geometry_folder = Path(folder) / f"geometry{self.suffix}"
         self.optimum, self.reason = find_optimum(args, objective, data.class_counts, head_weight(model).shape[1])
+        self.lock = self.csv.with_name(f".{self.csv.name}.lock")  # training and validate --watch both add rows
+        with file_lock(self.lock):
+            clear_temporaries(self.csv.parent, self.csv.name)
+            clear_temporaries(self.geometry_folder, "epoch_*.npz")
         self.rows = read_csv(self.csv)
 
     def epochs(self):
@@ -180,10 +202,11 @@ class Measurement:
         """Measures the model as it is; writes the geometry, then the row, which it returns."""
         row, parts = self.measure()
         row = {"epoch": epoch, **row}
+        parts = {name: part.numpy() for name, part in parts.items()}
         self.geometry_folder.mkdir(exist_ok=True)
-        with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
-            np.savez(file, class_counts=self.data.class_counts, **{name: part.numpy() for name, part in parts.items()})
-        with file_lock(self.csv.with_name(f".{self.csv.name}.lock")):  # training and validate --watch both add rows
+        with file_lock(self.lock):
+            with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
+                np.savez(file, class_counts=self.data.class_counts, **parts)
             others = [other for other in read_csv(self.csv) if other["epoch"] != epoch]
             self.rows = sorted([*others, row], key=lambda other: other["epoch"])
             write_csv(self.csv, self.rows)
@@ -281,4 +304,4 @@ def print_table(measurement):
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, go_on="the same command goes on")

@@ -351,7 +351,7 @@ def test_resume_does_not_overwrite_what_it_cannot_resume(train, tmp_path):
     for name in ("last.pt", "config.json"):
         (tmp_path / "run" / name).unlink()
     _, error = train(*TINY, "--save_path", "run", "--resume", status=2)
-    assert "holds checkpoints without a config.json" in error
+    assert "holds a run without its config.json" in error
 
 
 def test_resume_of_a_finished_run_changes_nothing(train, tmp_path):
