@@ -88,14 +88,14 @@ def read_folder(root):
     try:
         train_classes, train_files, train_labels = list_split(root / "train")
         test_classes, test_files, test_labels = list_split(root / "test")
+        if train_classes != test_classes:
+            odd = sorted(set(train_classes) ^ set(test_classes))[0]
+            raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
+        if len(train_classes) < 2:
+            raise UserError(f"{root}/train: one class only; a classifier needs two or more")
+        return decode(root, "train", train_files), train_labels, decode(root, "test", test_files), test_labels
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    if train_classes != test_classes:
-        odd = sorted(set(train_classes) ^ set(test_classes))[0]
-        raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
-    if len(train_classes) < 2:
-        raise UserError(f"{root}/train: one class only; a classifier needs two or more")
-    return decode(root, "train", train_files), train_labels, decode(root, "test", test_files), test_labels
 
 
 def list_split(folder):

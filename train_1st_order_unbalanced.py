@@ -244,8 +244,9 @@ class TrainingState:
             set_weights(self.model, state["model"], path)
             load_optimizer(self.optimizer, state["optimizer"])
             self.epoch, self.steps = state["epoch"], state.get("steps", 0)  # an older one is between epochs
-            if not (self.epoch >= 0 and 0 <= self.steps <= len(self.record.sums)):
-                raise ValueError(f"{self.steps} steps after epoch {self.epoch}")
+            counted = isinstance(self.epoch, int) and isinstance(self.steps, int)
+            if not counted or self.epoch < 0 or not 0 <= self.steps <= len(self.record.sums):
+                raise ValueError("no such epoch or step")
             if self.steps:
                 self.seconds = float(state["seconds"])
                 self.record.put(state["record"], self.steps)
@@ -255,7 +256,7 @@ class TrainingState:
             raise
         except Exception as error:  # whatever a file of something else leads to
             raise UserError(
-                f"{path}: not the state of a run with these flags ({one_line(error)})", FAILED_WORK
+                f"{path}: not the state of a run with these flags ({one_line(error)[:100]})", FAILED_WORK
             ) from None
 
 

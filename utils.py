@@ -324,12 +324,12 @@ def load_torch(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)})", FAILED_WORK) from None
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a plain checkpoint, cannot be read", FAILED_WORK) from None
-    except Exception:  # whatever damaged bytes lead the readers of zip files and pickles to
-        raise UserError(f"{path}: truncated or damaged, cannot be read", FAILED_WORK) from None
+    except Exception as error:  # whatever damaged bytes lead the readers of zip files and pickles to
+        opened = not isinstance(error, OSError) or error.filename is None
+        reason = "truncated or damaged" if opened else error.strerror
+        raise UserError(f"{path}: {reason}, cannot be read", FAILED_WORK) from None
 
 
 def load_weights(model, path, device="cpu"):
@@ -354,6 +354,9 @@ def set_weights(model, state, path):
             f"{wanted.get(key, 'missing')} in the model",
             FAILED_WORK,
         )
+    for key, value in model.state_dict().items():
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{path}: {key} is {state[key].dtype} in the file, {value.dtype} in the model", FAILED_WORK)
     if not all(value.isfinite().all() for value in state.values()):
         raise UserError(f"{path}: holds weights that are not finite", FAILED_WORK)
     model.load_state_dict(state)
