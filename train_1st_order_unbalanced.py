@@ -381,14 +381,15 @@ def clean_up(folder, epoch):
 def thin_out(args, folder):
     """Deletes the checkpoints that --keep does not keep, of those that are complete."""
     checkpoints = find_checkpoints(folder)
-    for epoch in set(checkpoints) - kept_epochs(args, checkpoints):
+    for epoch in set(checkpoints) - kept_epochs(args, list(checkpoints)):
         checkpoints[epoch].unlink(missing_ok=True)
 
 
 def kept_epochs(args, epochs):
-    """Those of the epochs of checkpoints, in order, that --keep keeps: the last N and the powers of two."""
-    epochs = list(epochs)
-    return set(epochs[-args.keep :]) | set(filter(is_power_of_two, epochs)) if args.keep else set(epochs)
+    """Those of a list of epochs with checkpoints that --keep keeps: the last N and the powers of two; default: all."""
+    if not args.keep:
+        return set(epochs)
+    return {*epochs[-args.keep :], *filter(is_power_of_two, epochs)}
 
 
 def write_config(args, data, model, objective, device, folder):

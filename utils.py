@@ -252,7 +252,7 @@ def atomic_write(path, mode="wb", **kwargs):
             temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             error = error.__context__  # torch.save wraps a full disk in a RuntimeError of its own
-        if isinstance(error, OSError) and not error.filename:
+        if isinstance(error, OSError) and error.errno and not error.filename:
             error = OSError(error.errno, error.strerror, str(path))
         raise error from None
 

@@ -75,6 +75,16 @@ def temporaries(folder):
     return list(folder.rglob("*.tmp"))
 
 
+def test_every_test_in_the_docs_is_there():
+    known = {
+        name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for name in re.findall(r"def test_(\w+)", path.read_text())
+    }
+    named = set(re.findall(r"`(\w+_\w+_\w+)`", (ROOT / "docs" / "faults.md").read_text())) - {"images_per_second"}
+    assert len(named) > 20 and named <= known
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Runs that are cut
 # ---------------------------------------------------------------------------------------------------------

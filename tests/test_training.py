@@ -11,7 +11,7 @@ import utils
 from datasets import Split
 from models import build_model
 from objective import Objective
-from train_1st_order_unbalanced import Record, make_optimizer, make_step, optimizer_tensors
+from train_1st_order_unbalanced import Record, TrainingState, make_optimizer, make_step, optimizer_tensors
 from utils import GraphedStep, Writer, copy_state, load_torch
 
 
@@ -68,6 +68,35 @@ def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
         step(rows)
     assert torch.equal(record.take()[:2], found[:2])
     for a, b in zip(graphed_model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_graphed_step_goes_on_from_a_saved_state(tmp_path):
+    """On a GPU the step is captured after last.pt is loaded: weights, optimizer and half a record stay as they are."""
+    batches = ORDER.split(8)
+    model, chosen, record, step = set_up()
+    state = TrainingState(model, chosen, torch.optim.lr_scheduler.StepLR(chosen, 5), record, steps=2)
+    for rows in batches[:2]:
+        step(rows)
+    with Writer() as writer:
+        state.save(tmp_path, writer)
+    step(batches[2])
+    expected_model, expected = model, record.take()
+
+    model, chosen, record, step = set_up()
+    state = TrainingState(model, chosen, torch.optim.lr_scheduler.StepLR(chosen, 5), record)
+    state.load(tmp_path / "last.pt", "cpu")
+
+    def capture(step, rows):
+        for _ in range(4):
+            step(rows)
+        return lambda: step(rows)
+
+    tensors = lambda: [*model.state_dict().values(), *optimizer_tensors(chosen), *record.tensors()]  # noqa: E731
+    graphed = GraphedStep(step, [8, 4], tensors, "cpu", capture)
+    graphed(batches[2])
+    assert (state.epoch, state.steps) == (0, 2) and torch.equal(record.take(), expected)
+    for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
