@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset ima
 
 # The flags that belong to one call, not to the run.
 LOCAL_FLAGS = set(
-    "data_dir download device gpu_id save_path load_path resume force theory watch recompute tensorboard wandb "
+    "data_dir download device gpu_id save_path load_path keep resume force theory watch recompute tensorboard wandb "
     "cuda_graph".split()
 )
 
@@ -48,7 +49,7 @@ def number(cast, low, *, above=False, high=math.inf, below=False):
         except ValueError:
             value = math.nan
         inside = (value > low if above else value >= low) and (value < high if below else value <= high)
-        if not (math.isfinite(value) and inside):
+        if not (inside and value < math.inf):
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bound}")
         return value
 
@@ -96,7 +97,7 @@ def decay_type(text):
 
 
 def folder(text):
-    return str(Path(text).expanduser())
+    return str(Path(os.path.expanduser(text)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -131,7 +132,9 @@ def make_parser(description=None):
     yes_no = argparse.BooleanOptionalAction
     positive = number(float, 0, above=True)
     not_negative = number(float, 0)
-    count = number(int, 1)
+    count = number(int, 1, high=2**31 - 1)
+    layers, units = number(int, 1, high=1000), number(int, 1, high=2**20)
+    from_zero = number(int, 0, high=2**31 - 1)
 
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", choices=SOURCES, default="cifar10", help="images to train on")
@@ -169,9 +172,9 @@ def make_parser(description=None):
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, default="MLP", help="network")
-    model.add_argument("--depth_relu", type=count, default=6, metavar="N", help="MLP: ReLU layers before the last")
-    model.add_argument("--width", type=count, default=1024, metavar="N", help="MLP: units of a layer")
-    model.add_argument("--depth_linear", type=count, default=1, metavar="N", help="linear layers of the head")
+    model.add_argument("--depth_relu", type=layers, default=6, metavar="N", help="MLP: ReLU layers before the last")
+    model.add_argument("--width", type=units, default=1024, metavar="N", help="MLP: units of a layer")
+    model.add_argument("--depth_linear", type=layers, default=1, metavar="N", help="linear layers of the head")
     model.add_argument("--bias", action=yes_no, default=True, help="bias in the head (default: on)")
 
     goal = parser.add_argument_group("objective")
@@ -218,14 +221,14 @@ def make_parser(description=None):
     training.add_argument("--gamma", type=positive, default=0.1, metavar="X", help="factor of an lr drop")
     training.add_argument(
         "--warmup_epochs",
-        type=number(int, 0),
+        type=from_zero,
         default=0,
         metavar="N",
         help="first epochs, in which the learning rate rises linearly to --lr; 0: none",
     )
     training.add_argument(
         "--penalty_warmup_epochs",
-        type=number(int, 0),
+        type=from_zero,
         default=0,
         metavar="N",
         help="first epochs, in which the penalties of --sep_decay rise linearly from nothing; 0: none",
@@ -265,7 +268,7 @@ def make_parser(description=None):
     )
     training.add_argument(
         "--init_from",
-        type=lambda text: str(Path(text).expanduser().resolve()),
+        type=lambda text: os.path.realpath(os.path.expanduser(text)),
         metavar="FILE",
         help="checkpoint with the first weights (default: random)",
     )
@@ -274,7 +277,7 @@ def make_parser(description=None):
     machine.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one"
     )
-    machine.add_argument("--gpu_id", type=number(int, 0), default=0, metavar="N", help="index of the GPU")
+    machine.add_argument("--gpu_id", type=from_zero, default=0, metavar="N", help="index of the GPU")
     machine.add_argument(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
@@ -291,6 +294,13 @@ def make_parser(description=None):
         "--save_path", type=folder, metavar="DIR", help="the run's folder (default: model_weights/<run name>)"
     )
     files.add_argument("--save_every", type=count, default=10, metavar="N", help="epochs between checkpoints")
+    files.add_argument(
+        "--keep",
+        type=count,
+        metavar="N",
+        help="checkpoints to keep: the last N, and those of epochs 1, 2, 4, 8, ..., which are then saved too "
+        "(default: all)",
+    )
     files.add_argument("--resume", action="store_true", help="go on where the run stopped (default: off)")
     files.add_argument(
         "--force", action="store_true", help="delete an earlier run in the folder and start again (default: off)"
@@ -311,7 +321,7 @@ def make_parser(description=None):
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
         "--nc_every",
-        type=number(int, 0),
+        type=from_zero,
         default=0,
         metavar="N",
         help="epochs between measurements while training; 0: none",
@@ -341,36 +351,34 @@ def parse_args(description=None, argv=None):
     for name in set(names) - given:
         setattr(args, name, parser.get_default(name))
     args.given = given
-    check(parser, args)
+    if message := contradiction(args):
+        parser.error(message)
     return args
 
 
-def check(parser, args):
-    """Stops at flags that contradict one another."""
+def contradiction(args):
+    """What is wrong with flags that are right one by one, or None."""
     if args.resume and args.force:
-        parser.error("--resume and --force: give one of them")
+        return "--resume and --force: give one of them"
     if args.class_counts and args.imbalance:
-        parser.error("--class_counts and --imbalance: give one of them")
+        return "--class_counts and --imbalance: give one of them"
     if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
-        parser.error("--n_max: only with --imbalance balanced, exp:R or step:R")
+        return "--n_max: only with --imbalance balanced, exp:R or step:R"
     if args.revive and args.model != "MLP":
-        parser.error("--revive: only with --model MLP")
+        return "--revive: only with --model MLP"
     for name in ("adam_beta2", "adam_eps", "amsgrad"):
         if args.optimizer != "Adam" and name in args.given:
-            parser.error(f"--{name}: only with --optimizer Adam")
+            return f"--{name}: only with --optimizer Adam"
     if args.stratified and args.no_shuffle:
-        parser.error("--stratified and --no_shuffle: give one of them")
+        return "--stratified and --no_shuffle: give one of them"
     if args.decay_type == "cosine" and args.patience >= args.epochs:
-        parser.error(
-            f"--decay_type cosine begins after --patience {args.patience}: give less than --epochs {args.epochs}"
-        )
+        return f"--decay_type cosine begins after --patience {args.patience}: give less than --epochs {args.epochs}"
     expected = SOURCES[args.dataset].num_classes
     if args.class_counts and expected and len(args.class_counts) != expected:
-        parser.error(
-            f"--class_counts: {args.dataset} has {expected} classes, {len(args.class_counts)} counts were given"
-        )
+        return f"--class_counts: {args.dataset} has {expected} classes, {len(args.class_counts)} counts were given"
     if args.imbalance == "paper" and not SOURCES[args.dataset].paper_counts:
-        parser.error(f"--imbalance paper: the paper has no profile for {args.dataset}; give balanced, exp:R or step:R")
+        return f"--imbalance paper: the paper has no profile for {args.dataset}; give balanced, exp:R or step:R"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -415,11 +423,36 @@ def config_flags(args):
     return {name: value for name, value in sorted(vars(args).items()) if name != "given"}
 
 
+def check_config(config, folder):
+    """Stops at a flag in a run's config that the command line would not take."""
+    for action in make_parser()._actions:
+        if action.dest in config["flags"] and not takes(action, config["flags"][action.dest]):
+            value = config["flags"][action.dest]
+            raise UserError(f"{folder}/config.json: damaged, --{action.dest} cannot be {value!r}")
+
+
+def takes(action, value):
+    """Whether an argparse action could have given this value."""
+    if value is None:
+        return action.default is None
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    try:
+        parsed = action.type(text) if action.type else text
+        os.fsencode(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        return False
+    same = parsed == value or (isinstance(parsed, str) and isinstance(value, str))  # a path may be another one today
+    return same and (action.choices is None or parsed in action.choices)
+
+
 def adopt_config(args, config, folder):
     """Takes the flags that were not typed from a run's config; stops at typed ones that contradict it.
 
     Only flags that change the trained weights can contradict: where the data lie, or which device measures, is free.
     """
+    check_config(config, folder)
     then = argparse.Namespace(**{**vars(args), **config["flags"]})
     for name in set(config["flags"]) & set(vars(args)) - args.given - LOCAL_FLAGS:
         setattr(args, name, getattr(then, name))
@@ -437,3 +470,5 @@ def adopt_config(args, config, folder):
     ]
     if contradictions:
         raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")
+    if message := contradiction(args):
+        raise UserError(f"{folder}/config.json and the flags: {message}")

@@ -5,7 +5,6 @@ training and validation see the same images.
 """
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ def read_torchvision(name, data_dir, download):
         print(f"{name}: not found in {data_dir}, downloading", flush=True)
     try:
         splits = [reader(data_dir, download=download, **part) for part in parts]
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever damaged bytes lead the readers of archives to
         folder = f", or images as {name}/{{train,test}}/<class>/*" if name.startswith("cifar") else ""
         state = "damaged" if present else "absent" if not download else "absent, and the download failed"
         raise UserError(
@@ -86,14 +85,17 @@ def read_imagefolder(name, data_dir, download):
 
 def read_folder(root):
     """Images of <root>/{train,test}/<class>/*, classes and files in sorted order."""
-    train_classes, train_files, train_labels = list_split(root / "train")
-    test_classes, test_files, test_labels = list_split(root / "test")
-    if train_classes != test_classes:
-        odd = sorted(set(train_classes) ^ set(test_classes))[0]
-        raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
-    if len(train_classes) < 2:
-        raise UserError(f"{root}/train: one class only; a classifier needs two or more")
-    return decode(root, "train", train_files), train_labels, decode(root, "test", test_files), test_labels
+    try:
+        train_classes, train_files, train_labels = list_split(root / "train")
+        test_classes, test_files, test_labels = list_split(root / "test")
+        if train_classes != test_classes:
+            odd = sorted(set(train_classes) ^ set(test_classes))[0]
+            raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
+        if len(train_classes) < 2:
+            raise UserError(f"{root}/train: one class only; a classifier needs two or more")
+        return decode(root, "train", train_files), train_labels, decode(root, "test", test_files), test_labels
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
 
 
 def list_split(folder):

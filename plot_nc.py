@@ -92,11 +92,6 @@ def main():
         print(path)
 
 
-def draw(folder, theory="objective"):
-    """Draws a run's figures into its folder; `theory` as validate's --theory. Returns their paths."""
-    return draw_runs([read_run(folder, theory)], Path(folder) / "figures")
-
-
 @matplotlib.rc_context(STYLE)
 def draw_runs(runs, out, epoch=None, animate=False):
     """Draws runs, overlaid, into the folder `out`; returns the paths written. What there is no data for is left out."""

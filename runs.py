@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from args import THEORY_SUFFIXES, parse_args, training_flags
+from args import THEORY_SUFFIXES, check_config, parse_args, training_flags
 from utils import UserError, read_config, read_csv, read_log
 
 GEOMETRY = {"HTH": 2, "WWT": 2, "WH": 2, "margins": 1, "mean_norms_sq": 1}  # arrays of an npz: dimensions of size K
@@ -37,6 +37,10 @@ class Run:
         flags = training_flags(args) | {"epochs": args.epochs}
         return {name: value for name, value in flags.items() if name != "seed"}
 
+    @property
+    def csv(self):
+        return self.folder / f"nc_metrics{self.suffix}.csv"
+
     def geometry_file(self, epoch):
         return self.folder / f"geometry{self.suffix}" / f"epoch_{epoch:03d}.npz"
 
@@ -61,9 +65,11 @@ def read_run(folder, theory="objective"):
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    suffix = THEORY_SUFFIXES[theory]
-    rows = sorted(read_csv(folder / f"nc_metrics{suffix}.csv"), key=lambda row: row["epoch"])
-    return Run(folder, read_config(folder) or {}, read_log(folder), rows, suffix)
+    run = Run(folder, read_config(folder) or {}, read_log(folder), [], THEORY_SUFFIXES[theory])
+    if run.config:
+        check_config(run.config, folder)
+    run.rows = sorted(read_csv(run.csv), key=lambda row: row["epoch"])
+    return run
 
 
 def by_setting(runs):

@@ -15,6 +15,7 @@ import math
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import numpy as np
@@ -28,15 +29,19 @@ from plot_nc import FIGURES, KINDS
 from utils import (
     FAILED_WORK,
     GraphedStep,
+    HeldSignals,
+    Interrupted,
     Progress,
     UserError,
     Writer,
     append_line,
     autocast,
     checkpoint_path,
+    clear_temporaries,
     copy_state,
     device_name,
     find_checkpoints,
+    flush_to_disk,
     git_commit,
     keep_freed_memory,
     load_torch,
@@ -54,8 +59,9 @@ from utils import (
 )
 from validate_NC_unbalanced import THEORY_SUFFIXES, Measurement, check_counts, set_up
 
-RESULTS = ("train_log.jsonl", "nc_metrics.csv")  # of a run, beside its checkpoints
-RESUME_SECONDS = 20  # least time from one last.pt, thrice a checkpoint's size, to the next
+RESULTS = ("train_log.jsonl", "nc_metrics.csv", "last.pt")  # of a run, beside its checkpoints
+RESUME_SECONDS = 20  # from one last.pt, thrice a checkpoint's size, to the next: what a kill costs at most
+OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}  # kept for a parameter
 
 
 def main():
@@ -85,10 +91,13 @@ def train(args, data, model, device, folder):
     optimizer = make_optimizer(args, model, objective, device)
     if args.force:
         clear(folder)  # now that all that the new run needs is there
-    epoch = restore(folder, model, optimizer, device) if resumed else 0
-    cut_back(folder, epoch)
-    announce(args, data, model, device, folder, epoch)
-    if epoch >= args.epochs:
+    record = Record(-(-len(data.train) // args.batch_size), device)
+    state = TrainingState(model, optimizer, record)
+    if resumed:
+        state.load(folder / "last.pt", device)
+    clean_up(folder, state.epoch)
+    announce(args, data, model, device, folder, state.epoch)
+    if state.epoch >= args.epochs:
         return
     write_config(args, data, model, objective, device, folder)
     measurement = Measurement(args, data, model, objective, device, folder) if args.nc_every else None
@@ -97,42 +106,53 @@ def train(args, data, model, device, folder):
     strata = data.train.labels.cpu() if args.stratified else None
     shifts = torch.zeros(count, 3, dtype=torch.int64, device=device) if args.data_augmentation else None
     strength = torch.ones((), device=device)  # of the penalties
-    record = Record(-(-count // args.batch_size), device)
     step = make_step(args, data.train, model, objective, optimizer, record, shifts, strength)
     saved = time.monotonic()
     with (
-        Progress(args.epochs, "epoch", start=epoch) as progress,
+        HeldSignals() as signals,
+        Progress(args.epochs, "epoch", state.epoch) as progress,
         Writer() as writer,
-        open_loggers(args, folder, "train", first_epoch=epoch + 1) as loggers,
+        open_loggers(args, folder, "train", first_epoch=state.epoch + 1) as loggers,
     ):
-        while epoch < args.epochs:
-            epoch += 1
-            began = time.perf_counter()
-            lr = set_learning_rate(optimizer, learning_rate(args, epoch))
-            strength.fill_(penalty_strength(args, epoch))
-            model.train()
-            order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle, labels=strata)
-            if shifts is not None:
-                shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
-            for rows in order.to(device).split(args.batch_size):
-                step(rows)
-            steps = record.take()
-            line = log_line(epoch, lr, objective, steps, time.perf_counter() - began)
-            append_line(folder / "train_log.jsonl", line)
-            check_finite(epoch, steps["loss"])
-            for logger in loggers:
-                logger.scalars("train", line)
-            if args.nc_every and due(epoch, args.nc_every, args.epochs):
-                measurement.append(epoch, loggers)
-            if due(epoch, args.save_every, args.epochs):
-                writer.save(checkpoint_path(folder, epoch), copy_state(model.state_dict()))
-                if epoch == args.epochs or time.monotonic() - saved > RESUME_SECONDS:
-                    saved = time.monotonic()
-                    writer.save(folder / "last.pt", resume_state(epoch, model, optimizer))
-            progress.step(
-                f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
-                f"{line['images_per_second']:.0f} images/s"
-            )
+        try:
+            while state.epoch < args.epochs:
+                epoch, began = state.epoch + 1, time.perf_counter() - state.seconds
+                lr = set_learning_rate(optimizer, learning_rate(args, epoch))
+                strength.fill_(penalty_strength(args, epoch))
+                model.train()
+                order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle, labels=strata)
+                if shifts is not None:
+                    shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
+                for rows in order.to(device).split(args.batch_size)[state.steps :]:
+                    step(rows)
+                    state.steps, state.seconds = state.steps + 1, time.perf_counter() - began
+                    signals.check()
+                    if time.monotonic() - saved > RESUME_SECONDS:
+                        state.save(folder, writer)
+                        saved = time.monotonic()
+                steps = record.take()
+                line = log_line(epoch, lr, objective, steps, time.perf_counter() - began)
+                append_line(folder / "train_log.jsonl", line)
+                check_finite(epoch, steps["loss"], model)
+                for logger in loggers:
+                    logger.scalars("train", line)
+                if args.nc_every and due(epoch, args.nc_every, args.epochs):
+                    with signals.released():
+                        measurement.append(epoch, loggers)
+                if checkpoint_due(args, epoch):
+                    writer.save(checkpoint_path(folder, epoch), copy_state(model.state_dict()))
+                    thin_out(args, folder)
+                state.epoch, state.steps, state.seconds = epoch, 0, 0.0
+                progress.step(
+                    f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
+                    f"{line['images_per_second']:.0f} images/s"
+                )
+        except Interrupted:
+            state.save(folder, writer)
+            raise
+        state.save(folder, writer)
+        writer.wait()
+        thin_out(args, folder)
     print(f"finished: {folder}")
 
 
@@ -187,8 +207,82 @@ class Record:
         self.position.zero_()
         return dict(zip(self.COLUMNS, self.rows.cpu().unbind(1), strict=True))
 
+    def losses(self, steps):
+        """The losses (steps,) of the first steps of an epoch."""
+        return self.rows[:steps, self.COLUMNS.index("loss")]
+
+    def put(self, rows, steps):
+        """Goes back to where `steps` steps of an epoch had been added; rows (steps, columns) as they were then."""
+        self.rows.copy_(rows)
+        self.position.fill_(steps % len(self.rows))
+
     def tensors(self):
         return [self.rows, self.position]
+
+
+@dataclass
+class TrainingState:
+    """All that training changes. `epoch` epochs are complete, and `steps` steps of the next one, which took `seconds`.
+
+    Batches depend on (seed, epoch) alone, schedules on the epoch: there is no generator and no scheduler to keep.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    record: Record
+    epoch: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+
+    def save(self, folder, writer):
+        """Has last.pt written: all that a resumed run starts from."""
+        check_finite(self.epoch + 1, self.record.losses(self.steps), self.model)
+        flush_to_disk(folder / "train_log.jsonl")  # its epochs will not be run again
+        state = {
+            "epoch": self.epoch,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "record": self.record.rows,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        writer.save(folder / "last.pt", copy_state(state))
+
+    def load(self, path, device):
+        """Goes back to where last.pt was saved."""
+        state = load_torch(path, device)
+        try:
+            set_weights(self.model, state["model"], path)
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.epoch, self.steps = state["epoch"], state.get("steps", 0)  # an older one is between epochs
+            counted = isinstance(self.epoch, int) and isinstance(self.steps, int)
+            if not counted or self.epoch < 0 or not 0 <= self.steps <= len(self.record.rows):
+                raise ValueError("no such epoch or step")
+            if self.steps:
+                self.seconds = float(state["seconds"])
+                self.record.put(state["record"], self.steps)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a file of something else leads to
+            raise UserError(
+                f"{path}: not the state of a run with these flags ({one_line(error)[:100]})", FAILED_WORK
+            ) from None
+
+
+def load_optimizer(optimizer, state):
+    """Loads an optimizer's state_dict, but for its groups, which are as flags and device say."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+        group.update(wanted)
+    expected = OPTIMIZER_STATE[type(optimizer).__name__]
+    if optimizer.defaults.get("amsgrad"):
+        expected = expected | {"max_exp_avg_sq"}
+    for parameter, kept in optimizer.state.items():
+        if set(kept) != expected:
+            raise ValueError(f"the optimizer's state has {', '.join(kept)}")
+        if any(value.shape not in (parameter.shape, ()) for value in kept.values()):
+            raise ValueError("the optimizer's state is of another model")
 
 
 def make_optimizer(args, model, objective, device):
@@ -251,20 +345,31 @@ def log_line(epoch, lr, objective, steps, seconds):
     }
 
 
-def check_finite(epoch, loss):
-    """Stops at a loss that is not finite, of the losses (steps,) of an epoch."""
-    if not loss.isfinite().all():
-        step = int((~loss.isfinite()).nonzero()[0]) + 1
-        raise UserError(
-            f"the loss is not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1; "
-            f"checkpoints up to then are kept",
-            FAILED_WORK,
-        )
+def check_finite(epoch, loss, model):
+    """Stops at a loss that is not finite, of the losses (steps,) of an epoch, or at weights that are not after them."""
+    finite = loss.isfinite()
+    if finite.all() and all(value.isfinite().all() for value in model.state_dict().values()):
+        return
+    what, step = ("weights are", len(loss)) if finite.all() else ("loss is", int((~finite).nonzero()[0]) + 1)
+    raise UserError(
+        f"the {what} not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1; "
+        f"checkpoints up to then are kept",
+        FAILED_WORK,
+    )
 
 
 def due(epoch, every, epochs):
     """Whether something done `every` so many epochs is due: after epochs 1, 1 + every, ... and the last."""
     return (epoch - 1) % every == 0 or epoch == epochs
+
+
+def checkpoint_due(args, epoch):
+    """Whether a checkpoint is: every --save_every epochs, and with --keep at those that are kept for good."""
+    return due(epoch, args.save_every, args.epochs) or bool(args.keep and is_power_of_two(epoch))
+
+
+def is_power_of_two(epoch):
+    return epoch & (epoch - 1) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -274,21 +379,24 @@ def due(epoch, every, epochs):
 
 def check_folder(args, folder):
     """Stops where an earlier run would be overwritten or contradicted."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a folder; give another --save_path")
+    holds_run = bool(find_checkpoints(folder)) or any((folder / name).exists() for name in RESULTS)
     config = read_config(folder) if args.resume else None
     if config:
         adopt_config(args, config, folder)
-    elif args.resume and find_checkpoints(folder):
-        raise UserError(f"{folder} holds checkpoints without a config.json: no run to resume; give --save_path")
-    elif not args.force and (find_checkpoints(folder) or any((folder / name).exists() for name in RESULTS)):
+    elif args.resume and holds_run:
+        raise UserError(f"{folder} holds a run without its config.json: it cannot be resumed; give --save_path")
+    elif holds_run and not args.force:
         raise UserError(f"{folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path")
 
 
 def clear(folder):
     """Deletes what an earlier run wrote, and nothing else."""
     written = [
+        *(folder / name for name in ("config.json", "train_log.jsonl", "last.pt")),  # first: half a run is no run
         *find_checkpoints(folder).values(),
         *folder.glob(TENSORBOARD_FILES),
-        *(folder / name for name in ("config.json", "train_log.jsonl", "last.pt")),
     ]
     for suffix in THEORY_SUFFIXES.values():
         written += [folder / f"nc_metrics{suffix}.csv", *folder.glob(f"geometry{suffix}/epoch_*.npz")]
@@ -297,38 +405,9 @@ def clear(folder):
         path.unlink(missing_ok=True)
 
 
-def resume_state(epoch, model, optimizer):
-    """What last.pt holds: all that a resumed run starts from."""
-    return copy_state(
-        {
-            "epoch": epoch,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-    )
-
-
-def restore(folder, model, optimizer, device):
-    """Loads last.pt, and returns its epoch. Batches depend on (seed, epoch) alone: there is no generator to restore."""
-    path = folder / "last.pt"
-    state = load_torch(path, device)
-    kinds = [{name: group.get(name) for name in ("lr", "capturable")} for group in optimizer.param_groups]
-    try:
-        set_weights(model, state["model"], path)
-        optimizer.load_state_dict(state["optimizer"])
-        epoch = state["epoch"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not the state of a run with these flags ({one_line(error)})", FAILED_WORK) from None
-    for group, kind in zip(optimizer.param_groups, kinds, strict=True):  # as this device wants them, not the last one
-        lr = float(group["lr"])
-        group["lr"] = torch.full_like(kind["lr"], lr) if isinstance(kind["lr"], torch.Tensor) else lr
-        if "capturable" in group:
-            group["capturable"] = kind["capturable"]
-    return epoch
-
-
-def cut_back(folder, epoch):
-    """Drops log lines and rows of later epochs, which are to be run again."""
+def clean_up(folder, epoch):
+    """Deletes half-written files, and drops log lines and rows of later epochs, which are to be run again."""
+    clear_temporaries(folder, "epoch_*.pth", "last.pt", "config.json", "train_log.jsonl")
     if (folder / "train_log.jsonl").exists():
         write_log(folder, [line for line in read_log(folder) if line["epoch"] <= epoch])
     for suffix in THEORY_SUFFIXES.values():
@@ -336,6 +415,20 @@ def cut_back(folder, epoch):
         if rows := read_csv(path):
             kept = [row for row in rows if row["epoch"] <= epoch]
             write_csv(path, kept) if kept else path.unlink()
+
+
+def thin_out(args, folder):
+    """Deletes the checkpoints that --keep does not keep, of those that are complete."""
+    checkpoints = find_checkpoints(folder)
+    for epoch in set(checkpoints) - kept_epochs(args, list(checkpoints)):
+        checkpoints[epoch].unlink(missing_ok=True)
+
+
+def kept_epochs(args, epochs):
+    """Those of a list of epochs with checkpoints that --keep keeps: the last N and the powers of two; default: all."""
+    if not args.keep:
+        return set(epochs)
+    return {*epochs[-args.keep :], *filter(is_power_of_two, epochs)}
 
 
 def write_config(args, data, model, objective, device, folder):
@@ -367,7 +460,8 @@ def write_config(args, data, model, objective, device, folder):
 def announce(args, data, model, device, folder, epoch):
     """Says at the start what will be done, on what, and what it takes."""
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    left = sum(due(number, args.save_every, args.epochs) for number in range(epoch + 1, args.epochs + 1))
+    left = len(kept_epochs(args, [e for e in range(epoch + 1, args.epochs + 1) if checkpoint_due(args, e)]))
+    needed = (left + 3 + 3) * size  # with last.pt, and the file that takes its place or a checkpoint's
     free = shutil.disk_usage(folder).free
     print(f"run        {folder}")
     print(f"data       {args.dataset}: {len(data.train)} training images in {data.num_classes} classes, ", end="")
@@ -378,10 +472,10 @@ def announce(args, data, model, device, folder, epoch):
         print(f"epochs     {epoch} are done; a larger --epochs goes on", flush=True)
         return
     print(f"epochs     {epoch + 1} to {args.epochs}, {-(-len(data.train) // args.batch_size)} steps each")
-    print(f"disk       {left} checkpoints, {left * size / 1e9:.2f} GB; {free / 1e9:.0f} GB are free", flush=True)
-    if 4 * size + left * size > free:
-        print(f"warning: the disk of {folder} is too small; raise --save_every", flush=True)
+    print(f"disk       {left} checkpoints and last.pt: {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free", flush=True)
+    if needed > free:
+        print(f"warning: the disk of {folder} is too small; raise --save_every or give --keep", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, go_on="the same command with --resume goes on")

@@ -9,8 +9,10 @@ import math
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -22,6 +24,8 @@ import torch
 from tqdm import tqdm
 
 BAD_INPUT, FAILED_WORK = 2, 1
+LOCK_SECONDS = 60  # how long a lock of one file is waited for
+LEASE_SECONDS = 60  # a lease that was not renewed for so long is free
 
 
 class UserError(Exception):
@@ -32,18 +36,25 @@ class UserError(Exception):
         self.status = status
 
 
-def run_script(main):
-    """Runs an entry script's `main` and exits: errors as one line on standard error, without a traceback."""
+def run_script(main, go_on="the same command starts anew"):
+    """Runs an entry script's `main` and exits: errors as one line on standard error, without a traceback.
+
+    go_on: how to go on after a signal, or once the machine is mended.
+    """
     name = Path(sys.argv[0]).name
     try:
-        status = main() or 0
+        with signals_to(interrupt):
+            status = main() or 0
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         status = error.status
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        status = 130
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Interrupted as stop:
+        print(f"{name}: stopped by {stop.signal.name}; {go_on}", file=sys.stderr)
+        status = 128 + stop.signal
+    except OSError as error:
+        print(f"{name}: error: {one_line(error)}; once that is mended, {go_on}", file=sys.stderr)
+        status = FAILED_WORK
+    except (MemoryError, RuntimeError) as error:
         if type(error) is RuntimeError and "allocate memory" not in str(error):
             raise  # not of the machine, but of this code
         print(f"{name}: error: {one_line(error)}", file=sys.stderr)
@@ -54,6 +65,64 @@ def run_script(main):
 def one_line(error):
     """An exception in one line: its message, or its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Signals: SIGTERM and SIGINT stop a script where its files are whole
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT has come; no Exception, so that nothing on the way up takes it for an error of its own."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def signals_to(handler):
+    """Within it, SIGTERM and SIGINT call `handler(number, frame)`."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def interrupt(number, frame):
+    """A handler of signals that raises Interrupted, once: what then winds up is not cut short."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    raise Interrupted(number)
+
+
+class HeldSignals:
+    """Within it, SIGTERM and SIGINT wait until `check()`, which raises Interrupted where one has come."""
+
+    def __enter__(self):
+        self.number = None
+        self.handlers = signals_to(self.note)
+        self.handlers.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.handlers.__exit__(*error)
+
+    def note(self, number, frame):
+        self.number = self.number or number
+
+    def check(self):
+        if self.number:
+            raise Interrupted(self.number)
+
+    @contextlib.contextmanager
+    def released(self):
+        """Within it, a signal raises Interrupted at once: for work that may be cut anywhere."""
+        with signals_to(interrupt):
+            self.check()
+            yield
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -182,8 +251,23 @@ def atomic_write(path, mode="wb", **kwargs):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # torch.save wraps a full disk in a RuntimeError of its own
-        raise
+            error = error.__context__  # torch.save wraps a full disk in a RuntimeError of its own
+        if isinstance(error, OSError) and error.errno and not error.filename:
+            error = OSError(error.errno, error.strerror, str(path))
+        raise error from None
+
+
+def clear_temporaries(folder, *patterns):
+    """Deletes what a killed process left of files that nobody but the caller may be writing now."""
+    for pattern in patterns:
+        for path in Path(folder).glob(f".{pattern}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def flush_to_disk(path):
+    """Returns when what was appended to a file is on the disk."""
+    with open(path, "a") as file:
+        os.fsync(file.fileno())
 
 
 def save_torch(path, state):
@@ -227,14 +311,25 @@ def copy_state(state):
 
 
 def load_torch(path, device="cpu"):
-    """Reads a file of tensors and plain values; a pickle that would run code is refused."""
+    """Reads a file of tensors and plain values; a pickle that would run code is refused, and so is any wrong bit."""
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file")
+    if not Path(path).is_file():
+        raise UserError(f"{path}: not a file")  # opening a pipe would wait for ever
     try:
+        if zipfile.is_zipfile(path):  # as torch.save writes since 1.6; torch.load does not look at its checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: truncated or damaged, cannot be read: {damaged}", FAILED_WORK)
         return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
-        kind = "not a plain checkpoint" if isinstance(e, pickle.UnpicklingError) else "truncated or damaged"
-        raise UserError(f"{path}: {kind}, cannot be read", FAILED_WORK) from None
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a plain checkpoint, cannot be read", FAILED_WORK) from None
+    except Exception as error:  # whatever damaged bytes lead the readers of zip files and pickles to
+        opened = not isinstance(error, OSError) or error.filename is None
+        reason = "truncated or damaged" if opened else error.strerror
+        raise UserError(f"{path}: {reason}, cannot be read", FAILED_WORK) from None
 
 
 def load_weights(model, path, device="cpu"):
@@ -244,7 +339,10 @@ def load_weights(model, path, device="cpu"):
 
 def set_weights(model, state, path):
     """Puts what a checkpoint holds into `model`; names the first thing that does not fit."""
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in state.items()
+    ):
         raise UserError(f"{path}: holds no state_dict of a model", FAILED_WORK)
     state = {key: value for key, value in state.items() if not key.startswith("batch_norm.")}  # never used there
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -256,6 +354,9 @@ def set_weights(model, state, path):
             f"{wanted.get(key, 'missing')} in the model",
             FAILED_WORK,
         )
+    for key, value in model.state_dict().items():
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{path}: {key} is {state[key].dtype} in the file, {value.dtype} in the model", FAILED_WORK)
     if not all(value.isfinite().all() for value in state.values()):
         raise UserError(f"{path}: holds weights that are not finite", FAILED_WORK)
     model.load_state_dict(state)
@@ -289,22 +390,21 @@ def read_config(folder):
         config = json.loads(path.read_text())
         if not (isinstance(config["flags"], dict) and isinstance(config["class_counts"], list)):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: damaged, not a run's config") from None
     return config
 
 
 def read_log(folder):
-    """The complete lines of a run's train_log.jsonl; a half-written last line is left out."""
+    """The lines of a run's train_log.jsonl by epoch; of two, the later. Half-written and damaged ones are left out."""
     path = Path(folder) / "train_log.jsonl"
-    lines = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
-    return lines
+    lines = {}
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("epoch"), int):
+                lines[line["epoch"]] = line
+    return [lines[epoch] for epoch in sorted(lines)]
 
 
 def write_log(folder, lines):
@@ -319,23 +419,26 @@ def append_line(path, value):
 
 
 def read_csv(path):
-    """Rows of a CSV file of numbers as dicts of floats, NaN for an empty cell; [] where there is no file."""
+    """Rows of an nc_metrics CSV as dicts of floats, NaN for an empty cell; [] where there is no file."""
     path = Path(path)
     if not path.exists():
         return []
     try:
         with open(path, newline="") as file:
-            return [
-                {name: float(cell) if cell else math.nan for name, cell in row.items()} for row in csv.DictReader(file)
-            ]
-    except (ValueError, TypeError, csv.Error):
+            table = csv.DictReader(file, restval="cut off")  # a row too short is no row with empty cells
+            rows = [{name: float(cell) if cell else math.nan for name, cell in row.items()} for row in table]
+        if not all(row["epoch"].is_integer() for row in rows):
+            raise ValueError
+        return rows
+    except (ValueError, KeyError, TypeError, csv.Error):
         raise UserError(f"{path}: damaged, not a table of numbers; delete it to have it measured again") from None
 
 
 def write_csv(path, rows):
-    """Writes dicts of numbers and texts with the same keys; NaN becomes an empty cell, a whole number has no point."""
+    """Writes dicts of numbers and texts; NaN and a missing one become an empty cell, a whole number has no point."""
+    names = dict.fromkeys(name for row in rows for name in row)  # rows of an older version may have fewer
     with atomic_write(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, fieldnames=names, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({name: cell(value) for name, value in row.items()})
@@ -350,20 +453,28 @@ def cell(value):
     return int(value) if float(value).is_integer() else value
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Locks: each dies with its holder
+# ---------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def file_lock(path):
-    """Waits for, and holds, a lock that dies with its holder: what is read and written in it stays together."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Waits for, and holds, a lock: what is read and written in it stays together."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path, LOCK_SECONDS))
+        except BlockingIOError:
+            raise UserError(f"{path}: another process holds this lock and does not move on", FAILED_WORK) from None
         yield
 
 
 @contextlib.contextmanager
 def run_lock(folder):
-    """Holds a run's folder for this process; the lock dies with its holder."""
-    with open(Path(folder) / ".lock", "a") as file:
+    """Holds a run's folder for this process."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(lock(Path(folder) / ".lock", 1))  # longer than is_locked takes
         except BlockingIOError:
             raise UserError(f"{folder}: another process is training there; wait for it or give --save_path") from None
         yield
@@ -371,14 +482,77 @@ def run_lock(folder):
 
 def is_locked(folder):
     """Whether a training process holds the folder."""
+    path = Path(folder) / ".lock"
     try:
-        with open(Path(folder) / ".lock") as file:
+        with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
+    except OSError:
+        return is_leased(path)
     return False
+
+
+@contextlib.contextmanager
+def lock(path, seconds):
+    """Holds the lock of a file; raises BlockingIOError where another process has it for `seconds` longer."""
+    deadline = time.monotonic() + seconds
+    with open(path, "a") as file, contextlib.ExitStack() as stack:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            except OSError:  # a file system without flock
+                with contextlib.suppress(FileExistsError):
+                    stack.enter_context(lease(path))
+                    break
+                if time.monotonic() > deadline:
+                    raise BlockingIOError from None
+            time.sleep(0.05)
+        yield
+
+
+@contextlib.contextmanager
+def lease(path):
+    """A lock without flock: a file beside `path` that its holder renews while it lives; FileExistsError where held.
+
+    As good as the clocks of the machines agree: one that stands LEASE_SECONDS behind the others loses its leases.
+    """
+    if not is_leased(path):
+        lease_path(path).unlink(missing_ok=True)
+    lease_path(path).touch(exist_ok=False)
+    ended = threading.Event()
+
+    def renew():
+        while not ended.wait(LEASE_SECONDS / 6):
+            with contextlib.suppress(OSError):
+                os.utime(lease_path(path))
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        lease_path(path).unlink(missing_ok=True)
+
+
+def is_leased(path):
+    """Whether the lease of a file is held: it was renewed of late."""
+    try:
+        return time.time() - lease_path(path).stat().st_mtime < LEASE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def lease_path(path):
+    return Path(f"{path}.lease")
 
 
 def git_commit():

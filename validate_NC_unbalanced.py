@@ -24,7 +24,8 @@ from models import build_model
 from models.classifier import head_weight
 from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from objective import make_objective
-from plot_nc import draw, heatmaps
+from plot_nc import draw_runs, heatmaps
+from runs import read_run
 from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
 from utils import (
     FAILED_WORK,
@@ -32,6 +33,8 @@ from utils import (
     UserError,
     atomic_write,
     autocast,
+    checkpoint_path,
+    clear_temporaries,
     file_lock,
     find_checkpoints,
     is_locked,
@@ -48,7 +51,7 @@ from utils import (
 BATCH = 512  # images of a forward pass
 FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statistics; above, they are computed twice
 WATCH_SECONDS = 2  # between looks at a folder with --watch
-WATCH_GRACE = 60  # seconds that --watch waits for a training run to begin
+WATCH_GRACE = 60  # seconds that --watch waits for a training run to begin, or to go on once its process is gone
 
 
 def main():
@@ -75,10 +78,12 @@ def main():
 
     with open_loggers(args, folder, "validate", first_epoch=0 if args.recompute else None) as loggers:
         failed = measure_all(args, measurement, model, device, folder, loggers)
-    if measurement.rows:
-        print_table(measurement)
-        print(f"figures in {draw(folder, args.theory)[0].parent}")
-    return FAILED_WORK if failed or not measurement.rows else 0
+    if not measurement.rows:
+        raise UserError(f"{folder}: no checkpoint could be measured", FAILED_WORK)
+    run = read_run(folder, args.theory)
+    print_table(run)
+    print(f"figures in {draw_runs([run], folder / 'figures')[0].parent}")
+    return FAILED_WORK if failed else 0
 
 
 def set_up(args):
@@ -121,8 +126,12 @@ def check_counts(config, data, folder):
 def measure_all(args, measurement, model, device, folder, loggers):
     """Measures the checkpoints that have no row yet, with --watch until training ends; counts damaged ones."""
     damaged, measured = set(), set()
+    seen = time.monotonic()  # when training was last known to live
     while True:
-        training = args.watch and is_locked(folder)  # asked before the look at the folder: its last file is seen
+        ended = not args.watch or is_finished(folder)  # asked before the look at the folder: its last file is seen
+        if not ended and is_locked(folder):
+            seen = time.monotonic()
+        gone = time.monotonic() - seen > WATCH_GRACE
         done = measured if args.recompute else measurement.epochs()
         todo = {e: path for e, path in find_checkpoints(folder).items() if e not in done and e not in damaged}
         with Progress(len(todo), "checkpoint") as progress:
@@ -133,11 +142,22 @@ def measure_all(args, measurement, model, device, folder, loggers):
                     measured.add(epoch)
                     progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
                 except UserError as error:
+                    if not path.exists():  # training with --keep deleted it
+                        continue
                     print(f"skipped: epoch {epoch}: {error}", file=sys.stderr)
                     damaged.add(epoch)
-        if not training:
+        if ended:
+            return len(damaged)
+        if gone:
+            print(f"no process has trained in {folder} for {WATCH_GRACE} seconds: the watch ends")
             return len(damaged)
         time.sleep(WATCH_SECONDS)
+
+
+def is_finished(folder):
+    """Whether training has written the last checkpoint that the run's config.json asks for."""
+    config = read_config(folder)
+    return config is not None and checkpoint_path(folder, config["flags"].get("epochs", 0)).exists()
 
 
 def read_ahead(checkpoints, device):
@@ -169,10 +189,13 @@ class Measurement:
 
     def __init__(self, args, data, model, objective, device, folder):
         self.data, self.model, self.device, self.precision = data, model, device, args.precision
-        self.suffix = THEORY_SUFFIXES[args.theory]
-        self.csv = Path(folder) / f"nc_metrics{self.suffix}.csv"
-        self.geometry_folder = Path(folder) / f"geometry{self.suffix}"
+        suffix = THEORY_SUFFIXES[args.theory]
+        self.csv, self.geometry_folder = Path(folder) / f"nc_metrics{suffix}.csv", Path(folder) / f"geometry{suffix}"
         self.optimum, self.reason = find_optimum(args, objective, data.class_counts, head_weight(model).shape[1])
+        self.lock = self.csv.with_name(f".{self.csv.name}.lock")  # training and validate --watch both add rows
+        with file_lock(self.lock):
+            clear_temporaries(self.csv.parent, self.csv.name)
+            clear_temporaries(self.geometry_folder, "epoch_*.npz")
         self.rows = read_csv(self.csv)
 
     def epochs(self):
@@ -185,9 +208,9 @@ class Measurement:
         row, parts = self.measure()
         row, parts = {"epoch": epoch, **row}, {name: part.numpy() for name, part in parts.items()}
         self.geometry_folder.mkdir(exist_ok=True)
-        with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
-            np.savez(file, class_counts=self.data.class_counts, **parts)
-        with file_lock(self.csv.with_name(f".{self.csv.name}.lock")):  # training and validate --watch both add rows
+        with file_lock(self.lock):  # training and validate --watch both add rows
+            with atomic_write(self.geometry_folder / f"epoch_{epoch:03d}.npz") as file:
+                np.savez(file, class_counts=self.data.class_counts, **parts)
             others = [other for other in read_csv(self.csv) if other["epoch"] != epoch]
             self.rows = sorted([*others, row], key=lambda other: other["epoch"])
             write_csv(self.csv, self.rows)
@@ -262,12 +285,11 @@ def find_optimum(args, objective, class_counts, dim):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def print_table(measurement):
-    """Class by class, measured against theorem, and the last row of metrics."""
-    row = measurement.rows[-1]
+def print_table(run):
+    """The last row of a `Run`: measured against theorem class by class, and the metrics."""
+    row = run.rows[-1]
     epoch = int(row["epoch"])
-    with np.load(measurement.geometry_folder / f"epoch_{epoch:03d}.npz") as stored:
-        parts = dict(stored)
+    parts = run.geometry(epoch)
     print(f"\nepoch {epoch}: measured against theorem")
     heads = ("margin", "theorem", "ratio", "|mu_k|^2", "theorem", "ratio")
     print(f"{'class':>5} {'n_k':>6}" + "".join(f" {head:>10}" for head in heads))
@@ -284,8 +306,8 @@ def print_table(measurement):
     for name, value in row.items():
         if name != "epoch":
             print(f"{name:>20}  {'-' if np.isnan(value) else f'{value:.4g}'}")
-    print(f"\nrows in    {measurement.csv}")
+    print(f"\nrows in    {run.csv}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, go_on="the same command goes on")

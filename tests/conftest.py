@@ -1,10 +1,12 @@
 """Helpers of all tests: the real scripts in processes of their own, and real images where they are at hand."""
 
+import itertools
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,32 +24,68 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train_1st_order_unbalanced", "sklearn.datasets", "torchvision"])
 
 
-def as_main(script, flags, folder):
+def as_main(script, flags, folder, output, before):
     """Runs a script in this process as `python script flags` does, in `folder`, with its output in files."""
     os.chdir(folder)
     for number, name in ((1, ".stdout"), (2, ".stderr")):
-        os.dup2(os.open(name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+        os.dup2(os.open(output + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
     sys.argv = [str(script), *flags]
+    before()
     runpy.run_path(str(script), run_name="__main__")
 
 
-@pytest.fixture
-def run_script(tmp_path):
-    """run_script(name, *flags, status=0) runs an entry script in a folder of its own; returns (stdout, stderr)."""
+def nothing():
+    pass
 
-    def run(name, *flags, status=0):
-        process = SERVER.Process(target=as_main, args=(ROOT / name, [str(flag) for flag in flags], tmp_path))
-        process.start()
-        process.join(timeout=300)
-        if process.is_alive():
-            process.kill()
-            pytest.fail(f"{name} {flags} hangs")
-        out, error = ((tmp_path / file).read_text() for file in (".stdout", ".stderr"))
-        assert process.exitcode == status, f"{name} {flags}: exit {process.exitcode}\n{out}\n{error}"
-        assert "Traceback" not in error
+
+class Script:
+    """An entry script in a process of its own, which may be waited for, or sent signals while it runs."""
+
+    numbers = itertools.count()
+
+    def __init__(self, name, flags, folder, before=nothing):
+        self.command, self.folder, self.output = f"{name} {flags}", folder, f".output-{next(self.numbers)}"
+        arguments = (ROOT / name, [str(flag) for flag in flags], folder, self.output, before)
+        self.process = SERVER.Process(target=as_main, args=arguments, daemon=True)
+        self.process.start()
+
+    def text(self, name):
+        path = self.folder / f"{self.output}.{name}"
+        return path.read_text() if path.exists() else ""
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait_for(self, condition):
+        """Returns once condition() holds while the script runs."""
+        deadline = time.monotonic() + 100
+        while not condition():
+            if not self.process.is_alive() or time.monotonic() > deadline:
+                pytest.fail(f"{self.command} ends, or hangs, too early\n{self.text('stdout')}\n{self.text('stderr')}")
+            time.sleep(0.01)
+
+    def wait(self, status=0):
+        """Its (stdout, stderr), once it has ended with that exit status; a negative one is a signal's."""
+        self.process.join(timeout=300)
+        if self.process.is_alive():
+            self.process.kill()
+            pytest.fail(f"{self.command} hangs")
+        out, error = self.text("stdout"), self.text("stderr")
+        assert self.process.exitcode == status, f"{self.command}: exit {self.process.exitcode}\n{out}\n{error}"
+        assert "Traceback" not in error, error
         return out, error
 
-    return run
+
+@pytest.fixture
+def start(tmp_path):
+    """start(name, *flags) starts an entry script in a folder of its own; returns the Script."""
+    return lambda name, *flags, **options: Script(name, flags, tmp_path, **options)
+
+
+@pytest.fixture
+def run_script(start):
+    """run_script(name, *flags, status=0) runs an entry script in a folder of its own; returns (stdout, stderr)."""
+    return lambda name, *flags, status=0, **options: start(name, *flags, **options).wait(status)
 
 
 @pytest.fixture

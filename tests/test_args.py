@@ -66,6 +66,12 @@ def test_the_papers_command():
         ("--n_max 5", ["--n_max", "only with --imbalance balanced"]),
         ("--dataset imagefolder --imbalance paper", ["no profile for imagefolder"]),
         ("--resume --force", ["give one of them"]),
+        ("--keep 0", ["--keep", "not a whole number >= 1"]),
+        ("--precision fp16", ["--precision", "fp32", "tf32", "bf16"]),
+        ("--optimizer Lion", ["--optimizer", "Adam", "SGD"]),
+        ("--objective both", ["--objective", "paper", "released"]),
+        ("--theory none", ["--theory", "objective", "nominal", "released"]),
+        ("--device tpu", ["--device", "auto", "cpu", "cuda"]),
         ("--learning_rate 1", ["unrecognized arguments: --learning_rate 1"]),
         ("--epoch 5", ["unrecognized arguments: --epoch 5"]),  # no abbreviations: a typo is not a flag
     ],
@@ -76,6 +82,27 @@ def test_a_wrong_flag_is_one_line_and_exit_2(flags, words, capsys):
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+NUMBERS = (
+    "n_max depth_relu width depth_linear weight_decay feature_decay_rate epochs batch_size lr patience gamma "
+    "clip_grad_norm adam_beta2 adam_eps warmup_epochs penalty_warmup_epochs seed gpu_id save_every keep nc_every"
+).split()
+
+
+@pytest.mark.parametrize("text", ["-1", "", "x", "1,2", "nan", "inf", "9" * 400, "1e999"])
+@pytest.mark.parametrize("flag", NUMBERS)
+def test_every_number_is_checked(flag, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(argv=[f"--{flag}={text}", "--imbalance", "balanced"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"--{flag}: {text!r} is not a" in error
+
+
+def test_no_number_is_left_out():
+    numbers = {action.dest for action in make_parser()._actions if "number" in getattr(action.type, "__qualname__", "")}
+    assert numbers == set(NUMBERS)
 
 
 def test_help_is_grouped_and_says_every_default():
@@ -153,6 +180,24 @@ def test_epochs_are_part_of_a_run_only_if_its_learning_rate_depends_on_them():
     assert run_name(parse(f"{cosine} 10")) != run_name(parse(f"{cosine} 20"))
     with pytest.raises(UserError, match="--epochs is 20 here and 10 there"):
         adopt_config(parse("--epochs 20"), config_of(f"{cosine} 10"), "x")
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("width", "wide"), ("width", 0), ("lr", None), ("bias", "yes"), ("model", "LeNet"), ("class_counts", [1, 0])],
+)
+def test_a_config_that_no_command_line_gives_is_named(flag, value):
+    config = config_of(PAPER)
+    config["flags"][flag] = value
+    with pytest.raises(UserError, match=rf"x/config.json: damaged, --{flag} cannot be"):
+        adopt_config(parse(), config, "x")
+
+
+def test_every_config_that_a_command_line_gives_is_taken(tmp_path):
+    for flags in (PAPER, "--class_counts 1,1,1,1,1,1,1,1,1,2", "--imbalance exp:1234567 --n_max 5", "--wandb False"):
+        adopt_config(parse(), config_of(flags + f" --init_from {tmp_path}/x --decay_type step_1_2 --lr 1"), "x")
+    with pytest.raises(UserError, match=r"x/config.json and the flags: --n_max: only with"):
+        adopt_config(parse(), config_of(PAPER) | {"flags": config_of(PAPER)["flags"] | {"n_max": 5}}, "x")
 
 
 def test_config_and_profiles():

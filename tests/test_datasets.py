@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 
@@ -198,6 +199,25 @@ def test_absent_archive_says_what_to_do(tmp_path, name):
         load_data(name, tmp_path, download=False)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "svhn"])
+def test_no_network_for_a_download(tmp_path, monkeypatch, name):
+    for variable in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(UserError, match=rf"{name}: .* is absent, and the download failed"):
+        load_data(name, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\0\0\x09\3" + b"\0" * 20, b"\0\0\x08\3\0\0\0\x28" + b"\0" * 60])
+def test_damaged_idx_files_are_named(tmp_path, content):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{split}-{kind}-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match=r"mnist: the archive MNIST in --data_dir .* is damaged"):
+        load_data("mnist", tmp_path, download=False)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Image folders and digits
 # ---------------------------------------------------------------------------------------------------------
@@ -263,12 +283,26 @@ def test_cifar10_image_folder(tmp_path):
         (lambda root: (root / "test" / "cow").rename(root / "test" / "dog"), "train and test have different classes"),
         (lambda root: (root / "train" / "ant" / "0001.png").write_bytes(b"junk"), "0001.png: not a readable image"),
         (lambda root: [(root / s).rename(root / s[:2]) for s in ("train", "test")], "train: no such folder"),
+        (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "train: no class folders in it"),
+        (lambda root: [shutil.rmtree(root / "train" / name) for name in ("ant", "bee")], "have different classes"),
+        (lambda root: (root / "train" / "ant" / "0001.png").write_bytes(b""), "0001.png: not a readable image"),
+        (lambda root: (root / "train" / "ant" / "9.png").symlink_to("nowhere"), "9.png: cannot be read"),
     ],
 )
 def test_bad_folders_are_named(tmp_path, damage, message):
     write_folder(tmp_path)
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
+        load_data("imagefolder", tmp_path)
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_folder(tmp_path)
+    monkeypatch.setattr(datasets.Path, "iterdir", iterdir)
+    with pytest.raises(UserError, match=r"train: cannot be read \(Permission denied\)"):
         load_data("imagefolder", tmp_path)
 
 

@@ -321,6 +321,7 @@ def test_bare_checkpoints_validate_from_the_flags(train, validate, tmp_path):
 
 
 def test_wrong_input_is_one_line(train, validate, tmp_path):
+    (tmp_path / "a_file").write_text("a file")
     for run, flags, status, words in (
         (validate, ["--load_path", "nowhere"], 2, "nowhere: no such folder"),
         (validate, ["--load_path", "."], 2, "no epoch_*.pth in it"),
@@ -329,6 +330,8 @@ def test_wrong_input_is_one_line(train, validate, tmp_path):
         (train, ["--dataset", "digits", "--precision", "tf32"], 2, "tf32 needs an NVIDIA GPU"),
         (train, ["--dataset", "imagefolder", "--data_dir", "nowhere"], 2, "nowhere/train: no such folder"),
         (train, ["--dataset", "svhn", "--data_dir", "x", "--no-download"], 2, "svhn: the archive"),
+        (train, ["--dataset", "digits", "--class_counts", "9,9,9,9,9,9,9,9,9,999"], 2, "digits: class 9 has 180"),
+        (train, ["--dataset", "digits", "--save_path", "a_file"], 2, "a_file: not a folder"),
         (train, [*TINY, "--lr", 1e30, "--save_path", "nan"], 1, "the loss is not finite in epoch 1, step"),
     ):
         _, error = run(*flags, status=status)
@@ -352,7 +355,7 @@ def test_resume_does_not_overwrite_what_it_cannot_resume(train, tmp_path):
     for name in ("last.pt", "config.json"):
         (tmp_path / "run" / name).unlink()
     _, error = train(*TINY, "--save_path", "run", "--resume", status=2)
-    assert "holds checkpoints without a config.json" in error
+    assert "holds a run without its config.json" in error
 
 
 def test_resume_of_a_finished_run_changes_nothing(train, tmp_path):

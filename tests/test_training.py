@@ -14,6 +14,8 @@ from models import build_model
 from objective import Objective
 from train_1st_order_unbalanced import (
     Record,
+    TrainingState,
+    check_finite,
     learning_rate,
     log_line,
     make_optimizer,
@@ -83,6 +85,36 @@ def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
         assert torch.equal(a, b)
 
 
+def test_a_graphed_step_goes_on_from_a_saved_state(tmp_path):
+    """On a GPU the step is captured after last.pt is loaded: weights, optimizer and half a record stay as they are."""
+    batches = ORDER.split(8)
+    model, chosen, record, step = set_up()
+    state = TrainingState(model, chosen, record, steps=2)
+    for rows in batches[:2]:
+        step(rows)
+    with Writer() as writer:
+        state.save(tmp_path, writer)
+    step(batches[2])
+    expected_model, expected = model, record.take()
+
+    model, chosen, record, step = set_up()
+    state = TrainingState(model, chosen, record)
+    state.load(tmp_path / "last.pt", "cpu")
+
+    def capture(step, rows):
+        for _ in range(4):
+            step(rows)
+        return lambda: step(rows)
+
+    tensors = lambda: [*model.state_dict().values(), *optimizer_tensors(chosen), *record.tensors()]  # noqa: E731
+    graphed = GraphedStep(step, [8, 4], tensors, "cpu", capture)
+    graphed(batches[2])
+    assert (state.epoch, state.steps) == (0, 2)
+    assert all(torch.equal(column, expected[name]) for name, column in record.take().items())
+    for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_record_holds_a_row_a_step():
     record = Record(2, "cpu")
     logits, labels = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 0, 0])
@@ -116,8 +148,13 @@ def test_a_loss_spikes_when_it_more_than_doubles_within_an_epoch(losses, spike):
 
 
 def test_a_loss_that_is_not_finite_is_named_by_its_step():
-    with pytest.raises(UserError, match="epoch 3, step 2"):
-        log_of([1.0, math.inf, math.nan], [5.0] * 3)
+    model = build_model("MLP", 4, depth_relu=1, width=8)
+    with pytest.raises(UserError, match="loss is not finite in epoch 3, step 2"):
+        check_finite(3, torch.tensor([1.0, math.inf, math.nan]), model)
+    check_finite(3, torch.ones(3), model)
+    model.fc[0].weight.data[0, 0] = math.nan
+    with pytest.raises(UserError, match="weights are not finite in epoch 3, step 3"):
+        check_finite(3, torch.ones(3), model)
 
 
 def rates(**flags):
