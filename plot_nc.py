@@ -26,7 +26,7 @@ from PIL import Image
 
 from args import THEORY_SUFFIXES, Help, Parser, number
 from runs import by_setting, read_run
-from theory import collapse_threshold, cross_entropy_optimum, mse_optimum, released_formula
+from theory import CLOSED_FORMS, collapse_threshold, released_formula
 from utils import UserError, atomic_write, run_script
 
 TEXT_WIDTH = 6.75  # inches: the width of a two-column page
@@ -67,7 +67,6 @@ TRAINING_PANELS = [
 WIDE = 20  # largest n_k / smallest n_k above which their axis is logarithmic
 CLASS_VALUES = ("margins", "mean_norms_sq")
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
-CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}
 HEATMAPS_WIDTH, COLOUR_MAP = 5.0, "RdBu_r"  # inches; white is zero
 VECTOR_CLASSES = 30  # up to which heatmaps are vectors, cell by cell, in a PDF; above, an image
 FRAMES, FRAME_SECONDS = 60, 0.2  # of an animation: the most, and how long each is seen

@@ -17,10 +17,9 @@ from matplotlib.figure import Figure
 
 from args import Help, Parser, class_counts, number
 from plot_nc import BLUE, ORANGE, STYLE, TEXT_WIDTH
-from theory import collapse_threshold, cross_entropy_optimum, minimise, mse_optimum
+from theory import CLOSED_FORMS, collapse_threshold, minimise
 from utils import Progress, UserError, run_script
 
-CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}
 NOT_OF_PHASES = "weight_decay feature_decay_rate bias no_relu dim level restarts json".split()
 ZERO = 1e-6  # |h_k|^2 of a class at zero, in units of sqrt(lambda_W / (lambda_H n_k)): that of a margin of about one
 

@@ -104,6 +104,9 @@ def mse_optimum(class_counts, lambda_w, lambda_h):
     )
 
 
+CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}  # of each loss, without a bias
+
+
 def collapse_threshold(class_counts, loss="CrossEntropy"):
     """lambda_W lambda_H from which on the smallest class collapses, h_k = 0: the closed forms' conditions on n_k."""
     counts = check(class_counts, 1.0, 1.0)

@@ -26,7 +26,7 @@ from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from objective import make_objective
 from plot_nc import draw_runs, heatmaps
 from runs import read_run
-from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
+from theory import CLOSED_FORMS, minimise, released_formula
 from utils import (
     FAILED_WORK,
     Progress,
@@ -276,8 +276,7 @@ def find_optimum(args, objective, class_counts, dim):
         return released_formula(class_counts, *decays), None
     if args.theory == "objective" and args.bias:
         return minimise(class_counts, *decays, loss=args.loss, bias=True).optimum, None
-    closed_form = mse_optimum if args.loss == "MSE" else cross_entropy_optimum
-    return closed_form(class_counts, *decays), None
+    return CLOSED_FORMS[args.loss](class_counts, *decays), None
 
 
 # ---------------------------------------------------------------------------------------------------------
