@@ -3,8 +3,8 @@
     python benchmarks/terminal_phase.py --data_dir ~/data        (CIFAR-10, 2,410 images)
 
 Trains one MLP twice, plainly and by the recipe, and follows images with the wrong class, images whose features are all
-zero, the largest gradient and the largest step of each epoch, and Adam's second moments. Writes terminal_phase.csv
-into --out and the figure beside the others of the docs.
+zero, the largest gradient and the largest step of each epoch, and Adam's second moments. Draws terminal_phase.png into
+--figures, and writes a CSV of each run into --out.
 """
 
 import argparse
@@ -47,15 +47,16 @@ PANELS = {  # a column of the rows each, with its title
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", required=True)
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures")
+    parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    common = [*SETTING.split(), "--data_dir", options.data_dir, "--epochs", str(options.epochs)]
-    recipe = (ROOT / "scripts" / "collapse.flags").read_text().split()
-    rows = {"plain": follow([*common, "--lr", "0.001"]), "recipe": follow([*common, *recipe])}
-    draw(rows).savefig(options.out / "terminal_phase.png")
+    setting = [*SETTING.split(), "--data_dir", options.data_dir]
+    plain, recipe = ["--lr", "0.001", "--epochs", "400"], [f"@{ROOT}/scripts/collapse.flags"]
+    rows = {"plain Adam": follow([*setting, *plain]), "recipe": follow([*recipe, *setting])}
+    options.out.mkdir(parents=True, exist_ok=True)
     for name, found in rows.items():
-        write_csv(options.out / f"terminal_phase_{name}.csv", found)
+        write_csv(options.out / f"terminal_phase_{name.replace(' ', '_')}.csv", found)
+    draw(rows).savefig(options.figures / "terminal_phase.png")
 
 
 def follow(words):
