@@ -18,9 +18,11 @@ def test_the_python_example_runs(run_script, tmp_path):
 
 
 def test_every_flag_in_it_exists():
-    known = {option for action in make_parser()._actions for option in action.option_strings}
-    known |= {"--class_counts", "--phase_diagram"}  # of solve_ufm.py
-    assert set(re.findall(r"(?<![\w-])--[a-z_]+(?:-[a-z]+)?", README)) <= known
+    flag = r"(?<![\w-])--[a-z0-9_]+(?:-[a-z]+)?"
+    known = {option for action in make_parser()._actions for option in action.option_strings} | {"--array"}  # sbatch's
+    for script in ("plot_nc.py", "summarize.py", "solve_ufm.py", "scripts/sweep.sh"):
+        known |= set(re.findall(flag, (ROOT / script).read_text()))
+    assert set(re.findall(flag, README)) <= known
 
 
 def test_commands_parse():
