@@ -56,7 +56,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     for name, found in rows.items():
         write_csv(options.out / f"terminal_phase_{name.replace(' ', '_')}.csv", found)
-    draw(rows).savefig(options.figures / "terminal_phase.png")
+    draw(rows, options.figures / "terminal_phase.png")
 
 
 def follow(words):
@@ -109,7 +109,7 @@ def misplaced(model, split):
 
 
 @matplotlib.rc_context(STYLE)
-def draw(rows):
+def draw(rows, path):
     """A panel a column of `rows` {run: [row an epoch]}."""
     figure = Figure(figsize=(TEXT_WIDTH, 3.6))
     panels = figure.subplots(2, 3).flatten()
@@ -122,7 +122,7 @@ def draw(rows):
             axis.set_ylim(bottom=0)
     panels[-1].axis("off")
     panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
-    return figure
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
