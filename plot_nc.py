@@ -208,7 +208,7 @@ def curves(panels, settings):
             for column, label in columns
             if any(series(setting.runs, column)[0] for setting in settings)
         ]
-    num_rows = -(-(len(panels) + several) // 3)
+    num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(TEXT_WIDTH, 2.2 * num_rows))
     axes = figure.subplots(num_rows, 3, squeeze=False).ravel()
     for axis, (title, scale, columns) in zip(axes, panels, strict=False):
@@ -227,9 +227,10 @@ def curves(panels, settings):
     seeds = "mean over seeds (geometric on log axes) and range"
     if several:
         handles = [Line2D([], [], **style_of(index)) for index in range(len(settings))]
-        labels = [textwrap.fill(listed(setting.label, setting.seeds), 32) for setting in settings]
-        title = textwrap.fill(seeds, 36) if any(setting.seeds for setting in settings) else None
-        axes[len(panels)].legend(handles, labels, title=title, loc="center", alignment="left")
+        labels = [textwrap.fill(listed(setting.label, setting.seeds), 100) for setting in settings]
+        title = seeds if any(setting.seeds for setting in settings) else None
+        figure.set_figheight(2.2 * num_rows + 0.15 * (1 + sum(label.count("\n") + 1 for label in labels)))
+        figure.legend(handles, labels, title=title, loc="outside lower center")
     elif settings[0].seeds:
         handle = Patch(color="grey", alpha=0.4, label=f"{settings[0].seeds}: {seeds}")
         figure.legend(handles=[handle], loc="outside lower center")

@@ -4,7 +4,8 @@
 #   scripts/collapse_table.sh DIR [options of scripts/sweep.sh, default -j with all cores]
 #
 # DIR: a --data_dir with CIFAR-10. Writes model_weights/collapse/: a folder a run, summary.md, summary.csv, the commands
-# and their logs. A call that was cut goes on when it is made again. Time: TABLE_TIME. Disk: 5 GB.
+# and their logs. A call that was cut goes on when it is made again. Time: about
+# 45 minutes of training on 2 CPU cores. Disk: 2.1 GB.
 set -euo pipefail
 data=$(realpath -m "${1:?give the folder of the data}")
 shift
