@@ -236,7 +236,7 @@ def test_settings_are_overlaid_and_named_by_what_differs(tmp_path):
         assert first.get_color() != second.get_color() and first.get_marker() != second.get_marker()
         assert len(axis.collections) == 1  # the band of the seeds
     assert legend_of(figure) == ["lr 0.001, 3 seeds", "lr 0.01"]
-    assert len(curves(TRAINING_PANELS, settings).axes) == 6  # loss, its cross entropy, two accuracies, lr, and one left blank
+    assert len(curves(TRAINING_PANELS, settings).axes) == 6  # two losses, two accuracies, lr, one blank
 
 
 # ---------------------------------------------------------------------------------------------------------
