@@ -70,6 +70,8 @@ def run(options, precision, device, limit):
         ended = "cut"
     wall = time.perf_counter() - began
 
+    if not options.scratch.exists():
+        sys.exit(f"{options.setting}, {precision}: {ended}")
     found = read_run(options.scratch)
     kept = options.out / f"{options.setting}_{precision}_{device.type}"
     kept.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,10 @@
 # DATA_DIR is as for --data_dir, with CIFAR-10 in it. Needs 16 GB of disk under model_weights/ while it runs; what stays is
 # small. Tables come last, in tables.md too. Expected: not measured. DEVICE=cpu EPOCHS=1 tries the script without a GPU.
 set -uo pipefail
+data=$(realpath -m "${1:?give the folder of the data}")
+out=${2:+$(realpath -m "$2")}
 cd "$(dirname "$0")/.."
-data=${1:?the folder of the data}
-out=${2:-benchmarks/results/gpu}
+out=${out:-benchmarks/results/gpu}
 device=${DEVICE:-cuda}
 python=${PYTHON:-python3}
 limit=${SECONDS_IN_ALL:-530}
