@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint and all tests, from a fresh clone: makes .venv if need be. Further arguments go to pytest.
-# Time: about 2.5 minutes after the install on 2 CPU cores.
+# Time: about 4 minutes after the install on 2 CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh requirements-dev.txt
