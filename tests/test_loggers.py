@@ -3,17 +3,18 @@
 import json
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
 from utils import read_csv, read_log
+
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 TINY = "--dataset digits --width 24 --depth_relu 1 --batch_size 200 --no-bias --sep_decay --save_path run".split()
 
 
 def events(folder):
     """{tag: {epoch: value}} of the scalars in a folder of event files, and the epochs that have heatmaps."""
-    accumulator = EventAccumulator(str(folder))
+    accumulator = event_accumulator.EventAccumulator(str(folder))
     accumulator.Reload()
     tags = accumulator.Tags()
     scalars = {tag: {event.step: event.value for event in accumulator.Scalars(tag)} for tag in tags["scalars"]}
