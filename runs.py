@@ -98,11 +98,8 @@ def label_of(run, names):
 
 def short(value):
     """A flag's value, few characters long."""
-    text = (
-        ",".join(map(str, value))
-        if isinstance(value, list)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, list):
+        text = ",".join(map(str, value))
+    else:
+        text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 24 else f"{text[:10]}...{text[-10:]}"
