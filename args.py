@@ -261,7 +261,7 @@ def make_parser(description=None):
     training.add_argument(
         "--stratified",
         action="store_true",
-        help="shuffled batches that each have every class in proportion (default: off)",
+        help="shuffled batches of equal size that each have every class in proportion (default: off)",
     )
     training.add_argument(
         "--seed", type=number(int, 0, high=2**63 - 1), default=1, metavar="N", help="of weights and batches"

@@ -343,6 +343,16 @@ def epoch_order(count, *, epoch, seed, shuffle=True, labels=None):
     return by_class[place.argsort()]
 
 
+def epoch_batches(order, batch_size, *, even=False):
+    """The batches of an epoch's order (N,), ceil(N / batch_size) of them: the last one has what is left over.
+
+    even: their sizes differ by one at most. A batch of few images is noise: each of them counts many times as much.
+    """
+    if even:
+        return order.tensor_split(-(-len(order) // batch_size))
+    return order.split(batch_size)
+
+
 def random_shifts(count, *, epoch, seed):
     """(N, 3) integers of (seed, epoch) alone, on the CPU: top and left in 0..2*PADDING, flip in 0..1."""
     high = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])

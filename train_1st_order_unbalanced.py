@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from args import LOCAL_FLAGS, adopt_config, config_flags, parse_args, run_folder
-from datasets import epoch_order, random_shifts
+from datasets import epoch_batches, epoch_order, random_shifts
 from loggers import TENSORBOARD_FILES, open_loggers
 from objective import make_objective
 from plot_nc import FIGURES, KINDS
@@ -123,7 +123,8 @@ def train(args, data, model, device, folder):
                 order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle, labels=strata)
                 if shifts is not None:
                     shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
-                for rows in order.to(device).split(args.batch_size)[state.steps :]:
+                batches = epoch_batches(order.to(device), args.batch_size, even=args.stratified)
+                for rows in batches[state.steps :]:
                     step(rows)
                     state.steps, state.seconds = state.steps + 1, time.perf_counter() - began
                     signals.check()
@@ -175,7 +176,7 @@ def make_step(args, split, model, objective, optimizer, record, shifts=None, str
 
     if device.type != "cuda" or not args.cuda_graph:
         return step
-    sizes = {len(rows) for rows in torch.empty(len(split)).split(args.batch_size)}
+    sizes = {len(rows) for rows in epoch_batches(torch.empty(len(split)), args.batch_size, even=args.stratified)}
     state = lambda: [*model.state_dict().values(), *optimizer_tensors(optimizer), *record.tensors()]  # noqa: E731
     return GraphedStep(step, sizes, state, device)
 

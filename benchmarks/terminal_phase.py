@@ -17,7 +17,7 @@ from common import ROOT
 from matplotlib.figure import Figure
 
 from args import parse_args
-from datasets import epoch_order
+from datasets import epoch_batches, epoch_order
 from objective import make_objective
 from plot_nc import BLUE, ORANGE, STYLE, TEXT_WIDTH
 from train_1st_order_unbalanced import (
@@ -76,9 +76,8 @@ def follow(words):
             strength.fill_(penalty_strength(args, epoch))
             model.train()
             steps = []
-            for batch in epoch_order(len(data.train), epoch=epoch, seed=args.seed, labels=strata).split(
-                args.batch_size
-            ):
+            order = epoch_order(len(data.train), epoch=epoch, seed=args.seed, labels=strata)
+            for batch in epoch_batches(order, args.batch_size, even=args.stratified):
                 before = [parameter.detach().clone() for parameter in body]
                 step(batch.to(device))
                 moved = sum((new.detach() - old).square().sum() for new, old in zip(body, before, strict=True))

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import Split, crop_and_flip, epoch_order, load_data, profile_counts, random_shifts
+from datasets import Split, crop_and_flip, epoch_batches, epoch_order, load_data, profile_counts, random_shifts
 from utils import UserError
 
 COUNTS = [3, 2, 3, 2, 3, 2, 3, 2, 3, 2]
@@ -405,6 +406,17 @@ def test_a_stratified_epoch_has_every_class_in_proportion():
         first, second = (found[labels[found] == label].tolist() for found in orders)
         assert first != second
     assert torch.equal(orders[0], epoch_order(150, epoch=1, seed=1, labels=labels))
+
+
+@pytest.mark.parametrize("count, batch_size", [(23, 5), (20, 5), (21, 5), (3, 5), (1, 1), (2410, 200)])
+def test_batches_are_as_many_whether_even_or_not(count, batch_size):
+    """ceil(N/B) of them, in order; the last one takes what is left, or all sizes are the same but for one image."""
+    usual, even = (epoch_batches(torch.arange(count), batch_size, even=even) for even in (False, True))
+    assert len(usual) == len(even) == math.ceil(count / batch_size)
+    assert torch.equal(torch.cat(usual), torch.arange(count)) and torch.equal(torch.cat(even), torch.arange(count))
+    assert {len(rows) for rows in usual[:-1]} <= {batch_size}
+    sizes = [len(rows) for rows in even]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) <= batch_size
 
 
 def test_images_go_with_their_labels_in_both_memory_formats():

@@ -122,9 +122,11 @@ def test_every_loss_objective_and_optimizer(train, validate, tmp_path, loss, obj
     assert all(math.isfinite(float(cell)) for cell in row.values())
 
 
-def test_the_log_is_the_training_pass(train, tmp_path):
-    """Loss and accuracy of the first epoch, against a plain loop with torch's own parts, batch by batch."""
-    train(*TINY, "--epochs", 1, "--save_path", "run")
+@pytest.mark.parametrize("stratified", [False, True])
+def test_the_log_is_the_training_pass(train, tmp_path, stratified):
+    """Loss and accuracy of the first epoch, against a plain loop with torch's own parts, batch by batch: 20 of 50
+    images and one of 20, or, stratified, 12 of 49 and 9 of 48."""
+    train(*TINY, "--epochs", 1, "--save_path", "run", *["--stratified"] * stratified)
     from datasets import epoch_order, load_data
 
     data = load_data("digits", "unused")
@@ -132,7 +134,8 @@ def test_the_log_is_the_training_pass(train, tmp_path):
     model = build_model("MLP", 10, bias=False, depth_relu=1, width=24)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     total = correct = 0
-    for rows in epoch_order(1020, epoch=1, seed=1).split(50):
+    order = epoch_order(1020, epoch=1, seed=1, labels=data.train.labels if stratified else None)
+    for rows in order.split([49] * 12 + [48] * 9 if stratified else 50):
         images, labels = data.train.images[rows], data.train.labels[rows]
         logits, features = model(images)
         ce = torch.nn.functional.cross_entropy(logits, labels)

@@ -34,7 +34,7 @@ def set_up(optimizer="Adam", **flags):
     objective = Objective("CrossEntropy", "paper", 1e-3, 1e-3, True, 20, 4, 8)
     args = SimpleNamespace(
         precision="fp32", clip_grad_norm=None, optimizer=optimizer, lr=1e-2, adam_beta2=0.9, adam_eps=1e-8,
-        amsgrad=False, batch_size=8, cuda_graph=True,
+        amsgrad=False, batch_size=8, cuda_graph=True, stratified=False,
     )  # fmt: skip
     args = SimpleNamespace(**vars(args) | flags)
     chosen = make_optimizer(args, model, objective, torch.device("cpu"))
