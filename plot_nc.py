@@ -3,9 +3,9 @@
     python plot_nc.py model_weights/RUN                        (into RUN/figures/)
     python plot_nc.py model_weights/RUN ... --out figures      (overlaid; runs that differ by seed: mean and range)
 
-nc_curves: NC1, NC2, NC3 against the epoch. theorem: margins and class-mean norms against n_k. heatmaps: H^T H, W W^T
-and W H beside their closed forms. training: loss, accuracy, learning rate. Each as PDF and PNG at print size;
-with --animate also heatmaps_animation.gif.
+nc_curves: NC1, NC2, NC3 against the epoch, or as --x says. theorem: margins and class-mean norms against n_k. heatmaps:
+H^T H, W W^T and W H beside their closed forms. training: loss, accuracy, learning rate. Each as PDF and PNG at print
+size; with --animate also heatmaps_animation.gif.
 """
 
 import io
@@ -65,6 +65,7 @@ TRAINING_PANELS = [
     ("optimizer", "log", [("lr", "learning rate")]),
 ]
 WIDE = 20  # largest n_k / smallest n_k above which their axis is logarithmic
+ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
 CLASS_VALUES = ("margins", "mean_norms_sq")
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
 HEATMAPS_WIDTH, COLOUR_MAP = 5.0, "RdBu_r"  # inches; white is zero
@@ -79,6 +80,7 @@ def main():
     parser.add_argument(
         "--epoch", type=number(int, 1), metavar="E", help="of theorem and heatmaps (default: the last one measured)"
     )
+    parser.add_argument("--x", choices=ABSCISSAE, default="epoch", help="what nc_curves and training are drawn against")
     parser.add_argument("--animate", action="store_true", help="the heatmaps over the checkpoints (default: off)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: RUN/figures of one run, figures of several)"
@@ -87,22 +89,22 @@ def main():
     folders = {folder.resolve(): folder for folder in args.runs}.values()
     runs = [read_run(folder, args.theory) for folder in folders]
     out = args.out or (runs[0].folder if len(runs) == 1 else Path()) / "figures"
-    for path in draw_runs(runs, out, args.epoch, args.animate):
+    for path in draw_runs(runs, out, args.epoch, args.x, args.animate):
         print(path)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_runs(runs, out, epoch=None, animate=False):
+def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     """Draws runs, overlaid, into the folder `out`; returns the paths written. What there is no data for is left out."""
     settings = make_settings(runs, epoch)
     measured = [setting for setting in settings if setting.epoch]
-    figures = {"nc_curves": curves(NC_PANELS, settings)}
+    figures = {"nc_curves": curves(NC_PANELS, settings, x)}
     if measured:
         figures["theorem"] = theorem(measured)
     for setting in measured:
         figures[f"heatmaps{setting.name}"] = heatmaps(setting.geometries[0], setting.epoch, setting.note)
     if any(run.log for run in runs):
-        figures["training"] = curves(TRAINING_PANELS, settings)
+        figures["training"] = curves(TRAINING_PANELS, settings, x)
 
     out.mkdir(parents=True, exist_ok=True)
     suffix, written = runs[0].suffix, []
@@ -191,12 +193,12 @@ def choose_epoch(runs, epoch):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Against the epoch
+# Against the epoch, the step, or minutes of training
 # ---------------------------------------------------------------------------------------------------------
 
 
-def curves(panels, settings):
-    """Columns of the CSV or the log against the epoch: over seeds the mean (geometric on a log axis) and the range.
+def curves(panels, settings, x="epoch"):
+    """Columns of the CSV or the log against one of ABSCISSAE; over seeds mean (geometric on a log axis) and range.
 
     One setting: a panel for each of `panels`. Several: a panel for each column that any of them has.
     """
@@ -206,17 +208,17 @@ def curves(panels, settings):
             (f"{title}, {label}", scale, [(column, None)])
             for title, scale, columns in panels
             for column, label in columns
-            if any(series(setting.runs, column)[0] for setting in settings)
+            if any(len(series(setting.runs, column, x)[0]) for setting in settings)
         ]
     num_rows = -(-len(panels) // 3)
     figure = Figure(figsize=(TEXT_WIDTH, 2.2 * num_rows))
     axes = figure.subplots(num_rows, 3, squeeze=False).ravel()
     for axis, (title, scale, columns) in zip(axes, panels, strict=False):
-        axis.set(xlabel="epoch", yscale=scale)
+        axis.set(xlabel=ABSCISSAE[x], yscale=scale)
         axis.set_title(title, pad=6 if several else 20)
         for position, (column, label) in enumerate(columns):
             for index, setting in enumerate(settings):
-                plot_series(axis, *series(setting.runs, column), label, style_of(index if several else position))
+                plot_series(axis, *series(setting.runs, column, x), label, style_of(index if several else position))
         if not axis.lines:
             axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
         elif not several:
@@ -237,26 +239,35 @@ def curves(panels, settings):
     return figure
 
 
-def series(runs, column):
-    """The epochs (E,) at which all runs have a value, and the values (S, E); the log goes before the CSV."""
+def series(runs, column, x):
+    """Where all runs have a value (E,), over runs the mean, and the values (S, E); the log goes before the CSV."""
     tables = []
     for run in runs:
         lines = run.log if any(column in line for line in run.log) else run.rows
         values = {int(line["epoch"]): line.get(column, np.nan) for line in lines}
         tables.append({epoch: value for epoch, value in values.items() if np.isfinite(value)})
     epochs = sorted(set.intersection(*map(set, tables)))
-    return epochs, np.array([[table[epoch] for epoch in epochs] for table in tables])
+    values = np.array([[table[epoch] for epoch in epochs] for table in tables])
+    return np.mean([abscissa(run, epochs, x) for run in runs], axis=0), values
 
 
-def plot_series(axis, epochs, values, label, style):
-    """A line of the mean over the seeds, values (S, E), in a band of their range."""
-    if not epochs:
+def abscissa(run, epochs, x):
+    """The ends of the epochs (E,) of a run on an axis of ABSCISSAE."""
+    ends = {"epoch": np.array, "step": run.steps_until, "minutes": lambda e: run.seconds_until(e) / 60}[x](epochs)
+    if np.isnan(ends).any():
+        raise UserError(f"{run.folder}: no {'config.json' if x == 'step' else 'train_log.jsonl'}: --x {x} is not known")
+    return ends
+
+
+def plot_series(axis, ends, values, label, style):
+    """A line of the mean over the seeds, values (S, E), at `ends` (E,), in a band of their range."""
+    if not len(ends):
         return
     with np.errstate(divide="ignore"):
         mean = np.exp(np.log(values).mean(0)) if axis.get_yscale() == "log" else values.mean(0)
-    axis.plot(epochs, mean, markevery=-(-len(epochs) // 8), label=label, **style)
+    axis.plot(ends, mean, markevery=-(-len(ends) // 8), label=label, **style)
     if len(values) > 1:
-        axis.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.25, linewidth=0)
+        axis.fill_between(ends, values.min(0), values.max(0), color=style["color"], alpha=0.25, linewidth=0)
 
 
 def style_of(index):

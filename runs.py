@@ -41,6 +41,19 @@ class Run:
     def csv(self):
         return self.folder / f"nc_metrics{self.suffix}.csv"
 
+    def steps_until(self, epochs):
+        """Optimizer steps up to the end of an epoch, or of each of an array; NaN without a config.json."""
+        if not self.config:
+            return np.full(np.shape(epochs), np.nan)
+        return np.multiply(epochs, -(-sum(self.config["class_counts"]) // self.config["flags"]["batch_size"]))
+
+    def seconds_until(self, epochs):
+        """Seconds of training alone up to the end of an epoch, or of each of an array; NaN without a log."""
+        if not self.log:
+            return np.full(np.shape(epochs), np.nan)
+        seconds = np.cumsum([0.0] + [line["seconds"] for line in self.log])
+        return seconds[np.searchsorted([line["epoch"] for line in self.log], epochs, side="right")]
+
     def geometry_file(self, epoch):
         return self.folder / f"geometry{self.suffix}" / f"epoch_{epoch:03d}.npz"
 

@@ -80,11 +80,6 @@ def shortfall(run):
     return None
 
 
-def seconds_until(run, epoch):
-    """Seconds of training up to the end of an epoch; NaN without a log."""
-    return sum(line["seconds"] for line in run.log if line["epoch"] <= epoch) if run.log else math.nan
-
-
 def time_to_collapse(run, threshold):
     """(epoch, steps, seconds) from which on all of COLLAPSE are at most `threshold`, to the last row; None if never.
 
@@ -97,13 +92,7 @@ def time_to_collapse(run, threshold):
         first = int(row["epoch"])
     if first is None:
         return None
-    steps = first * steps_an_epoch(run.config) if run.config else math.nan
-    return first, steps, seconds_until(run, first)
-
-
-def steps_an_epoch(config):
-    """ceil(N/B): optimizer steps of an epoch."""
-    return -(-sum(config["class_counts"]) // config["flags"]["batch_size"])
+    return first, run.steps_until(first), run.seconds_until(first)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -117,7 +106,7 @@ def summarize(label, runs):
     row = {"setting": label or "all runs", "seeds": len(counted), "runs": len(runs)}
     for name in METRICS:
         row |= over_seeds(name, [run.rows[-1][name] for run in counted])
-    row |= over_seeds("seconds", [seconds_until(run, math.inf) for run in counted])
+    row |= over_seeds("seconds", [run.seconds_until(math.inf) for run in counted])
     for threshold in THRESHOLDS:
         times = [time for run in counted if (time := time_to_collapse(run, threshold))]
         row[f"reached_{threshold}"] = len(times)

@@ -224,6 +224,25 @@ def test_seeds_are_drawn_where_all_have_a_value(tmp_path):
         settings_of(*folders, epoch=80)
 
 
+def test_curves_against_steps_and_minutes(tmp_path):
+    """Digits: 1,020 images in batches of 102, ten steps an epoch; seeds that took 1, 2 and 4 times as long."""
+    seeds = settings_of(*three_seeds(tmp_path))
+    minutes = np.cumsum([line["seconds"] for line in LOG])[np.array(EPOCHS) - 1] * 7 / 3 / 60
+    for x, label, ends in (
+        ("step", "optimizer step", 10 * np.array(EPOCHS)),
+        ("minutes", "minutes of training", minutes),
+    ):
+        axis = curves(NC_PANELS, seeds, x).axes[0]
+        assert axis.get_xlabel() == label
+        np.testing.assert_allclose(axis.lines[0].get_xdata(), ends, rtol=1e-12)
+        np.testing.assert_allclose(axis.lines[0].get_ydata(), 2 * ROWS["NC1"], rtol=1e-12)
+    for name, x in (("train_log.jsonl", "minutes"), ("config.json", "step")):
+        bare = recorded(tmp_path / x)
+        (bare / name).unlink()
+        with pytest.raises(UserError, match=f"{x}: no {name}: --x {x} is not known"):
+            curves(NC_PANELS, settings_of(bare), x)
+
+
 def test_settings_are_overlaid_and_named_by_what_differs(tmp_path):
     settings = settings_of(*three_seeds(tmp_path), recorded(tmp_path / "other", 0.5, lr=0.01))
     figure = curves(NC_PANELS, settings)
