@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -239,3 +240,33 @@ def test_the_papers_experiments(tmp_path, dataset):
         assert (args.epochs, args.patience) == (paper.epochs, paper.patience)
     assert list(settings) == ["MLP", "ResNet18", "VGG11", "densenet_cifar"]
     assert len({args.save_path for args in settings.values()}) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_recipe_on_the_papers_counts(tmp_path, device):
+    """Its commands, without running them: on a GPU the paper's own among them, with both objectives."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "scripts" / "environment.sh").write_text("")
+    call = [tmp_path / "scripts" / "collapse_paper.sh", "elsewhere", "--count"]
+    variables = environment(PYTHON="python", DEVICE=device)
+    done = subprocess.run(call, env=variables, capture_output=True, text=True, check=True)
+    path = tmp_path / "model_weights" / f"collapse_paper_{device}" / "commands.txt"
+    settings = {}
+    for command in path.read_text().splitlines():
+        train, validate = (shlex.split(part) for part in command.split(" && "))
+        assert train[2:] == validate[2:]
+        args = parse_args(argv=[word.replace("@scripts", f"@{ROOT}/scripts") for word in train[2:]])
+        assert args.resume and args.device == device and args.dataset == "cifar10" and not args.class_counts
+        settings[Path(args.save_path).name] = args
+    assert done.stdout == f"{len(settings)}\n"
+    if device == "cpu":
+        assert {args.precision for args in settings.values()} == {"fp32", "bf16"}
+        return
+    assert len(settings) == 4
+    paper = parse_args(argv=shlex.split(PAPER))
+    for objective in ("paper", "released"):
+        plain, recipe = settings[f"plain_{objective}"], settings[f"recipe_{objective}"]
+        assert {n for n in TRAINING_FLAGS if getattr(plain, n) != getattr(paper, n)} <= {"objective"}
+        assert plain.objective == recipe.objective == objective and plain.epochs == 4000 and recipe.revive
+        decays = {(args.weight_decay, args.feature_decay_rate) for args in (plain, recipe)}
+        assert decays == {(paper.weight_decay, paper.feature_decay_rate)}
