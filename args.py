@@ -187,7 +187,8 @@ def make_parser(description=None):
     )
     goal.add_argument(
         "--sep_decay",
-        action="store_true",
+        action=yes_no,
+        default=False,
         help="penalise the head and the features only, as the theory does (default: off: weight decay on "
         "all parameters)",
     )
@@ -251,7 +252,8 @@ def make_parser(description=None):
     )
     training.add_argument(
         "--revive",
-        action="store_true",
+        action=yes_no,
+        default=False,
         help="MLP: features at zero, to which their ReLU gives no gradient, get the one that would raise them "
         "(default: off)",
     )
@@ -260,7 +262,8 @@ def make_parser(description=None):
     )
     training.add_argument(
         "--stratified",
-        action="store_true",
+        action=yes_no,
+        default=False,
         help="shuffled batches of equal size that each have every class in proportion (default: off)",
     )
     training.add_argument(

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from args import LOCAL_FLAGS, adopt_config, config_flags, make_parser, parse_args, run_folder, run_name
+from tests.conftest import ROOT
 from utils import UserError
 
 PAPER = (
@@ -148,6 +149,15 @@ def test_flags_from_a_file_and_later_ones_win(tmp_path):
     (tmp_path / "some.flags").write_text("# a comment\n--lr 0.5 --no-bias  # and another\n--width 7\n")
     args = parse(f"@{tmp_path}/some.flags --width 8")
     assert (args.lr, args.bias, args.width) == (0.5, False, 8) and {"lr", "bias", "width"} <= args.given
+
+
+def test_every_switch_of_the_recipe_can_be_taken_back():
+    recipe = f"@{ROOT}/scripts/collapse.flags"
+    default = vars(parse())
+    switched = {name for name, value in vars(parse(recipe)).items() if value is True and default[name] is False}
+    assert switched == {"sep_decay", "revive", "stratified"}
+    plain = parse(f"{recipe} --no-sep_decay --no-revive --no-stratified --model ResNet18")
+    assert not (plain.sep_decay or plain.revive or plain.stratified)
 
 
 def test_folder(tmp_path):
