@@ -29,7 +29,7 @@ network="--model MLP --no-bias --dataset cifar10 --depth_relu 6 --depth_linear 1
 recipe="@scripts/collapse.flags $network --batch_size 256 --lr 0.001"
 if [ "$device" = cpu ]; then
     lambdas="--weight_decay 0.005 --feature_decay_rate 0.000005"
-    run fp32 "$recipe $lambdas --epochs 140 --patience 50 --penalty_warmup_epochs 28"
+    run fp32 "$recipe $lambdas --epochs 150 --patience 54 --penalty_warmup_epochs 30"
     run bf16 "$recipe $lambdas --epochs 260 --patience 93 --penalty_warmup_epochs 52 --precision bf16"
 else
     lambdas="--weight_decay 0.0001 --feature_decay_rate 0.00001"
