@@ -133,6 +133,10 @@ def make_parser(description=None):
     positive = number(float, 0, above=True)
     not_negative = number(float, 0)
     count = number(int, 1, high=2**31 - 1)
+
+    def number_or_off(text):
+        return not_negative(text) or None
+
     layers, units = number(int, 1, high=1000), number(int, 1, high=2**20)
     from_zero = number(int, 0, high=2**31 - 1)
 
@@ -166,7 +170,8 @@ def make_parser(description=None):
     )
     data.add_argument(
         "--data_augmentation",
-        action="store_true",
+        action=yes_no,
+        default=False,
         help="random crops (4 pixels of padding) and horizontal flips while training (default: off)",
     )
 
@@ -205,7 +210,7 @@ def make_parser(description=None):
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=count, default=4000, metavar="N", help="passes over the training set")
-    training.add_argument("--batch_size", type=count, default=256, metavar="N", help="images of a step")
+    training.add_argument("--batch_size", type=count, default=256, metavar="N", help="images of a step at most")
     training.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
     training.add_argument("--lr", type=positive, default=1e-4, metavar="X", help="first learning rate")
     training.add_argument(
@@ -245,10 +250,16 @@ def make_parser(description=None):
         "--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: added to the root of that mean"
     )
     training.add_argument(
-        "--amsgrad", action="store_true", help="Adam: divide by the largest such mean so far (default: off)"
+        "--amsgrad",
+        action=yes_no,
+        default=False,
+        help="Adam: divide by the largest such mean so far (default: off)",
     )
     training.add_argument(
-        "--clip_grad_norm", type=positive, metavar="X", help="largest norm of a gradient (default: off)"
+        "--clip_grad_norm",
+        type=number_or_off,
+        metavar="X",
+        help="largest norm of a gradient; 0: off (default: off)",
     )
     training.add_argument(
         "--revive",
@@ -264,7 +275,8 @@ def make_parser(description=None):
         "--stratified",
         action=yes_no,
         default=False,
-        help="shuffled batches of equal size that each have every class in proportion (default: off)",
+        help="shuffled batches that each have every class in proportion, equal in size but for one image "
+        "(default: off)",
     )
     training.add_argument(
         "--seed", type=number(int, 0, high=2**63 - 1), default=1, metavar="N", help="of weights and batches"

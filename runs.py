@@ -51,7 +51,7 @@ class Run:
         """Seconds of training alone up to the end of an epoch, or of each of an array; NaN without a log."""
         if not self.log:
             return np.full(np.shape(epochs), np.nan)
-        seconds = np.cumsum([0.0] + [line["seconds"] for line in self.log])
+        seconds = np.cumsum([0.0] + [line.get("seconds", np.nan) for line in self.log])
         return seconds[np.searchsorted([line["epoch"] for line in self.log], epochs, side="right")]
 
     def geometry_file(self, epoch):

@@ -176,9 +176,13 @@ def make_step(args, split, model, objective, optimizer, record, shifts=None, str
 
     if device.type != "cuda" or not args.cuda_graph:
         return step
-    sizes = {len(rows) for rows in epoch_batches(torch.empty(len(split)), args.batch_size, even=args.stratified)}
     state = lambda: [*model.state_dict().values(), *optimizer_tensors(optimizer), *record.tensors()]  # noqa: E731
-    return GraphedStep(step, sizes, state, device)
+    return GraphedStep(step, batch_sizes(args, len(split)), state, device)
+
+
+def batch_sizes(args, count):
+    """The sizes, one or two of them, of the batches of an epoch of `count` images."""
+    return {len(rows) for rows in epoch_batches(torch.empty(count), args.batch_size, even=args.stratified)}
 
 
 def optimizer_tensors(optimizer):

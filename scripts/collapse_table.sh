@@ -4,8 +4,7 @@
 #   scripts/collapse_table.sh DIR [options of scripts/sweep.sh, default -j with all cores]
 #
 # DIR: a --data_dir with CIFAR-10. Writes model_weights/collapse/: a folder a run, summary.md, summary.csv, the commands
-# and their logs. A call that was cut goes on when it is made again. Time: about
-# 45 minutes of training on 2 CPU cores. Disk: 2.1 GB.
+# and their logs. A call that was cut goes on when it is made again. Time: 24 minutes on 2 CPU cores. Disk: 1.6 GB.
 set -euo pipefail
 data=$(realpath -m "${1:?give the folder of the data}")
 shift
@@ -16,10 +15,12 @@ cifar10="--dataset cifar10 --data_dir '$data'"
 [ $# -gt 0 ] || set -- -j "$(nproc)"
 out=model_weights/collapse
 mkdir -p "$out"
+recipe=$(sha256sum scripts/collapse.flags | cut -c1-8) # in each line: another recipe is another job
 
 setting() { # setting NAME FLAGS: a line a seed
     for seed in 1 2 3 4 5; do
-        echo "scripts/collapse.sh $2 --seed $seed --save_every 50 --nc_every 10 --save_path $out/$1-$seed"
+        mkdir -p "$out/$1-$seed"
+        echo "scripts/collapse.sh $2 --seed $seed --save_every 50 --nc_every 10 --save_path $out/$1-$seed # recipe $recipe"
     done
 }
 lambdas="--weight_decay 0.004 --feature_decay_rate 0.0001"

@@ -32,10 +32,13 @@ else
 fi
 out=model_weights/small_$dataset
 mkdir -p "$out"
+recipe=$(sha256sum scripts/collapse.flags | cut -c1-8) # in each line: another recipe is another job
 
 setting() { # setting NAME FLAGS: a line a seed
     for seed in 1 2 3; do
-        echo "scripts/collapse.sh --dataset $dataset $network $2 --seed $seed --save_every 20 --save_path $out/$1_seed$seed"
+        mkdir -p "$out/$1_seed$seed"
+        echo "scripts/collapse.sh --dataset $dataset $network $2 --seed $seed --save_every 20 \
+--save_path $out/$1_seed$seed # recipe $recipe"
     done
 }
 {
@@ -50,5 +53,7 @@ status=0
 scripts/sweep.sh "$@" "$out/commands.txt" || status=$?
 [ $status -le 1 ] || exit $status # it was stopped, or called wrongly
 "$PYTHON" summarize.py "$out"/*_seed? --out "$out"
-"$PYTHON" plot_nc.py "$out"/*_seed? --out "$out/figures"
+shopt -s nullglob
+measured=("$out"/*/nc_metrics.csv)
+[ ${#measured[@]} -eq 0 ] || "$PYTHON" plot_nc.py "${measured[@]%/nc_metrics.csv}" --out "$out/figures"
 exit $status

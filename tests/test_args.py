@@ -158,6 +158,8 @@ def test_every_switch_of_the_recipe_can_be_taken_back():
     assert switched == {"sep_decay", "revive", "stratified"}
     plain = parse(f"{recipe} --no-sep_decay --no-revive --no-stratified --model ResNet18")
     assert not (plain.sep_decay or plain.revive or plain.stratified)
+    assert parse(f"{recipe} --clip_grad_norm 0").clip_grad_norm is None
+    assert not parse("--amsgrad --no-amsgrad").amsgrad
 
 
 def test_folder(tmp_path):

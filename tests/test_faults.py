@@ -95,7 +95,7 @@ def test_every_test_in_the_docs_is_there():
 @pytest.mark.parametrize(
     "number, flags",
     [
-        (1, ["--data_augmentation", "--nc_every", 2, "--patience", 5]),
+        (1, ["--data_augmentation", "--stratified", "--nc_every", 2, "--patience", 5]),
         (2, ["--optimizer", "SGD", "--clip_grad_norm", 1, "--keep", 2, "--decay_type", "step_3_8"]),
     ],
 )

@@ -227,7 +227,7 @@ def test_the_papers_experiments(tmp_path, dataset):
     commands = (tmp_path / "model_weights" / f"{dataset}_released" / "commands.txt").read_text().splitlines()
     settings = {}
     for command in commands:
-        train, validate = (shlex.split(part) for part in command.split(" && "))
+        train, validate = (shlex.split(part, comments=True) for part in command.split(" && "))
         assert train[:2] == ["python", "train_1st_order_unbalanced.py"] and validate[1] == "validate_NC_unbalanced.py"
         assert train[2:] == validate[2:]
         args = parse_args(argv=train[2:])
@@ -253,7 +253,7 @@ def test_the_recipe_on_the_papers_counts(tmp_path, device):
     path = tmp_path / "model_weights" / f"collapse_paper_{device}" / "commands.txt"
     settings = {}
     for command in path.read_text().splitlines():
-        train, validate = (shlex.split(part) for part in command.split(" && "))
+        train, validate = (shlex.split(part, comments=True) for part in command.split(" && "))
         assert train[2:] == validate[2:]
         args = parse_args(argv=[word.replace("@scripts", f"@{ROOT}/scripts") for word in train[2:]])
         assert args.resume and args.device == device and args.dataset == "cifar10" and not args.class_counts

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import utils
-from datasets import Split
+from datasets import Split, epoch_batches
 from models import build_model
 from objective import Objective
 from train_1st_order_unbalanced import (
     Record,
     TrainingState,
+    batch_sizes,
     check_finite,
     learning_rate,
     log_line,
@@ -43,6 +44,12 @@ def set_up(optimizer="Adam", **flags):
 
 
 ORDER = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("stratified, sizes", [(False, {8, 4}), (True, {7, 6})])
+def test_the_graphs_are_of_the_sizes_that_an_epoch_has(stratified, sizes):
+    args = SimpleNamespace(batch_size=8, stratified=stratified)
+    assert batch_sizes(args, 20) == {len(rows) for rows in epoch_batches(ORDER, 8, even=stratified)} == sizes
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
