@@ -193,9 +193,14 @@ def seli(class_counts):
 
 
 def square_root(matrix):
-    """The square root of a symmetric positive semidefinite matrix."""
+    """Return the square root (K, K) of a symmetric positive semidefinite matrix (K, K), which may be singular.
+
+    An eigenvalue of zero comes out of LAPACK as some K eps times the largest, of either sign, and its root would be
+    an error of sqrt(eps): eigenvalues that small are taken as zero.
+    """
     values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    zero = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    return vectors * torch.where(values > zero, values, 0).sqrt() @ vectors.T
 
 
 # ---------------------------------------------------------------------------------------------------------

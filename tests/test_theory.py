@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
+from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula, square_root
 
 CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}
 SMALL = [100, 100, 200, 200, 300, 300, 400, 400, 500, 500]
@@ -259,3 +259,13 @@ def test_without_relu_the_loss_is_lower():
     counts = [10, 30, 90]
     free, constrained = minimise(counts, 1e-2, 1e-3, relu=False), cross_entropy_optimum(counts, 1e-2, 1e-3)
     assert free.optimum.loss < constrained.loss * (1 - 1e-3)
+
+
+def test_the_square_root_of_a_singular_matrix_has_no_part_in_its_kernel():
+    """Whatever the sign of the rounding with which an eigenvalue of zero comes out."""
+    counts = torch.tensor([7.0, 5, 11, 3], dtype=torch.float64)
+    centring = torch.eye(4, dtype=torch.float64) - 1 / 4
+    matrix = centring * counts @ centring
+    for shift in (-2e-15, 0.0, 2e-15):
+        root = square_root(matrix + shift * torch.ones(4, 4, dtype=torch.float64))
+        assert (root.sum(0).abs() < 1e-12).all() and torch.allclose(root @ root, matrix, rtol=0, atol=1e-12)
