@@ -1,51 +1,65 @@
 """Neural-collapse metrics of last-layer features and a linear head, as pure functions of tensors.
 
-Class statistics stream over batches of features (B, d) and labels (B,); the measures then need the K class means
-and the head's matrix W (K, d) only. No d x d matrix is formed anywhere. All results are float64.
+Class statistics are gathered from batches of features (B, d) and labels (B,). The measures then need only the K class
+means and the head's matrix W (K, d). No d x d matrix is formed anywhere. All results are float64.
 
     statistics = ClassStatistics(num_classes)
     for features, labels in batches: statistics.update(features, labels)            # first pass: class means
     for features, labels in batches: statistics.update_within(features, labels)     # second pass: NC1, CDNV, NC4
     row = nc_metrics(statistics, weight, optimum)
 
-One pass is enough for all but NC1, CDNV and NC4, which are NaN without the second. mu_k is the mean of class k, mu_G
-the mean of all samples, H = [mu_1 ... mu_K] (d, K), and the distance of two matrices is
+One pass is enough for all columns but NC1, CDNV and NC4, which are NaN without the second. Throughout, mu_k is the mean
+of class k, mu_G the mean of all samples, H = [mu_1 ... mu_K] (d, K), and the distance of two matrices is
 dist(A, B) = |A/|A| - B/|B|| in Frobenius norms.
 """
 
 import math
+import warnings
 
 import torch
 
-from theory import class_margins, self_duality, seli
+from nc_theory import class_margins, self_duality, seli
 
-THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # empty where there is no optimum
+THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 
 
 class ClassStatistics:
-    """Counts, means and within-class scatter of features, class by class, on the device of the features."""
+    """Counts, means and within-class scatter of features, class by class, on the device of the features.
+
+    Features may be tensors of any float type, on any device, or NumPy arrays. No autograd graph is kept.
+    """
 
     def __init__(self, num_classes):
         self.num_classes = num_classes
         self.counts = None  # (K,) samples of each class
         self.sums = None  # (K, d) sums of their features
+        self.negatives = None  # () entries of the features that are below zero
         self.within_sums = None  # (K,) sums of |h_i - mu_k|^2
         self.projected_sum = 0.0  # sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
         self.disagreements = 0.0  # samples whose nearest class mean is not the predicted class
         self.basis = None  # (d, r) B with pinv(Sigma_B) = B B^T
 
     def update(self, features, labels):
-        """First pass: adds a batch, features (B, d) of any float type, labels (B,) int64 in 0..K-1."""
-        check_batch(features, labels)
+        """Add a batch to the first pass: features (B, d) of any float type, integer labels (B,) in 0..K-1.
+
+        Raises ValueError for other shapes and for labels out of range.
+        """
+        features, labels = self.validate_batch(features, labels)
         if self.sums is None:
             self.sums = features.new_zeros(self.num_classes, features.shape[1], dtype=torch.float64)
             self.counts = features.new_zeros(self.num_classes, dtype=torch.float64)
+            self.negatives = features.new_zeros((), dtype=torch.float64)
         self.sums.index_add_(0, labels, features.double())
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
+        self.negatives += (features < 0).sum()
 
     def update_within(self, features, labels, predictions=None):
-        """Second pass, over the same samples: adds a batch; `predictions` (B,) int64, the head's, are for NC4."""
-        check_batch(features, labels)
+        """Add a batch to the second pass, over the same samples as the first.
+
+        predictions: the classes (B,) that the head predicts, needed for NC4. Raises ValueError as `update`, and for
+        a class without samples in the first pass.
+        """
+        features, labels = self.validate_batch(features, labels)
         if self.basis is None:
             self.centres = self.means  # those of the whole first pass, divided once
             self.basis = between_class_basis(self.centres, self.counts)
@@ -56,31 +70,60 @@ class ClassStatistics:
         self.within_sums.index_add_(0, labels, centred.square().sum(1))
         self.projected_sum += (centred @ self.basis).square().sum()
         if predictions is not None:
+            predictions = torch.as_tensor(predictions, device=features.device)
+            if predictions.shape != labels.shape:
+                raise ValueError(f"predictions have shape {tuple(predictions.shape)}, wanted {tuple(labels.shape)}")
             nearest = (features @ self.centres.T - self.half_norms_sq).argmax(1)
             self.disagreements += (nearest != predictions).sum()
         else:
             self.disagreements = math.nan
 
+    def validate_batch(self, features, labels):
+        """Return a batch as detached tensors on the features' device; ValueError if it does not fit."""
+        features = torch.as_tensor(features).detach()
+        labels = torch.as_tensor(labels, device=features.device).detach()
+        if features.ndim != 2 or not features.is_floating_point():
+            raise ValueError(
+                f"features are {features.dtype} of shape {tuple(features.shape)}, wanted floats of shape (B, d)"
+            )
+        if self.sums is not None and features.shape[1] != self.sums.shape[1]:
+            raise ValueError(
+                f"features have shape {tuple(features.shape)}, wanted (B, {self.sums.shape[1]}) as in the first batch"
+            )
+        if labels.shape != features.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}, wanted integers of shape "
+                f"({len(features)},), one for each row of the features"
+            )
+        if len(labels):
+            low, high = torch.stack(labels.aminmax()).tolist()
+            if low < 0 or high >= self.num_classes:
+                raise ValueError(
+                    f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
+                )
+        return features, labels.long()
+
     @property
     def means(self):
-        """Class means (K, d); ValueError where a class has no sample."""
-        if self.counts is None or not (self.counts > 0).all():
-            raise ValueError("every class needs a sample before its mean is known")
+        """Class means (K, d); ValueError if a class has no samples."""
+        empty = range(self.num_classes) if self.counts is None else (self.counts == 0).nonzero().flatten().tolist()
+        if len(empty):
+            raise ValueError(
+                f"every class needs a sample before its mean is known, found none of class {', '.join(map(str, empty))}"
+            )
         return self.sums / self.counts[:, None]
 
-
-def check_batch(features, labels):
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"wanted features (B, d) and labels (B,), got {tuple(features.shape)} and {tuple(labels.shape)}"
-        )
+    @property
+    def negative_share(self):
+        """Share of the features' entries that are below zero, NaN before the first batch."""
+        return math.nan if self.sums is None else float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
 
 
 def between_class_basis(means, counts):
-    """B (d, r) with pinv(Sigma_B) = B B^T, Sigma_B = (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T, of rank r < K.
+    """Return B (d, r) with pinv(Sigma_B) = B B^T, Sigma_B = (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T of rank r < K.
 
-    From the singular vectors of the centred means (K, d), cut where SciPy's pinv of Sigma_B (d, d) cuts: at
-    d eps times the largest eigenvalue.
+    B is made from the singular vectors of the centred means (K, d). Eigenvalues of Sigma_B below d eps times the
+    largest are taken as zero, as by SciPy's pinv of the d x d matrix.
     """
     centred = means - counts @ means / counts.sum()
     _, singular, vectors = torch.linalg.svd(centred / math.sqrt(len(means)), full_matrices=False)
@@ -95,13 +138,16 @@ def between_class_basis(means, counts):
 
 
 def distance(a, b):
-    """dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN where one of them is zero."""
+    """Return dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN if one of them is zero."""
     return (a / a.norm() - b / b.norm()).norm().item()
 
 
 def geometry(means, weight):
-    """HTH, WWT, WH (K, K), margins and mean_norms_sq (K,) of class means (K, d) and a head W (K, d), on the CPU."""
-    weight = weight.detach().double().to(means.device)
+    """Return HTH, WWT, WH (K, K), margins and mean_norms_sq (K,) of class means (K, d) and a head W (K, d), on the CPU.
+
+    Raises ValueError for W of another shape than the means.
+    """
+    weight = validate_weight(weight, means)
     logits = weight @ means.T
     gram = means @ means.T
     parts = {
@@ -114,34 +160,53 @@ def geometry(means, weight):
     return {name: value.cpu() for name, value in parts.items()}
 
 
+def validate_weight(weight, means):
+    """Return a head's matrix in float64 on the device of the class means (K, d); ValueError if not of their shape."""
+    weight = torch.as_tensor(weight).detach().double().to(means.device)
+    if weight.shape != means.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted (K, d) = {tuple(means.shape)}")
+    return weight
+
+
 def largest_relative_error(measured, expected):
-    """max_k |measured_k / expected_k - 1| over the classes with expected_k > 0; NaN where there is none."""
-    there = expected > 0
-    return (measured[there] / expected[there] - 1).abs().max().item() if there.any() else math.nan
+    """Return max_k |measured_k / expected_k - 1| over the classes with expected_k > 0; NaN if there are none."""
+    nonzero = expected > 0
+    return (measured[nonzero] / expected[nonzero] - 1).abs().max().item() if nonzero.any() else math.nan
 
 
 def nc_metrics(statistics, weight, optimum=None):
-    """A row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d).
+    """Return a row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d).
 
-    optimum: `theory.Optimum` to compare with; None leaves the columns NaN that need one. The paper is
-    arXiv 2401.02058; margins and norms are of the classes that the optimum does not collapse.
+    optimum: a `nc_theory.Optimum` to compare with; without one, the columns that need it are NaN. The paper is Dang,
+    Tran, Nguyen, Ho (ICML 2024, arXiv 2401.02058). The columns below are zero in perfect collapse to the optimum of the
+    cross entropy. Margins and norms are compared for the classes that the optimum does not collapse.
 
-    NC1             trace(Sigma_W pinv(Sigma_B)) / K
+    NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
+    NC0             |sum_k w_k| / |W|, w_k the rows of W: zero at a stationary point of the cross entropy with weight
+                    decay on W, because the gradient of the cross entropy sums to zero over the rows. This does not
+                    hold for MSE, nor for a cross entropy whose logits are scaled class by class.
     NC2_H           dist(H^T H, the optimum's)
     NC2_WWT         dist(W W^T, the optimum's)
-    NC2_W           dist(W, D H^T), D the optimum's `duality`; without one the paper's, `theory.self_duality`
+    NC2_W           dist(W, D H^T), D the optimum's `duality`; without an optimum the paper's, `nc_theory.self_duality`
     NC3_WH          dist(W H, the optimum's)
     margin_rel_err  max_k |measured margin / M_k - 1|
     norm_rel_err    max_k ||mu_k|^2 / |h_k|^2 - 1|
 
-    and those of `other_geometries` and `classical_metrics`.
+    Further columns are those of `other_geometries` and `classical_metrics`.
+
+    Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
+    class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
     """
     means = statistics.means
-    weight = weight.detach().double().to(means.device)
+    weight = validate_weight(weight, means)
     parts = geometry(means, weight)
-    duality = self_duality(statistics.counts.cpu()) if optimum is None else optimum.duality
-    row = {"NC1": nc1(statistics), **dict.fromkeys(THEORY_COLUMNS, math.nan)}
-    row = {name: row.get(name) for name in ("NC1", "NC2_H", "NC2_WWT", "NC2_W", "NC3_WH")} | row
+    if optimum is None:
+        duality = self_duality(statistics.counts.cpu())
+    else:
+        validate_optimum(optimum, statistics)
+        duality = optimum.duality
+    row = {"NC1": nc1(statistics), "NC0": (weight.sum(0).norm() / weight.norm()).item()}
+    row |= dict.fromkeys(("NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "margin_rel_err", "norm_rel_err"), math.nan)
     row["NC2_W"] = distance(weight, duality.to(means.device) @ means)
     if optimum is not None:
         row["NC2_H"] = distance(parts["HTH"], optimum.HTH)
@@ -152,10 +217,27 @@ def nc_metrics(statistics, weight, optimum=None):
     return row | other_geometries(means, weight, statistics.counts) | classical_metrics(statistics, weight)
 
 
-def nc1(statistics):
-    """trace(Sigma_W pinv(Sigma_B)) / K, Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
+def validate_optimum(optimum, statistics):
+    """Raise ValueError for an optimum of other class counts; warn if its ReLU contradicts the features."""
+    counts = statistics.counts.cpu()
+    if not torch.equal(optimum.class_counts, counts):
+        raise ValueError(
+            f"the optimum is of class counts {optimum.problem.class_counts}, the features are of class counts "
+            f"{tuple(counts.int().tolist())}"
+        )
+    if optimum.problem.relu and statistics.negative_share > 0:
+        warnings.warn(
+            f"{statistics.negative_share:.2%} of the features' entries are negative, but the optimum is that of "
+            "non-negative features (ReLU)",
+            stacklevel=3,
+        )
 
-    Papyan, Han and Donoho (2020), section 2; exact in the span of the centred class means, never negative.
+
+def nc1(statistics):
+    """Return trace(Sigma_W pinv(Sigma_B)) / K, with Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
+
+    Papyan, Han and Donoho (2020), section 2. It is computed in the span of the centred class means from centred
+    features, and so exact and never negative. NaN without the second pass.
     """
     if statistics.basis is None:
         return math.nan
@@ -168,13 +250,13 @@ def nc1(statistics):
 
 
 def other_geometries(means, weight, counts):
-    """How far H^T H and W W^T are from the simplex ETF and from SELI, {column: float}.
+    """Return how far H^T H and W W^T are from the simplex ETF and from SELI, {column: float}.
 
     ETF_HTH, ETF_WWT    dist to I - 11^T/K, the geometry of balanced classes (Papyan, Han, Donoho, 2020)
-    SELI_HTH, SELI_WWT  dist to `theory.seli`, that of imbalanced classes without ReLU (Thrampoulidis et al., 2022)
+    SELI_HTH, SELI_WWT  dist to `nc_theory.seli`, that of imbalanced classes without ReLU (Thrampoulidis et al., 2022)
 
-    In both geometries the class means sum to zero; H is centred at the mean of the class means for them, which
-    non-negative features can do no other way.
+    The class means of both geometries sum to zero, which those of non-negative features cannot. H is therefore
+    centred at the mean of the class means first.
     """
     centred = means - means.mean(0)
     gram, weights = (centred @ centred.T).cpu(), (weight @ weight.T).cpu()
@@ -189,7 +271,7 @@ def other_geometries(means, weight, counts):
 
 
 def classical_metrics(statistics, weight):
-    """The usual measures of neural collapse, {column: float}; mu_G is the mean of all samples.
+    """Return the usual measures of neural collapse, {column: float}.
 
     cv_mean_norms        std / mean over classes of |mu_k - mu_G| (Papyan, Han, Donoho, 2020, figure 2)
     cv_classifier_norms  std / mean over classes of |w_k| (ibid.)
@@ -214,7 +296,7 @@ def classical_metrics(statistics, weight):
 
 
 def squared_distances(means):
-    """|mu_k - mu_l|^2 (K, K), from the centred Gram matrix."""
+    """Return |mu_k - mu_l|^2 (K, K), from the Gram matrix of the centred means."""
     centred = means - means.mean(0)
     gram = centred @ centred.T
     norms_sq = gram.diag()
@@ -222,4 +304,5 @@ def squared_distances(means):
 
 
 def coefficient_of_variation(values):
+    """Return the standard deviation of `values`, without Bessel's correction, over their mean."""
     return (values.std(correction=0) / values.mean()).item()

@@ -1,41 +1,60 @@
-"""The theorem on its own: the optimum of (UFM) in closed form beside the one that direct minimisation finds.
+"""Solve the unconstrained features problem (UFM): the closed form beside the result of direct minimisation.
 
     python solve_ufm.py --class_counts 100,100,200,200,300,300,400,400,500,500 \\
         --weight_decay 0.005 --feature_decay_rate 0.00005
-    python solve_ufm.py --phase_diagram figures/phase_diagram     (where the smallest class collapses)
+    python solve_ufm.py --logit_adjustment 1                               (other losses: see --help)
+    python solve_ufm.py --class_counts 20,50,100 --suggest_lambdas         (penalties with margins of up to 5)
+    python solve_ufm.py --phase_diagram figures/phase_diagram              (where the smallest class collapses)
 
-With --bias or --no_relu there is no closed form: the table has the minimiser's side only.
+With --bias, --logit_adjustment and --logit_scaling, and with --no_relu for the cross entropy, there is no closed form.
+The last line of the output then says how close to the minimum the solution is proved to be.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import style
 from matplotlib.figure import Figure
 
-from args import Help, Parser, class_counts, number
-from plot_nc import BLUE, ORANGE, STYLE, TEXT_WIDTH
-from theory import CLOSED_FORMS, collapse_threshold, minimise
+from args import Help, Parser, bounded, class_count_list
+from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
+from nc_theory import (
+    LOSSES,
+    MOST_CLASSES,
+    UFM,
+    LossVariant,
+    closed_form,
+    collapse_threshold,
+    solve_numerically,
+    split_optimum,
+    suggest_lambdas,
+)
 from utils import Progress, UserError, run_script
 
-NOT_OF_PHASES = "weight_decay feature_decay_rate bias no_relu dim level restarts json".split()
+# What the two other modes take; all other flags would have no effect on them
+FLAGS_OF_PHASES = "class_counts loss grid seed phase_diagram".split()
+FLAGS_OF_SUGGESTION = "class_counts ratio suggest_lambdas".split()
 ZERO = 1e-6  # |h_k|^2 of a class at zero, in units of sqrt(lambda_W / (lambda_H n_k)): that of a margin of about one
 
 
 def main():
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.bias_decay and not args.bias:
         raise UserError("--bias_decay: only with --bias")
-    if args.phase_diagram:
-        other = [name for name in NOT_OF_PHASES if getattr(args, name) != make_parser().get_default(name)]
-        if other:
-            raise UserError(f"--phase_diagram takes --class_counts, --loss, --grid and --seed, not --{other[0]}")
+    if args.ratio != parser.get_default("ratio") and not args.suggest_lambdas:
+        raise UserError("--ratio: only with --suggest_lambdas")
     try:
         if args.phase_diagram:
+            only_flags(args, parser, "phase_diagram", FLAGS_OF_PHASES)
             for path in phase_diagram(args):
                 print(path)
+        elif args.suggest_lambdas:
+            only_flags(args, parser, "suggest_lambdas", FLAGS_OF_SUGGESTION)
+            print_suggestion(args)
         elif args.json:
             print(json.dumps(solve(args), indent=2))
         else:
@@ -44,110 +63,170 @@ def main():
         raise UserError(error) from None
 
 
+def only_flags(args, parser, mode, names):
+    """Raise UserError if a flag is set that `mode` does not use."""
+    other = [name for name, value in vars(args).items() if name not in names and value != parser.get_default(name)]
+    if other:
+        takes = ", ".join(f"--{name}" for name in names if name != mode)
+        raise UserError(f"--{mode} takes {takes}, not --{other[0]}")
+
+
 def make_parser():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
-    positive = number(float, 0, above=True)
-    parser.add_argument(
+    add = parser.add_argument
+    positive, not_negative = bounded(float, 0, above=True), bounded(float, 0)
+    add(
         "--class_counts",
-        type=class_counts,
+        type=class_count_list,
         default=[100, 100, 200, 200, 300, 300, 400, 400, 500, 500],
         metavar="N,N,...",
         help="samples of each class, n_k",
     )
-    parser.add_argument("--weight_decay", type=positive, default=5e-3, metavar="X", help="lambda_W")
-    parser.add_argument("--feature_decay_rate", type=positive, default=5e-5, metavar="X", help="lambda_H")
-    parser.add_argument("--loss", choices=CLOSED_FORMS, default="CrossEntropy", help="loss of a sample")
-    parser.add_argument("--bias", action="store_true", help="a bias in the head (default: off)")
-    parser.add_argument(
-        "--bias_decay", type=number(float, 0), default=0.0, metavar="X", help="lambda_b, factor of |b|^2 / 2"
+    add("--weight_decay", type=positive, default=5e-3, metavar="X", help="lambda_W")
+    add("--feature_decay_rate", type=positive, default=5e-5, metavar="X", help="lambda_H")
+    add("--loss", choices=LOSSES, default="CrossEntropy", help="loss of a sample")
+    add("--class_weights", type=not_negative, default=0.0, metavar="E", help="class weights n_k^-E in the loss")
+    add("--logit_adjustment", type=not_negative, default=0.0, metavar="TAU", help="TAU log(n_j/N) added to the logits")
+    add("--logit_scaling", type=not_negative, default=0.0, metavar="GAMMA", help="(n_j/n_max)^GAMMA times the logits")
+    add("--ldam_margin", type=not_negative, default=0.0, metavar="C", help="C (n_min/n_k)^(1/4) off the own logit")
+    add(
+        "--label_smoothing",
+        type=bounded(float, 0, high=1, below=True),
+        default=0.0,
+        metavar="EPS",
+        help="share of the label that is spread over all classes",
     )
-    parser.add_argument("--no_relu", action="store_true", help="features of any sign (default: off, H >= 0)")
-    parser.add_argument("--dim", type=number(int, 1), metavar="D", help="features d (default: as many as classes)")
-    parser.add_argument(
-        "--level", choices=["class", "sample"], default="class", help="one feature a class, or all N of them free"
+    add("--bias", action="store_true", help="a bias in the head (default: off)")
+    add("--bias_decay", type=not_negative, default=0.0, metavar="X", help="lambda_b, factor of |b|^2 / 2")
+    add("--no_relu", action="store_true", help="features of any sign (default: off, H >= 0)")
+    add(
+        "--dim",
+        type=bounded(int, 1),
+        metavar="D",
+        help="features d (default: as many as classes, twice as many with one of the five flags of the loss)",
     )
-    parser.add_argument("--restarts", type=number(int, 1), default=4, metavar="N", help="random starts")
-    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the starts")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: off)")
-    parser.add_argument(
+    add("--level", choices=["class", "sample"], default="class", help="one feature a class, or all N of them free")
+    add("--restarts", type=bounded(int, 1), default=4, metavar="N", help="random starts")
+    add("--seed", type=bounded(int, 0), default=0, metavar="N", help="of the starts")
+    add("--json", action="store_true", help="print JSON instead of a table (default: off)")
+    add(
+        "--suggest_lambdas",
+        type=positive,
+        nargs="?",
+        const=5.0,
+        metavar="M",
+        help="print instead lambda_W and lambda_H for which no class of --class_counts collapses and the largest "
+        "margin is M (default: off; M = 5 if left out)",
+    )
+    add("--ratio", type=positive, default=100.0, metavar="X", help="lambda_W / lambda_H for --suggest_lambdas")
+    add(
         "--phase_diagram",
         type=Path,
         metavar="FILE",
-        help="draw FILE.pdf and FILE.png instead: exponential profiles, classes and the largest of them as "
-        "in --class_counts, against lambda_W lambda_H (default: off)",
+        help="draw FILE.pdf and FILE.png instead: exponential profiles, with the number of classes and the largest "
+        "class of --class_counts, against lambda_W lambda_H (default: off)",
     )
-    parser.add_argument(
-        "--grid", type=number(int, 2), default=13, metavar="N", help="points along each side of the phase diagram"
-    )
+    add("--grid", type=bounded(int, 2), default=13, metavar="N", help="points along each side of the phase diagram")
     return parser
 
 
 def solve(args):
-    """The closed form, where there is one, and the minimiser's result, as plain values."""
-    problem = (args.class_counts, args.weight_decay, args.feature_decay_rate)
-    found = minimise(
-        *problem,
+    """Return the solution of the flags' problem, with how it was found, as plain values.
+
+    "closed_form" is the solution that is not found by search: the closed form, or that of a problem that splits by
+    class. "minimised" is the result of direct minimisation, which is left out for many classes that do not need it.
+    """
+    problem = UFM(
+        args.class_counts,
+        args.weight_decay,
+        args.feature_decay_rate,
         loss=args.loss,
+        relu=not args.no_relu,
         bias=args.bias,
         bias_decay=args.bias_decay,
-        relu=not args.no_relu,
-        dim=args.dim,
-        level=args.level,
-        starts=args.restarts,
-        seed=args.seed,
+        variant=LossVariant(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LossVariant)}),
     )
-    result = {
-        "class_counts": args.class_counts,
-        "minimised": plain(found.optimum),
-        "losses_of_starts": found.losses,
-        "projected_gradient": found.projected_gradient,
-        "within_class_spread": found.within_class_spread,
+    split, result = split_optimum(problem), {}
+    if split is None or problem.num_classes <= MOST_CLASSES:
+        found = solve_numerically(problem, dim=args.dim, level=args.level, starts=args.restarts, seed=args.seed)
+        result = {
+            "minimised": plain(found.optimum),
+            "losses_of_starts": found.losses,
+            "projected_gradient": found.optimum.projected_gradient,
+            "within_class_spread": found.within_class_spread,
+        }
+    if split:
+        result["closed_form"] = plain(split)
+        if "minimised" in result:
+            result["loss_gap"] = found.optimum.loss / split.loss - 1
+    optimum = split or found.optimum
+    certificate = {
+        "method": optimum.method,
+        "lower_bound": optimum.lower_bound if math.isfinite(optimum.lower_bound) else None,
+        "gap": optimum.gap if math.isfinite(optimum.gap) else None,
+        "certified": optimum.certified,
     }
-    if not (args.bias or args.no_relu):
-        closed = CLOSED_FORMS[args.loss](*problem)
-        result["closed_form"] = plain(closed)
-        result["loss_gap"] = found.optimum.loss / closed.loss - 1
-    return result
+    return {"class_counts": args.class_counts, **plain(optimum), **certificate, **result}
 
 
 def plain(optimum):
+    """Return an Optimum as numbers and lists."""
     names = ("margins", "mean_norms_sq", "bias", "HTH", "WWT", "WH")
     return {"loss": optimum.loss, **{name: getattr(optimum, name).tolist() for name in names}}
 
 
+def print_suggestion(args):
+    """Print the penalties of --suggest_lambdas as flags, and the margins that they lead to."""
+    lambda_w, lambda_h = suggest_lambdas(args.class_counts, args.suggest_lambdas, args.ratio)
+    margins = closed_form(UFM(args.class_counts, lambda_w, lambda_h)).margins
+    print(f"--weight_decay {lambda_w:.6g} --feature_decay_rate {lambda_h:.6g}")
+    print(f"lambda_W and lambda_H of margins from {margins.min():.3g} to {margins.max():.3g}, no class collapsed")
+
+
 def print_table(args, result):
-    """Class by class: closed form, minimised, relative error."""
-    found, closed = result["minimised"], result.get("closed_form")
-    columns = (
-        ["margin M_k", "minimised", "rel. error", "|h_k|^2", "minimised", "rel. error"]
-        if closed
-        else ["margin", "|h_k|^2"]
-    )
+    """Print the result class by class: closed form, minimised, relative error; then the losses and what they prove."""
+    solutions = [result[name] for name in ("closed_form", "minimised") if name in result]
+    compared = len(solutions) == 2
+    columns = ["margin M_k", "minimised", "rel. error", "|h_k|^2", "minimised", "rel. error"]
+    if not compared:
+        columns = ["margin", "|h_k|^2"]
     print(f"{'class':>5} {'n_k':>7}" + "".join(f" {column:>13}" for column in columns + ["bias"] * args.bias))
     for label, count in enumerate(args.class_counts):
         cells = []
         for name in ("margins", "mean_norms_sq"):
-            value = found[name][label]
-            if closed:
-                expected = closed[name][label]
-                error = f"{value / expected - 1:.1e}" if expected else "-"
-                cells += [f"{expected:.8g}", f"{value:.8g}", error]
-            else:
-                cells += [f"{value:.8g}"]
+            values = [solution[name][label] for solution in solutions]
+            cells += [f"{value:.8g}" for value in values]
+            if compared:
+                cells.append(f"{values[1] / values[0] - 1:.1e}" if values[0] else "-")
         if args.bias:
-            cells.append(f"{found['bias'][label]:.8g}")
+            cells.append(f"{result['bias'][label]:.8g}")
         print(f"{label:>5} {count:>7}" + "".join(f" {cell:>13}" for cell in cells))
-    losses = result["losses_of_starts"]
     print()
-    if closed:
-        print(f"loss, closed form           {closed['loss']:.15g}")
-    print(f"loss, minimised             {found['loss']:.15g}")
-    if closed:
+    if "closed_form" in result:
+        print(f"{'loss, ' + result['method']:<27} {result['closed_form']['loss']:.15g}")
+    if "minimised" in result:
+        print(f"loss, minimised             {result['minimised']['loss']:.15g}")
+    if compared:
         print(f"relative gap                {result['loss_gap']:.1e}")
-    print(f"worst of {len(losses)} starts           {losses[-1] / losses[0] - 1:.1e} above the best")
-    print(f"projected gradient          {result['projected_gradient']:.1e}, in scaled variables")
-    if args.level == "sample":
-        print(f"spread within classes       {result['within_class_spread']:.1e} of the largest feature")
+    if "minimised" in result:
+        losses = result["losses_of_starts"]
+        print(f"worst of {len(losses)} starts           {losses[-1] / losses[0] - 1:.1e} above the best")
+        print(f"projected gradient          {result['projected_gradient']:.1e}, in scaled variables")
+        if args.level == "sample":
+            print(f"spread within classes       {result['within_class_spread']:.1e} of the largest feature")
+    print(proved(result))
+
+
+def proved(result):
+    """Return what the lower bound proves about the solution, in plain words."""
+    if result["method"] == "closed form":
+        return "certified: the closed form is the minimum"
+    if result["gap"] is None:
+        return "not certified: no lower bound of the loss is known"
+    gap = f"{max(result['gap'], 1e-15):.1g}"
+    if result["certified"]:
+        return f"certified: no other solution is better by more than {gap}, relative"
+    return f"not certified: another solution may be better by up to {gap}, relative"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,7 +235,7 @@ def print_table(args, result):
 
 
 def phase_diagram(args):
-    """Draws where the smallest class collapses; returns the paths written."""
+    """Draw where the smallest class collapses, and return the paths written."""
     num_classes, n_max = len(args.class_counts), max(args.class_counts)
     ratios = np.geomspace(1, n_max, args.grid)
     profiles = [n_max * ratio ** -np.linspace(0, 1, num_classes) for ratio in ratios]
@@ -166,28 +245,30 @@ def phase_diagram(args):
     with Progress(collapsed.size, "problem") as progress:
         for column, counts in enumerate(profiles):
             for row, product in enumerate(products):
-                root = math.sqrt(product)
-                found = minimise(counts, root, root, loss=args.loss, starts=1, seed=args.seed)
-                collapsed[row, column] = found.optimum.mean_norms_sq[-1] <= ZERO / math.sqrt(counts[-1])
+                problem = UFM(counts, math.sqrt(product), math.sqrt(product), loss=args.loss)
+                found = solve_numerically(problem, starts=1, seed=args.seed).optimum
+                collapsed[row, column] = found.mean_norms_sq[-1] <= ZERO / math.sqrt(counts[-1])
                 progress.step(f"imbalance {ratios[column]:.0f}  lambda_W lambda_H {product:.1e}")
-    figure = draw_phases(ratios, products, collapsed, edges, num_classes, n_max)
-    args.phase_diagram.parent.mkdir(parents=True, exist_ok=True)
-    paths = [args.phase_diagram.with_name(f"{args.phase_diagram.name}.{kind}") for kind in ("pdf", "png")]
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE_FILE):
+        figure = draw_phases(ratios, products, collapsed, edges, num_classes, n_max)
+        args.phase_diagram.parent.mkdir(parents=True, exist_ok=True)
+        paths = [args.phase_diagram.with_name(f"{args.phase_diagram.name}.{kind}") for kind in ("pdf", "png")]
         for path in paths:
             figure.savefig(path)
     return paths
 
 
-@matplotlib.rc_context(STYLE)
 def draw_phases(ratios, products, collapsed, edges, num_classes, n_max):
-    """collapsed (P, R) bool over products (P,) and ratios (R,), with the closed-form threshold edges (R,)."""
+    """Return the figure of collapsed (P, R) bool over products (P,) and ratios (R,), with the thresholds edges (R,)."""
     figure = Figure(figsize=(TEXT_WIDTH / 2, 2.9))
     axis = figure.subplots()
     x, y = np.meshgrid(ratios, products)
-    axis.plot(x[collapsed], y[collapsed], "o", color=BLUE, markersize=3, label=r"minimiser: $h_K = 0$")
-    axis.plot(x[~collapsed], y[~collapsed], "o", color=BLUE, mfc="none", markersize=3, label=r"minimiser: $h_K \neq 0$")
-    axis.plot(ratios, edges, color=ORANGE, label="closed-form threshold")
+    found, threshold = COLOURS[:2]
+    axis.plot(x[collapsed], y[collapsed], "o", color=found, markersize=3, label=r"minimiser: $h_K = 0$")
+    axis.plot(
+        x[~collapsed], y[~collapsed], "o", color=found, mfc="none", markersize=3, label=r"minimiser: $h_K \neq 0$"
+    )
+    axis.plot(ratios, edges, color=threshold, label="closed-form threshold")
     axis.set(xscale="log", yscale="log", xlabel=r"imbalance $n_{\max}/n_{\min}$", ylabel=r"$\lambda_W \lambda_H$")
     axis.set_title(rf"$K = {num_classes}$, $n_{{\max}} = {n_max}$, exponential profile")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)

@@ -1,6 +1,10 @@
 """Every column against a slow double-precision loop written from its formula, NC1 against SciPy's pinv."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,10 @@ import scipy.linalg
 import torch
 
 from nc_metrics import ClassStatistics, geometry, nc_metrics
-from theory import cross_entropy_optimum, mse_optimum, self_duality, seli
+from nc_theory import LOSSES, UFM, self_duality, seli, solve
+
+ROOT = Path(__file__).parent.parent
+LABELS = torch.tensor([0, 1, 1, 0])
 
 
 def samples(counts, dim, noise=0.3, seed=0, rank=None):
@@ -117,7 +124,7 @@ def case():
         [sum(h[j] for h, y in zip(features, labels, strict=True) if y == k) / counts[k] for j in range(7)]
         for k in range(4)
     ]
-    optimum = cross_entropy_optimum(counts, 1e-2, 1e-3)
+    optimum = solve(UFM(counts, 1e-2, 1e-3))
     predictions = np.random.default_rng(1).integers(0, 4, len(labels))
     row = nc_metrics(statistics_of(features, labels, 4, predictions), torch.from_numpy(weight), optimum)
     return counts, features, labels, predictions, means, weight, optimum, row
@@ -137,7 +144,7 @@ def test_columns_of_the_paper(case):
         for k in range(4)
     ]
     margins = [logits[k][k] - sum(logits[j][k] for j in range(4) if j != k) / 3 for k in range(4)]
-    # The closed form once more, number by number, from DESIGN section 5 of the theorem's formulas.
+    # The closed form once more, number by number
     total, lambda_w, lambda_h = sum(counts), 1e-2, 1e-3
     shrink = (num_classes - 1) / num_classes
     m = [math.log(3 * (math.sqrt(n) / (total * math.sqrt(lambda_w * lambda_h * shrink)) - 1)) for n in counts]
@@ -206,11 +213,11 @@ def test_classical_columns(case):
     assert row["CDNV"] == pytest.approx(cdnv, rel=1e-10)
 
 
-@pytest.mark.parametrize("closed_form", [cross_entropy_optimum, mse_optimum])
-def test_a_perfect_optimum_scores_zero(closed_form):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_perfect_optimum_scores_zero(loss):
     """Features and a head built from the closed form, not from its K x K matrices."""
     counts = [10, 20, 40, 80, 5]
-    optimum = closed_form(counts, 3e-3, 2e-4)
+    optimum = solve(UFM(counts, 3e-3, 2e-4, loss=loss))
     orthonormal = torch.eye(9, dtype=torch.float64)[:, [4, 0, 7, 2, 8]]  # (d, K)
     class_means = orthonormal * optimum.mean_norms_sq.sqrt()
     weight = optimum.duality @ class_means.T  # W ~ D H^T, to be scaled so that W H is right
@@ -236,7 +243,7 @@ def geometry_means(features, labels):
 
 def test_collapsed_classes_are_left_out_of_the_relative_errors():
     counts = [1000, 1000, 2]
-    optimum = cross_entropy_optimum(counts, 1e-3, 1e-3)
+    optimum = solve(UFM(counts, 1e-3, 1e-3))
     assert optimum.collapsed.tolist() == [False, False, True]
     features, labels, weight = samples(counts, 6)
     row = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight), optimum)
@@ -246,7 +253,7 @@ def test_collapsed_classes_are_left_out_of_the_relative_errors():
 
 
 def test_all_classes_collapsed_leaves_no_comparison():
-    optimum = cross_entropy_optimum([3, 3, 3], 1.0, 1.0)
+    optimum = solve(UFM([3, 3, 3], 1.0, 1.0))
     features, labels, weight = samples([3, 3, 3], 6)
     row = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight), optimum)
     assert all(math.isnan(row[name]) for name in ("NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"))
@@ -268,20 +275,149 @@ def test_batches_do_not_matter():
 
 def test_one_pass_gives_all_but_three_columns():
     features, labels, weight = samples([5, 16, 27], 8)
-    both = nc_metrics(
-        statistics_of(features, labels, 3), torch.from_numpy(weight), mse_optimum([5, 16, 27], 1e-3, 1e-3)
-    )
+    optimum = solve(UFM([5, 16, 27], 1e-3, 1e-3, loss="MSE"))
+    both = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight), optimum)
     statistics = ClassStatistics(3)
     statistics.update(torch.from_numpy(features), torch.from_numpy(labels))
-    one = nc_metrics(statistics, torch.from_numpy(weight), mse_optimum([5, 16, 27], 1e-3, 1e-3))
+    one = nc_metrics(statistics, torch.from_numpy(weight), optimum)
     assert {name for name, value in one.items() if math.isnan(value)} == {"NC1", "NC4", "CDNV"}
     assert all(one[name] == pytest.approx(both[name], rel=1e-12) for name in one if not math.isnan(one[name]))
 
 
-def test_a_class_without_samples_is_an_error():
+def test_columns_and_their_order(case):
+    *_, row = case
+    assert (
+        list(row)
+        == (
+            "NC1 NC0 NC2_H NC2_WWT NC2_W NC3_WH margin_rel_err norm_rel_err ETF_HTH ETF_WWT SELI_HTH SELI_WWT "
+            "cv_mean_norms cv_classifier_norms self_duality NC4 CDNV"
+        ).split()
+    )
+
+
+def test_nc0(case):
+    """|sum_k w_k| / |W| by its formula, and zero where gradient descent on the cross entropy ends."""
+    *_, weight, _, row = case
+    column_sums = [sum(w[j] for w in weight) for j in range(7)]
+    assert row["NC0"] == pytest.approx(math.sqrt(dot(column_sums, column_sums) / np.square(weight).sum()), rel=1e-12)
+
+    features, labels, weight = samples([5, 6, 7], 8)
+    head = torch.tensor(weight, requires_grad=True)
+    for _ in range(300):
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(features) @ head.T, torch.from_numpy(labels))
+        (gradient,) = torch.autograd.grad(loss + 0.05 * head.square().sum(), head)
+        head = (head - 0.1 * gradient).detach().requires_grad_()
+    # lambda_W sum_k w_k = 0 at the end; each step of size 0.1 with lambda_W = 0.1 takes off 1 % of the sum
+    start = nc_metrics(statistics_of(features, labels, 3), weight)["NC0"] * np.linalg.norm(weight)
+    end = nc_metrics(statistics_of(features, labels, 3), head)["NC0"] * head.norm().item()
+    assert end == pytest.approx(start * 0.99**300, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is given
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_autograd_graph_is_kept():
+    features = torch.rand(6, 4, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        statistics = ClassStatistics(3)
+        batch = torch.nn.functional.relu(features)
+        outside = len(saved)
+        statistics.update(batch, labels)
+        statistics.update_within(batch, labels, labels)
+    assert len(saved) == outside  # nothing is kept for a backward pass
+    for name in "sums counts negatives within_sums projected_sum disagreements".split():
+        assert getattr(statistics, name).grad_fn is None and not getattr(statistics, name).requires_grad, name
+    row = nc_metrics(statistics, torch.rand(3, 4, requires_grad=True))
+    assert all(type(value) is float for value in row.values())
+
+
+def test_numpy_arrays_are_as_good_as_tensors():
+    features, labels, weight = samples([5, 16, 27], 8)
     statistics = ClassStatistics(3)
-    statistics.update(torch.rand(4, 5), torch.tensor([0, 1, 1, 0]))
-    with pytest.raises(ValueError, match="every class needs a sample"):
+    statistics.update(features, labels.astype(np.int32))
+    statistics.update_within(features, labels.astype(np.int32), labels.astype(np.int32))
+    expected = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight))
+    assert nc_metrics(statistics, weight) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "features, labels, message",
+    [
+        (torch.rand(4, 5, 2), LABELS, r"features are torch.float32 of shape \(4, 5, 2\), wanted"),
+        (
+            torch.ones(4, 5, dtype=int),
+            torch.tensor([0, 1, 1, 0]),
+            r"features are torch.int64 of shape \(4, 5\), wanted",
+        ),
+        (
+            torch.rand(4, 6),
+            torch.tensor([0, 1, 1, 0]),
+            r"features have shape \(4, 6\), wanted \(B, 5\) as in the first",
+        ),
+        (torch.rand(4, 5), torch.tensor([0, 1]), r"labels are torch.int64 of shape \(2,\), wanted .* \(4,\)"),
+        (torch.rand(4, 5), torch.rand(4), r"labels are torch.float32 of shape \(4,\), wanted integers"),
+        (torch.rand(4, 5), torch.tensor([0, 1, 3, 0]), "labels go from 0 to 3, wanted 0 to 2 for 3 classes"),
+        (torch.rand(4, 5), torch.tensor([0, 1, -1, 0]), "labels go from -1 to 1, wanted 0 to 2 for 3 classes"),
+    ],
+)
+def test_batches_that_do_not_fit_are_an_error(features, labels, message):
+    statistics = ClassStatistics(3)
+    statistics.update(torch.rand(3, 5), torch.tensor([0, 1, 2]))
+    for method in (statistics.update, statistics.update_within):
+        with pytest.raises(ValueError, match=message):
+            method(features, labels)
+    assert statistics.counts.tolist() == [1, 1, 1]
+
+
+def test_a_class_without_samples_is_an_error():
+    statistics = ClassStatistics(4)
+    with pytest.raises(ValueError, match="found none of class 0, 1, 2, 3"):
         _ = statistics.means
-    with pytest.raises(ValueError, match="wanted features"):
-        statistics.update(torch.rand(4, 5), torch.tensor([0, 1]))
+    statistics.update(torch.rand(4, 5), LABELS)
+    with pytest.raises(ValueError, match=r"every class needs a sample .* found none of class 2, 3"):
+        _ = statistics.means
+    with pytest.raises(ValueError, match="found none of class 2, 3"):
+        statistics.update_within(torch.rand(4, 5), LABELS)
+
+
+def test_heads_predictions_and_optima_that_do_not_fit_are_an_error():
+    features, labels, weight = samples([5, 6, 7], 8)
+    statistics = statistics_of(features, labels, 3)
+    for function in (nc_metrics, lambda statistics, weight: geometry(statistics.means, weight)):
+        with pytest.raises(ValueError, match=r"weight has shape \(8, 3\), wanted \(K, d\) = \(3, 8\)"):
+            function(statistics, weight.T)
+    with pytest.raises(ValueError, match=r"class counts \(5, 6, 8\), the features are of class counts \(5, 6, 7\)"):
+        nc_metrics(statistics, weight, solve(UFM([5, 6, 8], 1e-2, 1e-3)))
+    with pytest.raises(ValueError, match=r"predictions have shape \(2,\), wanted \(18,\)"):
+        statistics.update_within(features, labels, labels[:2])
+
+
+def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
+    features, labels, weight = samples([5, 6, 7], 8)
+    statistics = statistics_of(features, labels, 3)
+    assert math.isnan(ClassStatistics(3).negative_share) and statistics.negative_share == 0
+    nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
+
+    features[:3, :6] *= -1  # 18 of 18 * 8 entries
+    statistics = statistics_of(features, labels, 3)
+    assert statistics.negative_share == pytest.approx(1 / 8)
+    nc_metrics(statistics, weight)
+    nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3, relu=False)))
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"12\.50% of the features' entries are negative") as caught:
+        nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_it_runs_outside_the_checkout(tmp_path):
+    """nc_metrics and nc_theory need each other, torch, NumPy and SciPy, and nothing else of this repository."""
+    for name in ("nc_metrics.py", "nc_theory"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    code = "import nc_metrics, sys; print(*{name.split('.')[0] for name in sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert not {"utils", "args", "engine", "matplotlib", "pandas"} & set(out.stdout.decode().split())

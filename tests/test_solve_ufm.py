@@ -1,12 +1,14 @@
 """The solver as a user runs it."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
-from solve_ufm import phase_diagram
-from theory import collapse_threshold, cross_entropy_optimum
+import solve_ufm
+from nc_theory import LOSSES, UFM, collapse_threshold
+from nc_theory import solve as solve_problem
 
 
 @pytest.fixture
@@ -16,7 +18,7 @@ def solve(run_script):
 
 def test_table(solve):
     out, _ = solve("--class_counts", "10,20,40", "--weight_decay", 0.01, "--feature_decay_rate", 0.001)
-    optimum = cross_entropy_optimum([10, 20, 40], 0.01, 0.001)
+    optimum = solve_problem(UFM([10, 20, 40], 0.01, 0.001))
     rows = [line.split() for line in out.splitlines()[1:4]]
     assert [row[1] for row in rows] == ["10", "20", "40"]
     for k, row in enumerate(rows):
@@ -47,12 +49,18 @@ def test_json_of_every_sample(solve):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--class_counts", "5"], "two classes or more"),
+        (["--class_counts", "5"], "two or more whole numbers"),
         (["--weight_decay", 0], "not a number > 0"),
         (["--dim", 2], "d = 2 < K = 10"),
         (["--bias_decay", 1], "--bias_decay: only with --bias"),
         (["--level", "batch"], "invalid choice"),
-        (["--phase_diagram", "x", "--bias"], "--phase_diagram takes --class_counts"),
+        (
+            ["--phase_diagram", "x", "--bias"],
+            "--phase_diagram takes --class_counts, --loss, --grid, --seed, not --bias",
+        ),
+        (["--suggest_lambdas", "--loss", "MSE"], "--suggest_lambdas takes --class_counts, --ratio, not --loss"),
+        (["--suggest_lambdas", 0.5], "the largest margin must be above"),
+        (["--ratio", 1], "--ratio: only with --suggest_lambdas"),
     ],
 )
 def test_wrong_input_is_one_line(solve, flags, words):
@@ -60,13 +68,18 @@ def test_wrong_input_is_one_line(solve, flags, words):
     assert words in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("flags, margin", [([], 5), ([7, "--ratio", 1], 7)])
+def test_suggested_lambdas_are_flags_of_the_solver(solve, flags, margin):
+    out, _ = solve("--class_counts", "10,20,40", "--suggest_lambdas", *flags)
+    suggested, words = out.splitlines()
+    assert "no class collapsed" in words
+    out, _ = solve("--class_counts", "10,20,40", "--json", *suggested.split())
+    assert json.loads(out)["closed_form"]["margins"][-1] == pytest.approx(margin, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 def test_phase_diagram(tmp_path, loss, monkeypatch):
     """The minimiser's zero class means lie above the closed-form threshold, the others below."""
-    from argparse import Namespace
-
-    import solve_ufm
-
     drawn = {}
     real = solve_ufm.draw_phases
 
@@ -78,7 +91,7 @@ def test_phase_diagram(tmp_path, loss, monkeypatch):
     args = Namespace(
         class_counts=[50, 50, 50, 50], grid=6, loss=loss, seed=0, phase_diagram=tmp_path / "new" / "phases"
     )
-    paths = phase_diagram(args)
+    paths = solve_ufm.phase_diagram(args)
     assert [path.name for path in paths] == ["phases.pdf", "phases.png"] and all(p.stat().st_size > 1000 for p in paths)
     above = drawn["products"][:, None] > drawn["edges"]
     assert np.array_equal(drawn["collapsed"], above)

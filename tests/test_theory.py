@@ -1,5 +1,7 @@
 """The closed forms against direct minimisation of (UFM) in float64, and at their edges."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -8,9 +10,21 @@ import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula, square_root
+from nc_theory import (
+    LOSSES,
+    UFM,
+    class_curve,
+    closed_form,
+    collapse_count,
+    collapse_threshold,
+    released_formula,
+    seli,
+    solve,
+    solve_numerically,
+    suggest_lambdas,
+)
+from nc_theory.geometries import square_root
 
-CLOSED_FORMS = {"CrossEntropy": cross_entropy_optimum, "MSE": mse_optimum}
 SMALL = [100, 100, 200, 200, 300, 300, 400, 400, 500, 500]
 PAPER = [10 * n for n in SMALL]
 
@@ -46,7 +60,7 @@ problems = st.tuples(
     st.lists(st.integers(1, 500), min_size=2, max_size=12),
     st.floats(-3, 0.3),  # log10 of threshold / largest count
     st.floats(-3, 3),  # log10 of lambda_W / lambda_H
-    st.sampled_from(["CrossEntropy", "MSE"]),
+    st.sampled_from(LOSSES),
 )
 
 
@@ -62,10 +76,10 @@ def lambdas_of(counts, log_threshold, log_ratio, loss):
 def test_closed_form_is_what_minimisation_finds(problem):
     counts, _, _, loss = problem
     lambda_w, lambda_h = lambdas_of(*problem)
-    closed = CLOSED_FORMS[loss](counts, lambda_w, lambda_h)
+    closed = closed_form(UFM(counts, lambda_w, lambda_h, loss=loss))
     edge = sum(counts) ** 2 * lambda_w * lambda_h * (len(counts) / (len(counts) - 1) if loss == "CrossEntropy" else 1)
     assume(all(abs(n / edge - 1) > 1e-2 for n in counts))  # at the threshold itself the minimum is flat
-    found = minimise(counts, lambda_w, lambda_h, loss=loss, starts=4)
+    found = solve_numerically(UFM(counts, lambda_w, lambda_h, loss=loss), starts=4)
     assert found.optimum.loss == pytest.approx(closed.loss, rel=1e-9)
     assert min(found.losses) >= closed.loss * (1 - 1e-12)  # no start goes below the closed form
     torch.testing.assert_close(found.optimum.margins, closed.margins, rtol=1e-5, atol=1e-5)
@@ -78,7 +92,7 @@ def test_closed_form_is_what_minimisation_finds(problem):
 def test_no_feasible_perturbation_lowers_the_loss(problem, seed):
     counts, _, _, loss = problem
     lambda_w, lambda_h = lambdas_of(*problem)
-    closed = CLOSED_FORMS[loss](counts, lambda_w, lambda_h)
+    closed = closed_form(UFM(counts, lambda_w, lambda_h, loss=loss))
     head, features = realise(closed, loss, lambda_w, lambda_h)
     labels = range(len(counts))
     lowest = literal_loss(head, features, labels, counts, lambda_w, lambda_h, loss)
@@ -91,7 +105,7 @@ def test_no_feasible_perturbation_lowers_the_loss(problem, seed):
         assert moved >= lowest * (1 - 1e-12)
 
 
-@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("num_classes", [2, 5, 10])
 def test_the_threshold_is_sharp(loss, num_classes):
     """Minority collapse: n_k just below N^2 lambda_W lambda_H [K/(K-1)] is zero, just above is not."""
@@ -100,20 +114,20 @@ def test_the_threshold_is_sharp(loss, num_classes):
     product = 40 / (sum(counts) ** 2 * shrink)
     for factor, collapsed in ((1 + 1e-6, True), (1 - 1e-6, False)):
         lambda_w = lambda_h = math.sqrt(product * factor)
-        closed = CLOSED_FORMS[loss](counts, lambda_w, lambda_h)
+        closed = closed_form(UFM(counts, lambda_w, lambda_h, loss=loss))
         assert closed.collapsed.tolist() == [False] * (num_classes - 1) + [collapsed]
     for factor, collapsed in ((1.02, True), (0.98, False)):
         lambda_w = lambda_h = math.sqrt(product * factor)
-        found = minimise(counts, lambda_w, lambda_h, loss=loss).optimum.mean_norms_sq
+        found = solve_numerically(UFM(counts, lambda_w, lambda_h, loss=loss)).optimum.mean_norms_sq
         assert (found[-1].item() < 1e-9 * found.max().item()) == collapsed
 
 
-@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_all_samples_free_collapse_to_the_class_means(loss):
     """Over all N features, not one a class: the same minimum, and no spread within a class."""
     counts = [12, 12, 25, 40]
-    closed = CLOSED_FORMS[loss](counts, 2e-2, 2e-3)
-    found = minimise(counts, 2e-2, 2e-3, loss=loss, level="sample")
+    closed = closed_form(UFM(counts, 2e-2, 2e-3, loss=loss))
+    found = solve_numerically(UFM(counts, 2e-2, 2e-3, loss=loss), level="sample")
     assert found.within_class_spread < 1e-5
     assert found.optimum.loss == pytest.approx(closed.loss, rel=1e-12)
     torch.testing.assert_close(found.optimum.margins, closed.margins, rtol=1e-6, atol=0)
@@ -121,7 +135,8 @@ def test_all_samples_free_collapse_to_the_class_means(loss):
 
 
 def test_geometry_of_the_minimum_is_the_closed_form():
-    closed, found = cross_entropy_optimum(SMALL, 5e-3, 5e-5), minimise(SMALL, 5e-3, 5e-5).optimum
+    problem = UFM(SMALL, 5e-3, 5e-5)
+    closed, found = closed_form(problem), solve_numerically(problem).optimum
     for name in ("HTH", "WWT", "WH"):
         expected = getattr(closed, name)
         torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
@@ -129,17 +144,17 @@ def test_geometry_of_the_minimum_is_the_closed_form():
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("closed_form", CLOSED_FORMS.values())
-def test_balanced_classes(closed_form):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_balanced_classes(loss):
     """Equal norms, and centred class means that are the simplex ETF."""
-    optimum = closed_form([300] * 7, 1e-3, 1e-4)
+    optimum = solve(UFM([300] * 7, 1e-3, 1e-4, loss=loss))
     assert optimum.mean_norms_sq.min().item() == pytest.approx(optimum.mean_norms_sq.max().item(), rel=1e-14)
     centring = torch.eye(7, dtype=torch.float64) - 1 / 7
     centred = centring @ optimum.HTH @ centring
     torch.testing.assert_close(centred / centred.norm(), centring / centring.norm())
 
 
-@pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
     "counts, lambda_w, lambda_h",
     [
@@ -154,7 +169,7 @@ def test_balanced_classes(closed_form):
     ],
 )
 def test_extremes_are_finite(loss, counts, lambda_w, lambda_h):
-    optimum = CLOSED_FORMS[loss](counts, lambda_w, lambda_h)
+    optimum = closed_form(UFM(counts, lambda_w, lambda_h, loss=loss))
     for name in ("margins", "mean_norms_sq", "HTH", "WWT", "WH"):
         assert getattr(optimum, name).isfinite().all(), name
     assert math.isfinite(optimum.loss) and optimum.loss >= 0
@@ -162,13 +177,12 @@ def test_extremes_are_finite(loss, counts, lambda_w, lambda_h):
 
 
 def test_all_classes_collapsed():
-    optimum = cross_entropy_optimum([5, 6, 7], 10.0, 10.0)
+    optimum = solve(UFM([5, 6, 7], 10.0, 10.0))
     assert optimum.collapsed.all() and not optimum.WWT.any() and not optimum.WH.any()
     assert optimum.loss == pytest.approx(math.log(3))
-    assert mse_optimum([5, 6, 7], 10.0, 10.0).loss == pytest.approx(0.5)
+    assert solve(UFM([5, 6, 7], 10.0, 10.0, loss="MSE")).loss == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("function", [cross_entropy_optimum, mse_optimum, released_formula, minimise])
 @pytest.mark.parametrize(
     "counts, lambda_w, lambda_h, message",
     [
@@ -179,20 +193,32 @@ def test_all_classes_collapsed():
         ([5, 6], 0.0, 1e-3, "lambda_W must be > 0"),
         ([5, 6], 1e-3, -1e-3, "lambda_H must be > 0"),
         ([5, 6], math.nan, 1e-3, "lambda_W must be > 0"),
+        ([5, 6], 1e-3, math.inf, "lambda_H must be > 0"),
     ],
 )
-def test_what_is_not_defined_is_an_error(function, counts, lambda_w, lambda_h, message):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_is_not_defined_is_an_error(loss, counts, lambda_w, lambda_h, message):
     with pytest.raises(ValueError, match=message):
-        function(counts, lambda_w, lambda_h)
+        UFM(counts, lambda_w, lambda_h, loss=loss)
 
 
-def test_too_few_features_are_an_error():
+def test_further_errors():
     with pytest.raises(ValueError, match="as many features as classes"):
-        minimise([5, 6, 7], 1e-3, 1e-3, dim=2)
+        solve_numerically(UFM([5, 6, 7], 1e-3, 1e-3), dim=2)
     with pytest.raises(ValueError, match="whole class counts"):
-        minimise([5.5, 6], 1e-3, 1e-3, level="sample")
+        solve_numerically(UFM([5.5, 6], 1e-3, 1e-3), level="sample")
     with pytest.raises(ValueError, match="bias_decay"):
-        minimise([5, 6], 1e-3, 1e-3, bias=True, bias_decay=-1.0)
+        UFM([5, 6], 1e-3, 1e-3, bias=True, bias_decay=-1.0)
+    with pytest.raises(ValueError, match="loss must be one of CrossEntropy, MSE"):
+        UFM([5, 6], 1e-3, 1e-3, loss="Hinge")
+    with pytest.raises(ValueError, match="cross entropy only"):
+        released_formula(UFM([5, 6], 1e-3, 1e-3, loss="MSE"))
+
+
+def test_a_problem_goes_to_json_and_back():
+    problem = UFM(np.array([5, 6]), 1e-3, 1e-4, bias=True, bias_decay=0.5)
+    assert UFM(**json.loads(json.dumps(dataclasses.asdict(problem)))) == problem
+    assert problem.class_counts == (5, 6) and UFM(torch.tensor([5.5, 6]), 1, 1).class_counts == (5.5, 6)
 
 
 def normalised(a, b):
@@ -200,11 +226,11 @@ def normalised(a, b):
 
 
 def test_the_released_formula_is_not_the_optimum():
-    """What even a perfect optimum scores against it: DESIGN's figures, on the paper's setting and a small one."""
-    optimum, released = cross_entropy_optimum(PAPER, 2e-4, 2e-5 / 118), released_formula(PAPER, 1e-4, 1e-5)
+    """What even a perfect optimum scores against it, on the paper's setting and a small one."""
+    optimum, released = solve(UFM(PAPER, 2e-4, 2e-5 / 118)), released_formula(UFM(PAPER, 1e-4, 1e-5))
     assert normalised(optimum.HTH, released.HTH) == pytest.approx(0.017, abs=5e-4)
     assert normalised(optimum.WH, released.WH) == pytest.approx(0.015, abs=5e-4)
-    optimum, released = cross_entropy_optimum(SMALL, 5e-3, 5e-5), released_formula(SMALL, 5e-3, 5e-5)
+    optimum, released = solve(UFM(SMALL, 5e-3, 5e-5)), released_formula(UFM(SMALL, 5e-3, 5e-5))
     assert normalised(optimum.HTH, released.HTH) == pytest.approx(0.24, abs=5e-3)
     assert normalised(optimum.WH, released.WH) == pytest.approx(0.18, abs=5e-3)
 
@@ -241,15 +267,15 @@ def convex_bias_loss(counts, lambda_w, lambda_h, bias_decay):
 @pytest.mark.parametrize("bias_decay", [0.0, 1e-2])
 def test_bias_against_a_convex_form(bias_decay):
     counts = [20, 30, 60, 90]
-    found = minimise(counts, 5e-3, 5e-4, bias=True, bias_decay=bias_decay)
-    assert found.optimum.loss == pytest.approx(convex_bias_loss(counts, 5e-3, 5e-4, bias_decay), rel=1e-7)
-    assert found.optimum.loss < cross_entropy_optimum(counts, 5e-3, 5e-4).loss
-    assert (found.optimum.bias.diff() > 0).all()  # larger classes have the larger bias
-    assert found.projected_gradient < 1e-5
+    found = solve(UFM(counts, 5e-3, 5e-4, bias=True, bias_decay=bias_decay))
+    assert found.loss == pytest.approx(convex_bias_loss(counts, 5e-3, 5e-4, bias_decay), rel=1e-7)
+    assert found.loss < solve(UFM(counts, 5e-3, 5e-4)).loss
+    assert (found.bias.diff() > 0).all()  # larger classes have the larger bias
+    assert found.method == "numerical" and 0 < found.projected_gradient < 1e-5
 
 
 def test_without_relu_the_balanced_optimum_is_the_etf():
-    found = minimise([50] * 5, 1e-3, 1e-4, relu=False).optimum
+    found = solve(UFM([50] * 5, 1e-3, 1e-4, relu=False))
     etf = torch.eye(5, dtype=torch.float64) - 1 / 5
     assert normalised(found.HTH, etf) < 1e-6
     assert normalised(found.WWT, etf) < 1e-6
@@ -257,8 +283,32 @@ def test_without_relu_the_balanced_optimum_is_the_etf():
 
 def test_without_relu_the_loss_is_lower():
     counts = [10, 30, 90]
-    free, constrained = minimise(counts, 1e-2, 1e-3, relu=False), cross_entropy_optimum(counts, 1e-2, 1e-3)
-    assert free.optimum.loss < constrained.loss * (1 - 1e-3)
+    free, constrained = solve(UFM(counts, 1e-2, 1e-3, relu=False)), solve(UFM(counts, 1e-2, 1e-3))
+    assert free.loss < constrained.loss * (1 - 1e-3)
+
+
+def test_mse_has_the_same_closed_form_without_relu():
+    problem = UFM([12, 25, 40], 1e-2, 1e-3, loss="MSE", relu=False)
+    closed, found = closed_form(problem), solve_numerically(problem).optimum
+    assert found.loss == pytest.approx(closed.loss, rel=1e-12)
+    for name in ("HTH", "WWT", "WH"):
+        expected = getattr(closed, name)
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+    assert normalised(found.duality, closed.duality) < 1e-6  # D is given up to a factor
+
+
+def test_the_duality_ignores_directions_that_the_features_leave_empty():
+    """The class means of the ETF are of rank K-1: D is centred as W and H are, not what rounding makes of 0/0."""
+    found = solve(UFM([50] * 5, 1e-3, 1e-4, relu=False))
+    scale = found.duality.abs().max().item()
+    assert found.duality.sum(0).abs().max().item() < 1e-4 * scale > found.duality.sum(1).abs().max().item()
+    torch.testing.assert_close(found.duality @ found.HTH, found.WH, rtol=1e-5, atol=1e-5)
+
+
+def test_seli_of_balanced_classes_is_the_etf():
+    gram, weights = seli([7] * 5)
+    etf = torch.eye(5, dtype=torch.float64) - 1 / 5
+    assert normalised(gram, etf) < 1e-12 and normalised(weights, etf) < 1e-12
 
 
 def test_the_square_root_of_a_singular_matrix_has_no_part_in_its_kernel():
@@ -269,3 +319,45 @@ def test_the_square_root_of_a_singular_matrix_has_no_part_in_its_kernel():
     for shift in (-5e-16, 0.0, 5e-16):
         root = square_root(matrix + shift * torch.ones(4, 4, dtype=torch.float64))
         assert (root.sum(0).abs() < 1e-12).all() and torch.allclose(root @ root, matrix, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is read off the closed forms
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_curve_of_a_class_goes_through_the_classes(loss):
+    problem = UFM(SMALL, 5e-3, 5e-5, loss=loss)
+    margins, norms_sq = class_curve(problem, SMALL)
+    assert torch.equal(margins, solve(problem).margins) and torch.equal(norms_sq, solve(problem).mean_norms_sq)
+    count = collapse_count(problem)
+    margins, norms_sq = class_curve(problem, [count * (1 - 1e-9), count * (1 + 1e-9)])
+    assert margins[0] == norms_sq[0] == 0 and margins[1] > 0 and norms_sq[1] > 0
+    edge = UFM(SMALL, math.sqrt(collapse_threshold(SMALL, loss)), math.sqrt(collapse_threshold(SMALL, loss)), loss=loss)
+    assert collapse_count(edge) == pytest.approx(min(SMALL), rel=1e-12)
+
+
+def test_the_curve_of_the_released_formula():
+    problem = UFM(SMALL, 5e-3, 5e-5)
+    margins, norms_sq = class_curve(problem, SMALL, formula="released")
+    released = released_formula(problem)
+    assert torch.equal(margins, released.margins) and torch.equal(norms_sq, released.mean_norms_sq)
+    assert released.method == "released formula"
+
+
+def test_no_curve_without_a_closed_form():
+    problem = UFM(SMALL, 5e-3, 5e-5, bias=True)
+    assert closed_form(problem) is class_curve(problem, SMALL) is collapse_count(problem) is None
+
+
+def test_suggested_lambdas_give_the_margin_and_no_collapse():
+    for counts in ([1, 1], [10, 20, 500], SMALL):
+        lambda_w, lambda_h = suggest_lambdas(counts, margin=7.0, ratio=30.0)
+        optimum = solve(UFM(counts, lambda_w, lambda_h))
+        assert optimum.margins.max().item() == pytest.approx(7.0, rel=1e-12) and not optimum.collapsed.any()
+        assert lambda_w / lambda_h == pytest.approx(30.0, rel=1e-12)
+    with pytest.raises(ValueError, match=r"must be above 5\.73, or the smallest class .n = 1. collapses; got 5"):
+        suggest_lambdas([*[1000] * 9, 1], margin=5.0)
+    edge = math.log(10 * math.sqrt(1000) - 9)  # where the class of 1 collapses
+    assert not solve(UFM([*[1000] * 9, 1], *suggest_lambdas([*[1000] * 9, 1], edge * (1 + 1e-9)))).collapsed.any()

@@ -1,0 +1,76 @@
+"""The optimum of the unconstrained features model, for any class counts, penalties and loss.
+
+from nc_theory import UFM, LossVariant, solve
+optimum = solve(UFM(class_counts=[100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+print(optimum.margins, optimum.mean_norms_sq)
+optimum = solve(UFM([100, 200, 300], 5e-3, 5e-5, variant=LossVariant(logit_adjustment=1.0)))
+print(optimum.margins, optimum.gap)
+"""
+
+from nc_theory.by_class import solve_by_class
+from nc_theory.certificate import lower_bound, optimality_gap, polar
+from nc_theory.closed_form import (
+    class_curve,
+    closed_form,
+    collapse_count,
+    collapse_threshold,
+    released_formula,
+    suggest_lambdas,
+)
+from nc_theory.geometries import self_duality, seli
+from nc_theory.losses import LossVariant, VariantLoss
+from nc_theory.numerical import Minimum, solve_numerically
+from nc_theory.problem import CERTIFIED, LOSSES, UFM, Optimum, class_margins, validate_counts
+
+__all__ = [
+    "CERTIFIED",
+    "LOSSES",
+    "MOST_CLASSES",
+    "UFM",
+    "LossVariant",
+    "Minimum",
+    "Optimum",
+    "VariantLoss",
+    "class_curve",
+    "class_margins",
+    "closed_form",
+    "collapse_count",
+    "collapse_threshold",
+    "lower_bound",
+    "optimality_gap",
+    "polar",
+    "released_formula",
+    "self_duality",
+    "seli",
+    "solve",
+    "solve_numerically",
+    "split_optimum",
+    "suggest_lambdas",
+    "validate_counts",
+]
+
+
+MOST_CLASSES = 200  # beyond which direct minimisation takes too long for a problem that nearly splits by class
+SPLIT = 1e-9  # gap of the solution class by class up to which the problem is taken to split
+
+
+def solve(problem):
+    """Return the Optimum of a UFM; its `gap` tells how close to the minimum it is proved to be.
+
+    It is found in closed form or class by class where the problem splits, else by direct minimisation.
+    """
+    return split_optimum(problem) or solve_numerically(problem).optimum
+
+
+def split_optimum(problem):
+    """Return the Optimum of a UFM that splits by class, without direct minimisation, or None if it does not split.
+
+    Beyond MOST_CLASSES classes, the result for a variant of the cross entropy with ReLU and no bias is the best with
+    orthogonal features even if features should share directions: its `gap` is then large.
+    """
+    optimum = closed_form(problem)
+    if optimum is None and problem.relu and not problem.bias:
+        optimum = solve_by_class(problem)
+        if optimum.gap > SPLIT and problem.num_classes <= MOST_CLASSES:
+            return None
+    return optimum

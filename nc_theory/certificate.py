@@ -1,0 +1,201 @@
+"""Lower bounds of (UFM), which prove that a solution is the global minimum, and the optimality gap of a network.
+
+(UFM) is not convex in W and H, but it is in the logits Z = W H (K, K), one column a class. The least penalty of a Z is
+sqrt(lambda_W lambda_H) times a gauge of Z diag(sqrt(n)): the gauge whose unit ball is the convex hull of c v^T with
+|c| <= 1, |v| <= 1 and, with ReLU, v >= 0 (without ReLU it is the nuclear norm). By convex duality any logits give a
+lower bound of the minimum, and those of a global minimiser give the minimum itself.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import xlog1py, xlogy
+
+from nc_theory.losses import losses_and_gradients
+
+ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
+ROUNDING = 1e-8  # an eigenvector with no entry below -ROUNDING may be non-negative
+TINY = 1e-14  # a probability that comes out as small as -TINY is zero
+BIAS_STEPS = 20  # of Newton's method
+RERUNS = 10  # of L-BFGS-B from where it ended
+
+
+def polar(matrix, relu=True):
+    """Return the largest |G v| over |v| = 1 and, with ReLU, v >= 0, of G (K, K): the polar of the gauge.
+
+    Without ReLU it is the largest singular value. With ReLU and up to ALL_SUPPORTS classes, all supports S of v are
+    tried: it is the root of the largest eigenvalue of (G^T G)_SS with a non-negative eigenvector. For more classes
+    the result is the upper bound sqrt(lambda_max(max(G^T G, 0))), which is exact if no two columns of G have a positive
+    inner product.
+    """
+    gram = matrix.T @ matrix
+    if not relu:
+        return math.sqrt(np.linalg.eigvalsh(gram)[-1])
+    if len(gram) > ALL_SUPPORTS:
+        return math.sqrt(np.linalg.eigvalsh(np.maximum(gram, 0))[-1])
+    largest = gram.diagonal().max()
+    for size in range(2, len(gram) + 1):
+        supports = np.array(list(itertools.combinations(range(len(gram)), size)))
+        values, vectors = np.linalg.eigh(gram[supports[:, :, None], supports[:, None, :]])
+        signed = vectors * np.where(vectors.sum(1, keepdims=True) < 0, -1, 1)
+        largest = max(largest, values[signed.min(1) >= -ROUNDING].max(initial=0.0))
+    return math.sqrt(largest)
+
+
+def lower_bound(problem, logits, bias=None):
+    """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column a class, and a bias (K,).
+
+    With p_k the softmax of D (z_k + b) + i_k, g_k = w_k D (p_k - t_k) the gradient of the loss, and G the matrix of
+    columns -(sqrt(n_k)/N) g_k, the bound of the cross entropy and its variants is
+
+        - sum_k (n_k/N) w_k [ sum_j q_kj log q_kj - sum_j (q_kj - t_kj) i_kj ]
+        with s = min(1, sqrt(lambda_W lambda_H) / polar(G)),   q_k = t_k + s (p_k - t_k)
+
+    and for MSE, with g_k = z_k + b - e_k, it is - sum_k (n_k/N) (s^2 |g_k|^2 / 2 + s g_kk). The bound holds for any
+    logits and is tight at a global minimiser.
+
+    With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
+    s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore moved to the best for the given W H first. The
+    result is -inf if that fails.
+    """
+    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
+    shares = counts / counts.sum()
+    logits = np.asarray(logits, dtype=np.float64).T  # one row a class
+    if problem.bias:
+        logits = logits + best_bias(problem, logits, np.zeros(len(counts)) if bias is None else np.asarray(bias))
+    if problem.loss == "MSE":
+        residuals = logits - np.eye(len(counts))
+        slopes = np.ones_like(residuals)
+    else:
+        parameters = problem.loss_parameters
+        residuals = parameters.losses_and_residuals(logits, labels)[1]
+        slopes = parameters.gradients(np.ones_like(residuals), labels)
+    slopes = shares[:, None] * slopes
+    rest = (slopes * residuals).sum(0)
+    if problem.bias and not problem.bias_decay:
+        residuals = residuals - rest / slopes.sum(0)  # exactly what is wanted, not up to rounding
+    largest = polar((slopes * residuals / np.sqrt(counts)[:, None]).T, problem.relu)
+    target = math.sqrt(problem.lambda_w) * math.sqrt(problem.lambda_h)
+    scale = min(1.0, target / largest) if largest > 0 else 1.0
+    penalty = 0.0
+    if problem.bias and problem.bias_decay:
+        penalty = scale**2 * np.square(rest).sum() / (2 * problem.bias_decay)
+    moved = scale * residuals
+    if problem.loss == "MSE":
+        return float(-shares @ (0.5 * np.square(moved).sum(1) + moved.diagonal()) - penalty)
+    others = moved + parameters.smoothing / len(counts)  # q_kj of the wrong classes j
+    others[labels, labels] = 0.0
+    if others.min() < -TINY:
+        return -math.inf
+    others = np.maximum(others, 0.0)
+    wrong = np.minimum(others.sum(1), 1.0)  # 1 - q_kk, with all its digits where it is tiny
+    entropies = xlogy(others, others).sum(1) + xlog1py(1 - wrong, -wrong)
+    shifts = moved @ parameters.offsets - moved.diagonal() * parameters.margins
+    return float(-shares @ (parameters.weights * (entropies - shifts)) - penalty)
+
+
+def best_bias(problem, logits, bias):
+    """Return the bias (K,) that is best for W H, logits (K, K) with one row a class, by Newton's method."""
+    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
+    shares = counts / counts.sum()
+
+    def slope_at(bias):
+        gradients = losses_and_gradients(problem, logits + bias, labels)[1]
+        return shares @ gradients + problem.bias_decay * bias
+
+    slope = slope_at(bias)
+    for _ in range(BIAS_STEPS):
+        hessian = bias_hessian(problem, logits + bias, shares) + problem.bias_decay * np.eye(len(counts))
+        # Without decay the Hessian is singular, with an eigenvalue of zero up to K eps times the largest
+        step = np.linalg.lstsq(hessian, -slope, rcond=len(counts) * np.finfo(float).eps)[0]
+        trials = (bias + length * step for length in 0.5 ** np.arange(10))
+        better = next((trial for trial in trials if np.linalg.norm(slope_at(trial)) < np.linalg.norm(slope)), None)
+        if better is None:
+            break
+        bias, slope = better, slope_at(better)
+    return bias
+
+
+def bias_hessian(problem, logits, shares):
+    """Return the second derivative (K, K) of the mean loss by the bias, at logits (K, K) with one row a class."""
+    if problem.loss == "MSE":
+        return np.eye(len(shares))
+    parameters, labels = problem.loss_parameters, np.arange(len(shares))
+    residuals = parameters.losses_and_residuals(logits, labels)[1]
+    targets = (1 - parameters.smoothing) * np.eye(len(shares)) + parameters.smoothing / len(shares)
+    probabilities = residuals + targets
+    weighted = (shares * parameters.weights)[:, None] * probabilities
+    hessian = np.diag(weighted.sum(0)) - probabilities.T @ weighted
+    return parameters.scales[:, None] * hessian * parameters.scales
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The optimality gap of a network
+# ---------------------------------------------------------------------------------------------------------
+
+
+def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
+    """Return how far a network's last layer is from the optimum, and the three parts of that, {column: float}.
+
+    F is the value of (UFM) at the network's features and head, and F* the optimum's lower bound.
+
+    optimality_gap  F / F* - 1, the sum of the three parts:
+    gap_within      (F - F at the class means) / F*: features of a class differ
+    gap_head        (F at the class means - its minimum over W and b) / F*: the head does not fit the means
+    gap_means       (that minimum - F*) / F*: the class means are not the best
+
+    optimum: the `Optimum` of the problem that the network was trained on. weight: W (K, d). means: class means (K, d).
+    data_loss: the mean loss of a sample, (1/N) sum_i loss(W h_i + b, y_i). within_sum: sum_i |h_i - mu_{y_i}|^2. bias:
+    b (K,). Take both sums in float64: F is compared with F* to about its rounding error.
+
+    NaN for all where the optimum has no positive lower bound.
+    """
+    problem, bound = optimum.problem, optimum.lower_bound
+    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
+    weight, means = (np.asarray(torch.as_tensor(part).detach().cpu(), dtype=np.float64) for part in (weight, means))
+    offset = np.zeros(len(counts)) if bias is None else np.asarray(torch.as_tensor(bias).detach().cpu(), dtype=float)
+    losses = losses_and_gradients(problem, means @ weight.T + offset, labels)[0]
+    head_penalty = 0.5 * problem.lambda_w * np.square(weight).sum() + 0.5 * problem.bias_decay * np.square(offset).sum()
+    mean_penalty = 0.5 * problem.lambda_h * counts @ np.square(means).sum(1)
+    collapsed = counts / counts.sum() @ losses + head_penalty + mean_penalty
+    within = float(data_loss) - counts / counts.sum() @ losses + 0.5 * problem.lambda_h * float(within_sum)
+    best = min(collapsed, best_head(problem, weight, means, offset) + mean_penalty)
+    parts = {"gap_within": within, "gap_head": collapsed - best, "gap_means": best - bound}
+    relative = {name: float(part / bound) if bound > 0 else math.nan for name, part in parts.items()}
+    return {"optimality_gap": sum(relative.values()), **relative}
+
+
+def best_head(problem, weight, means, bias):
+    """Return the least mean loss plus head penalties over W and b, for given class means (K, d).
+
+    W is sought in the span of the means, along their principal directions, each in units of its own curvature. The
+    problem is convex; L-BFGS is run again, with its memory cleared, while that gains something.
+    """
+    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
+    shares = counts / counts.sum()
+    left, singular, right = np.linalg.svd(np.sqrt(shares)[:, None] * means, full_matrices=False)
+    inputs, decays = left * singular / np.sqrt(shares)[:, None], np.full(len(singular), problem.lambda_w)
+    start = weight @ right.T
+    if problem.bias:
+        inputs = np.column_stack([inputs, np.ones(len(counts))])
+        decays = np.append(decays, problem.bias_decay)
+        start = np.column_stack([start, bias])
+    units = 1 / np.sqrt(decays + shares @ np.square(inputs))
+
+    def value_and_gradient(x):
+        head = x.reshape(start.shape) * units
+        losses, gradients = losses_and_gradients(problem, inputs @ head.T, labels)
+        value = shares @ losses + 0.5 * (decays * np.square(head)).sum()
+        return value, (((shares[:, None] * gradients).T @ inputs + decays * head) * units).ravel()
+
+    x, best = (start / units).ravel(), math.inf
+    options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
+    for _ in range(RERUNS):
+        end = minimize(value_and_gradient, x, jac=True, method="L-BFGS-B", options=options)
+        if not end.fun < best * (1 - 1e-15):
+            break
+        x, best = end.x, end.fun
+    return best

@@ -1,0 +1,248 @@
+"""Minimisers of (UFM) in closed form: cross entropy and MSE, without a bias.
+
+For orthonormal directions u_k and h_k = |h_k| u_k the problem splits by class. The penalties of a margin M of class k
+are least if they are shared equally between head and feature, where they sum to a constant times M (inequality of the
+arithmetic and geometric means); what is left is a convex problem in M. All ratios are computed by their logarithms,
+so that lambdas of 1e-300 and counts of 1e9 neither overflow nor underflow.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from nc_theory.geometries import self_duality
+from nc_theory.problem import Optimum, validate_counts
+
+
+def closed_form(problem):
+    """Return the Optimum of a UFM in closed form, or None if it has none.
+
+    Cross entropy with ReLU and no bias (arXiv 2401.02058, theorem 4.1, with the penalties of (UFM)):
+
+        M_k      = max(0, log((K-1) (sqrt(n_k) / (N sqrt(lambda_W lambda_H (K-1)/K)) - 1)))
+        |h_k|^2  = M_k sqrt((K-1) lambda_W / (K lambda_H n_k)),   h_k . h_l = 0
+        W H      = (I - 11^T/K) diag(M)
+        W W^T    = (I - 11^T/K) diag(a^2) (I - 11^T/K),   a_k^2 = M_k sqrt(K lambda_H n_k / ((K-1) lambda_W))
+        h_k = 0  iff  n_k <= N^2 lambda_W lambda_H K/(K-1)
+
+    The variants of the cross entropy that treat all wrong classes alike (class weights w_k, margins
+    c_k = C (n_min/n_k)^(1/4), label smoothing s) differ from this in M_k alone:
+
+        M_k      = max(0, c_k + log((K-1) (1/r_k - 1)))
+        r_k      = N sqrt(lambda_W lambda_H (K-1)/K) / (w_k sqrt(n_k)) + s (K-1)/K
+
+    MSE without a bias: with W H = diag(s), (n_k/2N) (1 - s_k)^2 + s_k sqrt(lambda_W lambda_H n_k) is least at
+
+        s_k      = max(0, 1 - N sqrt(lambda_W lambda_H / n_k)),   the margins of the Optimum
+        |h_k|^2  = s_k sqrt(lambda_W / (lambda_H n_k)),   h_k . h_l = 0
+        W W^T    = diag(s_k sqrt(lambda_H n_k / lambda_W))
+        h_k = 0  iff  n_k <= N^2 lambda_W lambda_H
+
+    For MSE the constraint H >= 0 does not bind, so that the closed form holds with and without ReLU.
+    """
+    if not has_closed_form(problem):
+        return None
+    if problem.loss == "MSE":
+        return mse_optimum(problem)
+    return cross_entropy_geometry(problem, cross_entropy_margins(problem, problem.counts), "closed form")
+
+
+def has_closed_form(problem):
+    """Return True for the problems of `closed_form`."""
+    return not problem.bias and (problem.loss == "MSE" or (problem.relu and problem.variant.is_symmetric))
+
+
+def released_formula(problem):
+    """Return what the paper's released code compares with: the geometry of the closed form with other margins.
+
+        M_k = log((K-1) (2 sqrt(n_k) / (N lambda_W sqrt((K-1)/K)) - 1))
+
+    They do not depend on lambda_H and are not the minimiser of any (UFM). `loss` is the value of (UFM) at this
+    geometry, `lower_bound` the minimum where it is known. Raises ValueError for any other loss than the cross entropy.
+    """
+    if problem.loss != "CrossEntropy" or not problem.variant.is_plain:
+        raise ValueError("the released formula is for the cross entropy only")
+    optimum = cross_entropy_geometry(problem, released_margins(problem, problem.counts), "released formula")
+    return replace(optimum, lower_bound=closed_form(problem).loss if has_closed_form(problem) else -math.inf)
+
+
+def class_curve(problem, sizes, formula="exact"):
+    """Return the margins and squared norms (P,) of classes of `sizes` (P,) samples, for the K and N of a UFM.
+
+    formula: "exact" is the closed form, "released" the released formula. None where the UFM has no closed form.
+    """
+    sizes = torch.as_tensor(sizes, dtype=torch.float64)
+    if formula == "released":
+        margins = released_margins(problem, sizes)
+    elif not has_closed_form(problem):
+        return None
+    elif problem.loss == "MSE":
+        scale = mse_scales(problem, sizes)
+        return scale, mse_norms_sq(problem, sizes, scale)
+    else:
+        margins = cross_entropy_margins(problem, sizes)
+    return margins, cross_entropy_norms_sq(problem, sizes, margins)
+
+
+def collapse_threshold(class_counts, loss="CrossEntropy"):
+    """Return the lambda_W lambda_H from which on the smallest class collapses, h_k = 0: cross entropy or MSE."""
+    counts = validate_counts(class_counts)
+    return (counts.min() / (counts.sum().square() * shrink_factor(len(counts), loss))).item()
+
+
+def collapse_count(problem):
+    """Return the n_k up to which a class collapses, h_k = 0: cross entropy or MSE in closed form; else None."""
+    if not has_closed_form(problem) or not problem.variant.is_plain:
+        return None
+    total = float(sum(problem.class_counts))
+    return total**2 * problem.lambda_w * problem.lambda_h * shrink_factor(problem.num_classes, problem.loss)
+
+
+def suggest_lambdas(class_counts, margin=5.0, ratio=100.0):
+    """Return (lambda_W, lambda_H) at which the largest margin of the cross entropy's closed form is `margin`.
+
+    ratio: lambda_W / lambda_H. Raises ValueError if the smallest class would collapse, h_k = 0, which happens for
+    margins up to log(K sqrt(n_max / n_min) - (K-1)).
+    """
+    counts = validate_counts(class_counts)
+    num_classes, smallest, largest = len(counts), counts.min().item(), counts.max().item()
+    least = math.log(num_classes * math.sqrt(largest / smallest) - (num_classes - 1))
+    if not least < margin < math.inf:
+        raise ValueError(
+            f"the largest margin must be above {least:.3g}, or the smallest class (n = {smallest:g}) collapses; "
+            f"got {margin:g}"
+        )
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"the ratio lambda_W / lambda_H must be > 0 and finite, got {ratio}")
+    shrink = math.sqrt((num_classes - 1) / num_classes)
+    root = math.sqrt(largest) / (counts.sum().item() * shrink * (1 + math.exp(margin) / (num_classes - 1)))
+    return root * math.sqrt(ratio), root / math.sqrt(ratio)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Cross entropy
+# ---------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_margins(problem, sizes):
+    """Return the closed form's margins (P,) of classes of `sizes` (P,) samples."""
+    log_sizes, log_w, log_h, log_shrink = logarithms(problem, sizes)
+    # log of sqrt(n_k) / (N sqrt(lambda_W lambda_H (K-1)/K)): above log(K/(K-1)) where class k does not collapse
+    log_ratio = 0.5 * (log_sizes - log_w - log_h - log_shrink) - problem.counts.sum().log()
+    variant = problem.variant
+    if variant.class_weights:
+        log_ratio = log_ratio + torch.from_numpy(variant.log_weights(sizes.numpy(), problem.class_counts))
+    if variant.label_smoothing:
+        log_ratio = -((-log_ratio).exp() + variant.label_smoothing * log_shrink.exp()).log()
+    return margins_of_ratio(log_ratio, problem.num_classes, shifts=added_margins(problem, sizes))
+
+
+def added_margins(problem, sizes):
+    """Return the margins c_k (P,) that the loss itself adds (LDAM), of classes of `sizes` (P,) samples."""
+    return torch.from_numpy(problem.variant.margins(sizes.numpy(), problem.class_counts))
+
+
+def released_margins(problem, sizes):
+    """Return the released formula's margins (P,) of classes of `sizes` (P,) samples."""
+    log_sizes, log_w, _, log_shrink = logarithms(problem, sizes)
+    log_ratio = 0.5 * (log_sizes - log_shrink) - log_w - (problem.counts.sum() / 2).log()
+    return margins_of_ratio(log_ratio, problem.num_classes)
+
+
+def margins_of_ratio(log_ratio, num_classes, shifts=0.0):
+    """Return max(0, c + log((K-1) (r - 1))) for ratios r given by their logarithms, and 0 for r <= 1."""
+    above = log_ratio.clamp(min=0)
+    margins = above + torch.log1p(-(-above).exp()) + torch.tensor(num_classes - 1.0, dtype=torch.float64).log()
+    return (margins + shifts).clamp(min=0)
+
+
+def cross_entropy_norms_sq(problem, sizes, margins):
+    """Return the |h_k|^2 (P,) that reach given margins (P,) at the least penalty."""
+    log_sizes, log_w, log_h, log_shrink = logarithms(problem, sizes)
+    return margins * (0.5 * (log_shrink + log_w - log_h - log_sizes)).exp()
+
+
+def cross_entropy_geometry(problem, margins, method):
+    """Return the Optimum with given margins (K,), each shared between head and feature at the least penalty."""
+    counts, num_classes = problem.counts, problem.num_classes
+    log_counts, log_w, log_h, log_shrink = logarithms(problem, counts)
+    norms_sq = cross_entropy_norms_sq(problem, counts, margins)
+    columns_sq = margins * (0.5 * (log_h + log_counts - log_shrink - log_w)).exp()
+    penalty = margins * (0.5 * (log_w + log_h + log_counts + log_shrink)).exp()
+    inner = margins - added_margins(problem, counts)  # the margin in the scores that the softmax sees
+    cross_entropy = torch.log1p((num_classes - 1) * (-inner).exp())
+    cross_entropy = cross_entropy + problem.variant.label_smoothing * log_shrink.exp() * inner
+    cross_entropy = cross_entropy * torch.from_numpy(problem.loss_parameters.weights)
+    loss = (counts / counts.sum() * cross_entropy + penalty).sum().item()
+    centring = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    return Optimum(
+        problem=problem,
+        margins=margins,
+        mean_norms_sq=norms_sq,
+        HTH=norms_sq.diag(),
+        WWT=centring * columns_sq @ centring,
+        WH=centring * margins,
+        bias=torch.zeros_like(counts),
+        duality=self_duality(counts),
+        loss=loss,
+        method=method,
+        lower_bound=loss,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# MSE
+# ---------------------------------------------------------------------------------------------------------
+
+
+def mse_scales(problem, sizes):
+    """Return s_k (P,), the logits of their own class, of classes of `sizes` (P,) samples."""
+    log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
+    return (-torch.expm1(problem.counts.sum().log() + 0.5 * (log_w + log_h - log_sizes))).clamp(min=0)
+
+
+def mse_norms_sq(problem, sizes, scales):
+    """Return the |h_k|^2 (P,) that reach given s_k (P,) at the least penalty."""
+    log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
+    return scales * (0.5 * (log_w - log_h - log_sizes)).exp()
+
+
+def mse_optimum(problem):
+    """Return the Optimum of MSE without a bias."""
+    counts = problem.counts
+    log_counts, log_w, log_h, _ = logarithms(problem, counts)
+    scales = mse_scales(problem, counts)
+    norms_sq = mse_norms_sq(problem, counts, scales)
+    rows_sq = scales * (0.5 * (log_h + log_counts - log_w)).exp()
+    penalty = scales * (0.5 * (log_w + log_h + log_counts)).exp()
+    loss = (counts / counts.sum() * 0.5 * (1 - scales).square() + penalty).sum().item()
+    return Optimum(
+        problem=problem,
+        margins=scales,
+        mean_norms_sq=norms_sq,
+        HTH=norms_sq.diag(),
+        WWT=rows_sq.diag(),
+        WH=scales.diag(),
+        bias=torch.zeros_like(counts),
+        duality=counts.sqrt().diag(),
+        loss=loss,
+        method="closed form",
+        lower_bound=loss,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Both
+# ---------------------------------------------------------------------------------------------------------
+
+
+def logarithms(problem, sizes):
+    """Return log n (P,) of `sizes` (P,), log lambda_W, log lambda_H and log((K-1)/K)."""
+    log_w, log_h = torch.tensor([problem.lambda_w, problem.lambda_h], dtype=torch.float64).log()
+    return sizes.log(), log_w, log_h, torch.tensor(-1 / problem.num_classes, dtype=torch.float64).log1p()
+
+
+def shrink_factor(num_classes, loss):
+    """Return the factor of N^2 lambda_W lambda_H in the condition of minority collapse."""
+    return num_classes / (num_classes - 1) if loss == "CrossEntropy" else 1.0

@@ -1,0 +1,135 @@
+"""The unconstrained features model (UFM) as a value, and the geometry of its minimiser.
+
+    min_{W, H >= 0}  (1/N) sum_i loss(W h_i + b, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
+
+There are K classes with n_k samples of class k, N = sum n_k, W (K, d), features h_i in R^d, and d >= K. The loss is
+the cross entropy or a variant of it, or |W h + b - e_y|^2 / 2 for MSE (Dang, Tran, Nguyen, Ho, ICML 2024, arXiv
+2401.02058, section 3).
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from nc_theory.losses import LossVariant
+
+LOSSES = ("CrossEntropy", "MSE")
+CERTIFIED = 1e-6  # largest relative gap to the lower bound at which a solution counts as certified
+
+
+@dataclass(frozen=True)
+class UFM:
+    """One problem (UFM): class counts, penalties, loss, and which constraints hold.
+
+    class_counts: n_k (K,), numbers >= 1, stored as a tuple. lambda_w, lambda_h: the penalties, > 0. loss: CrossEntropy
+    or MSE. relu: H >= 0. bias: the head has a bias b (K,), penalised by (bias_decay/2) |b|^2. variant: weights, margins
+    and so on of the cross entropy, see `LossVariant`.
+
+    `dataclasses.asdict(problem)` can be written as JSON, and `UFM(**loaded)` builds the same problem from it.
+
+    Raises ValueError for fewer than two classes, n_k < 1, a lambda that is not positive and finite, an unknown loss, a
+    negative bias_decay, and a variant of MSE.
+    """
+
+    class_counts: tuple
+    lambda_w: float
+    lambda_h: float
+    loss: str = "CrossEntropy"
+    relu: bool = True
+    bias: bool = False
+    bias_decay: float = 0.0
+    variant: LossVariant = field(default_factory=LossVariant)
+
+    def __post_init__(self):
+        counts = tuple(int(n) if n == int(n) else n for n in validate_counts(self.class_counts).tolist())
+        object.__setattr__(self, "class_counts", counts)
+        for name in ("lambda_w", "lambda_h", "bias_decay"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if isinstance(self.variant, dict):
+            object.__setattr__(self, "variant", LossVariant(**self.variant))
+        for name, value in (("lambda_W", self.lambda_w), ("lambda_H", self.lambda_h)):
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0 and finite for a minimiser to exist, got {value}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss}")
+        if not 0 <= self.bias_decay < math.inf:
+            raise ValueError(f"bias_decay must be >= 0 and finite, got {self.bias_decay}")
+        if self.loss == "MSE" and not self.variant.is_plain:
+            raise ValueError("class weights, logit adjustment and the like are for the cross entropy, not for MSE")
+
+    @property
+    def num_classes(self):
+        return len(self.class_counts)
+
+    @property
+    def counts(self):
+        """The class counts as a float64 tensor (K,) on the CPU."""
+        return torch.tensor(self.class_counts, dtype=torch.float64)
+
+    @cached_property
+    def loss_parameters(self):
+        """The `LossParameters` of the variant for the class counts."""
+        return self.variant.parameters(self.class_counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """The geometry of a minimiser of (UFM), in float64 on the CPU.
+
+    At a minimiser the features have collapsed to their class means, h_i = h_{y_i}. H = [h_1 ... h_K] (d, K) holds
+    these, and W (K, d) is the head. The logits of class k are WH[:, k] + bias.
+    """
+
+    problem: UFM
+    margins: torch.Tensor  # (K,) logit of the class minus the mean of the others', without bias
+    mean_norms_sq: torch.Tensor  # (K,) |h_k|^2
+    HTH: torch.Tensor  # (K, K)
+    WWT: torch.Tensor  # (K, K)
+    WH: torch.Tensor  # (K, K)
+    bias: torch.Tensor  # (K,) zero in a problem without one
+    duality: torch.Tensor  # (K, K) the matrix D of W ~ D H^T
+    loss: float  # value of (UFM) at the minimiser
+    method: str  # "closed form", "class by class", "numerical" or "released formula"
+    projected_gradient: float = 0.0  # largest entry of the projected gradient, in scaled variables
+    lower_bound: float = -math.inf  # the minimum of (UFM) is proved to be no smaller
+
+    @property
+    def class_counts(self):
+        """The class counts as a float64 tensor (K,)."""
+        return self.problem.counts
+
+    @property
+    def collapsed(self):
+        """(K,) bool: True for the classes in minority collapse, h_k = 0."""
+        return self.mean_norms_sq == 0
+
+    @property
+    def gap(self):
+        """Relative gap loss / lower_bound - 1: no other W and H have a loss smaller by more than that."""
+        return self.loss / self.lower_bound - 1 if self.lower_bound > 0 else math.inf
+
+    @property
+    def certified(self):
+        """True if the gap proves that this is the minimum, up to a relative error of CERTIFIED."""
+        return self.gap <= CERTIFIED
+
+
+def validate_counts(class_counts):
+    """Return class counts (K,) as a float64 tensor on the CPU.
+
+    Raises ValueError for fewer than two classes and for counts that are not finite and >= 1.
+    """
+    counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
+    if counts.ndim != 1 or len(counts) < 2:
+        raise ValueError(f"the theory needs two classes or more, got class counts of shape {tuple(counts.shape)}")
+    if not (counts.isfinite().all() and (counts >= 1).all()):
+        raise ValueError(f"every class needs one sample or more, got class counts {counts.tolist()}")
+    return counts
+
+
+def class_margins(logits):
+    """Return the margins (K,) of logits W H (K, K), one column a class: its logit minus the mean of the others."""
+    own = logits.diag()
+    return own - (logits.sum(0) - own) / (len(logits) - 1)

@@ -1,0 +1,354 @@
+"""Lower bounds of (UFM), what they certify, and the optimality gap of a network."""
+
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from nc_theory import (
+    LOSSES,
+    MOST_CLASSES,
+    UFM,
+    LossVariant,
+    VariantLoss,
+    closed_form,
+    lower_bound,
+    optimality_gap,
+    polar,
+    released_formula,
+    solve,
+    solve_numerically,
+    split_optimum,
+)
+from nc_theory.by_class import solve_by_class
+
+SMALL = [10, 18, 33, 60, 110, 200]
+REPRODUCIBLE = {"deadline": None, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
+MEMBERS = {
+    "plain": LossVariant(),
+    "weighted": LossVariant(class_weights=1),
+    "LA": LossVariant(logit_adjustment=1),
+    "CDT": LossVariant(logit_scaling=0.3),
+    "VS": LossVariant(logit_adjustment=1, logit_scaling=0.2),
+    "LDAM": LossVariant(ldam_margin=0.5),
+    "smoothed": LossVariant(label_smoothing=0.1),
+    "all": LossVariant(0.5, 0.5, 0.1, 0.5, 0.05),
+}
+
+
+def random_problem(random):
+    """A problem where none, some or all classes collapse, of any member, with and without ReLU and bias."""
+    num_classes = int(random.integers(2, 9))
+    counts = random.integers(1, 300, num_classes)
+    limits = [1.5, 2.0, 0.6, 2.0, 0.3]
+    values = [random.random() * limit * (random.random() < 0.5) for limit in limits]
+    product = 10 ** random.uniform(-4, 0.2) * counts.max() / counts.sum() ** 2 * (num_classes - 1) / num_classes
+    ratio = 10 ** random.uniform(-3, 3)
+    return UFM(
+        counts,
+        math.sqrt(product * ratio),
+        math.sqrt(product / ratio),
+        relu=random.random() < 0.7,
+        bias=random.random() < 0.3,
+        variant=LossVariant(*values),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The bound
+# ---------------------------------------------------------------------------------------------------------
+
+
+def projected_power_iteration(gram, vector):
+    """A local maximum of v^T gram v over |v| = 1, v >= 0."""
+    for _ in range(300):
+        vector = np.maximum(gram @ vector, 0)
+        vector /= max(np.linalg.norm(vector), 1e-300)
+    return vector @ gram @ vector
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 6, 9])
+def test_polar_is_the_maximum_over_nonnegative_vectors(num_classes):
+    random = np.random.default_rng(num_classes)
+    for _ in range(5):
+        matrix = random.standard_normal((num_classes, num_classes))
+        starts = np.vstack([random.random((50, num_classes)), np.eye(num_classes)])
+        found = max(projected_power_iteration(matrix.T @ matrix, start) for start in starts)
+        assert polar(matrix) == pytest.approx(math.sqrt(found), rel=1e-6)
+        assert polar(matrix) >= math.sqrt(found) * (1 - 1e-12)
+        assert polar(matrix, relu=False) == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-12)
+
+
+def test_polar_of_many_classes_is_a_bound_and_exact_without_positive_inner_products():
+    random = np.random.default_rng(0)
+    matrix = random.standard_normal((20, 20))
+    found = max(projected_power_iteration(matrix.T @ matrix, start) for start in random.random((50, 20)))
+    assert math.sqrt(found) <= polar(matrix)
+    centring = (np.eye(20) - 1 / 20) * random.uniform(1, 2, 20)
+    assert polar(centring) == pytest.approx(np.linalg.norm(centring, axis=0).max(), rel=1e-14)
+
+
+def test_polar_with_repeated_eigenvalues():
+    """The maximum is reached on many supports at once; eigenvectors of a repeated eigenvalue have any sign."""
+    assert polar(3 * np.eye(5)) == pytest.approx(3, rel=1e-14)
+    assert polar(np.ones((4, 6))) == pytest.approx(math.sqrt(24), rel=1e-14)
+    assert polar(np.zeros((3, 3))) == 0
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=40, **REPRODUCIBLE)
+def test_the_bound_is_never_above_the_minimum_found(seed):
+    """Neither that of the minimiser's logits, nor that of any other logits, near it or far."""
+    random = np.random.default_rng(seed)
+    problem = random_problem(random)
+    optimum = solve(problem)
+    assert optimum.lower_bound <= optimum.loss * (1 + 1e-12)
+    size = optimum.WH.abs().max().item() + 0.1
+    for noise in (1e-6, 1e-2, 1.0, 10.0):
+        logits = optimum.WH.numpy() + noise * size * random.standard_normal(optimum.WH.shape)
+        assert lower_bound(problem, logits, optimum.bias) <= optimum.loss * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_problems_are_certified(seed):
+    optimum = solve(random_problem(np.random.default_rng(seed)))
+    assert optimum.certified and optimum.gap <= 1e-7
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("variant", MEMBERS.values(), ids=MEMBERS)
+def test_every_member_is_certified_from_random_starts(variant, relu):
+    found = solve_numerically(UFM(SMALL, 2e-3, 2e-4, relu=relu, variant=variant))
+    assert found.optimum.method == "numerical" and -1e-12 < found.optimum.gap <= 1e-7
+    expected = solve(found.optimum.problem)
+    assert found.optimum.loss == pytest.approx(expected.loss, rel=1e-9)
+    torch.testing.assert_close(found.optimum.margins, expected.margins, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias_decay", [0.0, 1e-3])
+@pytest.mark.parametrize("loss, relu", [("CrossEntropy", True), ("CrossEntropy", False), ("MSE", True)])
+def test_problems_with_a_bias_are_certified(loss, relu, bias_decay):
+    optimum = solve(UFM([20, 30, 60, 90], 5e-3, 5e-4, loss=loss, relu=relu, bias=True, bias_decay=bias_decay))
+    assert -1e-12 < optimum.gap <= 1e-7
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("num_classes", [2, 6, 50])
+def test_the_bound_at_a_closed_form_is_its_loss(loss, num_classes):
+    counts = np.linspace(3, 400, num_classes).round()
+    for product in (1e-8, 1e-6, 1e-4):
+        optimum = closed_form(UFM(counts, math.sqrt(product), math.sqrt(product), loss=loss))
+        assert lower_bound(optimum.problem, optimum.WH) == pytest.approx(optimum.loss, rel=1e-10)
+        assert optimum.gap == 0 and optimum.certified
+
+
+def test_the_bound_keeps_its_digits_where_the_loss_is_tiny():
+    optimum = closed_form(UFM([5, 6, 7], 1e-12, 1e-12))
+    assert optimum.loss < 1e-9
+    assert lower_bound(optimum.problem, optimum.WH) == pytest.approx(optimum.loss, rel=1e-9)
+
+
+def test_what_is_not_the_minimum_is_not_certified():
+    problem = UFM(SMALL, 2e-3, 2e-4, variant=MEMBERS["VS"])
+    elsewhere = solve(UFM(SMALL, 2e-3, 2e-4))
+    assert lower_bound(problem, elsewhere.WH) < 0.99 * solve(problem).loss
+    released = released_formula(UFM(SMALL, 2e-3, 2e-4))
+    assert not released.certified and released.gap == released.loss / elsewhere.loss - 1
+    assert released_formula(UFM(SMALL, 2e-3, 2e-4, bias=True)).gap == math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Closed forms, and problems that split by class
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_weighted_cross_entropy_has_its_closed_form():
+    counts, lambda_w, lambda_h = np.array(SMALL), 2e-3, 2e-4
+    for exponent in (0.5, 1.0, 1.7):
+        weights = counts.sum() * counts**-exponent / (counts ** (1 - exponent)).sum()
+        ratio = weights * np.sqrt(counts) / (counts.sum() * math.sqrt(lambda_w * lambda_h * 5 / 6))
+        expected = np.log(np.maximum(5 * (ratio - 1), 1))
+        optimum = solve(UFM(counts, lambda_w, lambda_h, variant=LossVariant(class_weights=exponent)))
+        np.testing.assert_allclose(optimum.margins.numpy(), expected, rtol=1e-12)
+        assert optimum.method == "closed form"
+        assert lower_bound(optimum.problem, optimum.WH) == pytest.approx(optimum.loss, rel=1e-12)
+    margins = {
+        e: solve(UFM(counts, lambda_w, lambda_h, variant=LossVariant(class_weights=e))).margins for e in (0.5, 1)
+    }
+    assert (margins[0.5] - margins[0.5][0]).abs().max() < 1e-13 and margins[1].argmax() == 0
+
+
+@pytest.mark.parametrize("variant", [LossVariant(0.8, 0, 0, 1.2, 0.2), MEMBERS["LDAM"], MEMBERS["smoothed"]], ids=str)
+def test_margins_and_smoothing_have_a_closed_form(variant):
+    problem = UFM([1, *SMALL], 2e-2, 2e-3, variant=variant)
+    closed, found = closed_form(problem), solve_numerically(problem).optimum
+    assert closed.collapsed[0].item() == (variant.class_weights == 0)  # its weight rescues the class of one image
+    assert not closed.collapsed.all()
+    assert lower_bound(problem, closed.WH) == pytest.approx(closed.loss, rel=1e-12)
+    assert found.loss == pytest.approx(closed.loss, rel=1e-10)
+    for name in ("HTH", "WWT", "WH"):
+        expected = getattr(closed, name)
+        torch.testing.assert_close(getattr(found, name), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_by_class_is_the_closed_form_where_there_is_one():
+    for variant in (LossVariant(), LossVariant(0.8, 0, 0, 1.2, 0.2)):
+        problem = UFM([1, *SMALL], 2e-2, 2e-3, variant=variant)
+        closed, by_class = closed_form(problem), solve_by_class(problem)
+        assert by_class.method == "class by class" and by_class.projected_gradient < 1e-6
+        assert by_class.loss == pytest.approx(closed.loss, rel=1e-12) and abs(by_class.gap) < 1e-9
+        for name in ("margins", "mean_norms_sq", "HTH", "WWT", "WH"):
+            torch.testing.assert_close(getattr(by_class, name), getattr(closed, name), rtol=1e-6, atol=1e-6)
+        kept = ~closed.collapsed
+        ratio = by_class.duality[:, kept] / closed.duality[:, kept]
+        torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio), rtol=1e-5, atol=0)
+
+
+def test_problems_split_by_class_where_counts_differ_little():
+    problem = UFM([40, 50, 60, 70], 2e-3, 2e-4, variant=LossVariant(logit_adjustment=0.5, logit_scaling=0.1))
+    split, found = split_optimum(problem), solve_numerically(problem).optimum
+    assert split.method == "class by class" and split.gap < 1e-9
+    assert found.loss == pytest.approx(split.loss, rel=1e-10)
+    assert (split.WH.diag() > 0).all()
+
+
+def test_logit_adjustment_lets_small_classes_share_directions():
+    problem = UFM(SMALL, 2e-3, 2e-4, variant=MEMBERS["LA"])
+    assert split_optimum(problem) is None
+    optimum, apart = solve(problem), solve_by_class(problem)
+    norms = optimum.mean_norms_sq.sqrt()
+    cosines = optimum.HTH / norms / norms[:, None]
+    assert cosines[0, 1] > 0.05 and cosines[-1, -2] < 1e-4
+    assert optimum.loss < apart.loss and not apart.certified and optimum.certified
+
+
+def test_a_thousand_classes_in_seconds():
+    counts = np.geomspace(10, 500, 1000).round()
+    start = time.process_time()
+    optimum = solve(UFM(counts, 1e-5, 1e-7, variant=LossVariant(logit_scaling=0.05)))
+    assert optimum.method == "class by class" and optimum.gap < 1e-9
+    assert solve(UFM(counts, 1e-5, 1e-7, variant=LossVariant(1, 0, 0, 0.5, 0.1))).method == "closed form"
+    assert time.process_time() - start < 10
+
+
+def test_too_many_classes_to_search_are_said_to_be_uncertified():
+    counts = np.geomspace(10, 500, MOST_CLASSES + 1).round()
+    optimum = solve(UFM(counts, 1e-5, 1e-7, variant=LossVariant(logit_adjustment=1)))
+    assert optimum.method == "class by class" and not optimum.certified and 0 < optimum.gap < 1
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [1, 300], [1, 1, 1, 1], [1, 1, 50]])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("member", ["LA", "all"])
+def test_two_classes_and_classes_of_one_image(counts, relu, member):
+    optimum = solve(UFM(counts, 1e-2, 1e-3, relu=relu, variant=MEMBERS[member]))
+    assert -1e-12 < optimum.gap <= 1e-7
+    for name in ("margins", "mean_norms_sq", "HTH", "WWT", "WH", "duality"):
+        assert getattr(optimum, name).isfinite().all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The optimality gap of a network
+# ---------------------------------------------------------------------------------------------------------
+
+
+def literal_value(problem, weight, features, labels, bias):
+    """(UFM) of all samples, with autograd's cross entropy."""
+    module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
+    data = module(features @ weight.T + bias, labels).mean()
+    penalties = problem.lambda_w * weight.square().sum() + problem.lambda_h * features.square().sum()
+    return data, data + 0.5 * penalties + 0.5 * problem.bias_decay * bias.square().sum()
+
+
+def within(features, labels, means):
+    return (features - means[labels]).square().sum()
+
+
+def least_over_heads(problem, means):
+    """The least value over W and b for one feature a class, by Newton's method with autograd's Hessian."""
+    labels, counts = torch.arange(len(means)), problem.counts
+    module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
+    decays = torch.full((means.shape[1],), problem.lambda_w, dtype=torch.float64)
+    inputs = means
+    if problem.bias:
+        decays = torch.cat([decays, torch.tensor([problem.bias_decay])])
+        inputs = torch.cat([means, torch.ones(len(means), 1)], dim=1)
+
+    def value(x):
+        head = x.reshape(len(means), -1)
+        return counts / counts.sum() @ module(inputs @ head.T, labels) + 0.5 * (decays * head.square()).sum()
+
+    x = torch.zeros(inputs.numel(), dtype=torch.float64)
+    for _ in range(60):
+        gradient, hessian = torch.func.grad(value)(x), torch.func.hessian(value)(x)
+        step = -torch.linalg.pinv(hessian, hermitian=True) @ gradient
+        length = next((s for s in 0.5 ** torch.arange(30) if value(x + s * step) < value(x)), None)
+        if length is None:
+            break
+        x = x + length * step
+    return value(x).item() + 0.5 * problem.lambda_h * (counts @ means.square().sum(1)).item()
+
+
+@pytest.mark.parametrize("bias, bias_decay", [(False, 0.0), (True, 0.0), (True, 1e-2)])
+@pytest.mark.parametrize("member", ["plain", "VS"])
+def test_the_gap_of_a_network_and_its_three_parts(member, bias, bias_decay):
+    problem = UFM([3, 5, 9], 1e-2, 1e-3, bias=bias, bias_decay=bias_decay, variant=MEMBERS[member])
+    optimum = solve(problem)
+    random = torch.Generator().manual_seed(0)
+    labels = torch.repeat_interleave(torch.arange(3), problem.counts.long())
+    means = torch.rand(3, 6, generator=random, dtype=torch.float64) * 2
+    features = means[labels] + 0.1 * torch.rand(17, 6, generator=random, dtype=torch.float64)
+    means = torch.stack([features[labels == k].mean(0) for k in range(3)])
+    weight = torch.randn(3, 6, generator=random, dtype=torch.float64)
+    offset = torch.randn(3, generator=random, dtype=torch.float64) * bias
+    data, value = literal_value(problem, weight, features, labels, offset)
+    _, collapsed = literal_value(problem, weight, means[labels], labels, offset)
+    best = least_over_heads(problem, means)
+    row = optimality_gap(optimum, weight, means, data, within(features, labels, means), offset if bias else None)
+    assert list(row) == ["optimality_gap", "gap_within", "gap_head", "gap_means"]
+    assert row["optimality_gap"] == pytest.approx(value.item() / optimum.lower_bound - 1, rel=1e-10)
+    assert row["gap_within"] == pytest.approx((value - collapsed).item() / optimum.lower_bound, rel=1e-9)
+    assert row["gap_head"] == pytest.approx((collapsed.item() - best) / optimum.lower_bound, rel=1e-8)
+    assert row["gap_means"] == pytest.approx(best / optimum.lower_bound - 1, rel=1e-8)
+    assert min(row.values()) > 0
+
+
+@pytest.mark.parametrize("member", ["plain", "VS"])
+def test_the_gap_at_the_optimum_is_zero(member):
+    """Features and a head with the optimum's geometry, without spread: nothing is left but the certificate's gap."""
+    problem = UFM([30, 60, 90, 120], 5e-3, 5e-4, variant=MEMBERS[member])
+    optimum = solve(problem)
+    values, vectors = torch.linalg.eigh(optimum.HTH)
+    means = vectors * values.sqrt()
+    weight = optimum.WH @ torch.linalg.inv(means.T)
+    labels = torch.arange(4)
+    module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
+    data = problem.counts / problem.counts.sum() @ module(means @ weight.T, labels)
+    row = optimality_gap(optimum, weight, means, data, 0.0)
+    assert abs(row["optimality_gap"]) < 1e-7 and all(row[f"gap_{part}"] > -1e-12 for part in ("within", "head"))
+    assert row["gap_means"] > -1e-9
+
+
+def test_the_head_is_found_where_features_are_nearly_dependent():
+    """Class means along one direction and almost along it; many features; a head far from the best."""
+    problem = UFM([30, 60, 90], 1e-6, 1e-6)
+    means = torch.tensor([[1.0, 0, 0], [1.0, 1e-4, 0], [2.0, 0, 1e-3]], dtype=torch.float64)
+    labels, weight = torch.arange(3), torch.full((3, 3), 100.0, dtype=torch.float64)
+    data = (
+        problem.counts
+        / problem.counts.sum()
+        @ torch.nn.functional.cross_entropy(means @ weight.T, labels, reduction="none")
+    )
+    optimum = solve(problem)
+    row = optimality_gap(optimum, weight, means, data, 0.0)
+    assert row["gap_means"] == pytest.approx(least_over_heads(problem, means) / optimum.lower_bound - 1, rel=1e-7)
+
+
+def test_without_a_bound_there_is_no_gap():
+    released = released_formula(UFM([5, 6], 1e-2, 1e-3, bias=True))
+    row = optimality_gap(released, torch.ones(2, 3), torch.ones(2, 3), 1.0, 0.0)
+    assert all(math.isnan(value) for value in row.values())
