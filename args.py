@@ -1,45 +1,42 @@
-"""Flags of the two entry scripts, and the name, folder and config that they give a run.
+"""The flags of the two entry scripts, checked, and the name and folder that they give a run.
 
-Both scripts take the same flags, so that one command line trains and validates; each ignores what only the
-other needs.
+Training and validation take the same flags, so that one command line serves both; each ignores what only the other
+needs.
 """
 
 import argparse
+import difflib
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 from pathlib import Path
 
 from datasets import SOURCES
+from engine.run import BN_SUFFIXES, CALL_FLAGS, THEORY_SUFFIXES
 from models import MODELS
 from utils import UserError
 
-# The flags that change the trained weights: they name the run, and must agree with its config.json.
+# The flags that change the trained weights: they name the run and must agree with its config.json.
 TRAINING_FLAGS = (
     "dataset imbalance n_max class_counts data_augmentation model depth_linear bias loss objective sep_decay "
     "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle stratified "
     "adam_beta2 adam_eps amsgrad warmup_epochs penalty_warmup_epochs clip_grad_norm precision seed init_from"
 ).split()
-THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}  # of CSV and geometry
-MLP_FLAGS = ["depth_relu", "width", "revive"]  # no other model has them
-FOLDER_FLAGS = ["data_dir"]  # says which images they are only for --dataset imagefolder
-
-# The flags that belong to one call, not to the run.
-LOCAL_FLAGS = set(
-    "data_dir download device gpu_id save_path load_path keep resume force theory watch recompute tensorboard wandb "
-    "cuda_graph".split()
-)
+MLP_FLAGS = ["depth_relu", "width", "revive"]  # change the weights of an MLP only
+OPTIONAL_FLAGS = ["planes", "revive"]  # part of the name only if given: names of older runs stay what they were
+PROFILE_FLAGS = ("imbalance", "n_max", "class_counts")  # three ways to say how many images each class has
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Types: each turns a word into a value or says in one line what it must be
+# Types: each converts a word of the command line, or says in one line what it must be
 # ---------------------------------------------------------------------------------------------------------
 
 
-def number(cast, low, *, above=False, high=math.inf, below=False):
-    """An argparse type: a finite `cast` from low to high, without low itself if `above`, without high if `below`."""
+def bounded(cast, low, *, above=False, high=math.inf, below=False):
+    """Return an argparse type: a finite number, from low (exclusive if `above`) to high (exclusive if `below`)."""
     kind = {int: "a whole number", float: "a number"}[cast]
     bound = f"{'>' if above else '>='} {low}" + (f" and {'<' if below else '<='} {high}" if high < math.inf else "")
 
@@ -56,25 +53,52 @@ def number(cast, low, *, above=False, high=math.inf, below=False):
     return parse
 
 
+def epochs_or_share(low):
+    """Return an argparse type: a whole number of epochs >= low, or a share of --epochs such as 36%."""
+    whole = bounded(int, low, high=2**31 - 1)
+
+    def parse(text):
+        if re.fullmatch(r"\d{1,2}(\.\d+)?%", text):
+            return text
+        try:
+            return whole(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor a share of --epochs such as 36%") from None
+
+    return parse
+
+
 def true_or_false(text):
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
     return text == "True"
 
 
-def class_counts(text):
+def name_of(names):
+    """Return an argparse type: one of the names, in upper or lower case."""
+    by_lower = {name.lower(): name for name in names}
+
+    def parse(text):
+        if text.lower() not in by_lower:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}{did_you_mean(text, names)}")
+        return by_lower[text.lower()]
+
+    return parse
+
+
+def class_count_list(text):
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
         counts = []
     if len(counts) < 2 or min(counts) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a comma-separated list of whole numbers >= 1, one a class, two classes or more"
+            f"{text!r} is not a comma-separated list of two or more whole numbers >= 1, one per class"
         )
     return counts
 
 
-def imbalance(text):
+def imbalance_profile(text):
     if text in ("paper", "balanced"):
         return text
     kind, _, ratio = text.partition(":")
@@ -89,15 +113,22 @@ def imbalance(text):
 
 def decay_type(text):
     if text not in ("step", "cosine") and not re.fullmatch(r"step(_[1-9]\d*)+", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not step (every --patience epochs), cosine (after --patience epochs), or milestones such as "
-            "step_60_120"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not step, cosine, or milestones such as step_60_120")
     return text
 
 
-def folder(text):
+def existing_or_new_dir(text):
     return str(Path(os.path.expanduser(text)))
+
+
+def real_path(text):
+    return os.path.realpath(os.path.expanduser(text))
+
+
+def run_label(text):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,79}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of up to 80 letters, digits and . _ = + -")
+    return text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -105,23 +136,33 @@ def folder(text):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def did_you_mean(word, known):
+    """Return "; did you mean X?" for the known word closest to `word`, or "" if none is close."""
+    closest = difflib.get_close_matches(word.lower(), [name.lower() for name in known], 1, 0.7)
+    return "".join(f"; did you mean {name}?" for name in known if name.lower() in closest)
+
+
 class Parser(argparse.ArgumentParser):
-    """Errors in one line; of a file of flags, @FILE, what follows a # is a comment."""
+    """An ArgumentParser whose errors are UserErrors, and whose @FILEs of flags may have comments after a #."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+            message += did_you_mean(found[1], self._option_string_actions)
+        raise UserError(message)
 
     def convert_arg_line_to_args(self, line):
         return line.split("#")[0].split()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds "(default: ...)" to every help text that does not state the default itself."""
+
     def _get_help_string(self, action):
         return action.help if "default" in action.help else super()._get_help_string(action)
 
 
 def make_parser(description=None):
-    """The parser of both entry scripts."""
+    """Return the parser of both entry scripts."""
     parser = Parser(
         usage="%(prog)s [@FILE of flags] [flags]",
         description=description,
@@ -130,259 +171,307 @@ def make_parser(description=None):
         formatter_class=lambda prog: Help(prog, max_help_position=32, width=110),
     )
     yes_no = argparse.BooleanOptionalAction
-    positive = number(float, 0, above=True)
-    not_negative = number(float, 0)
-    count = number(int, 1, high=2**31 - 1)
+    positive, not_negative = bounded(float, 0, above=True), bounded(float, 0)
+    count, from_zero = bounded(int, 1, high=2**31 - 1), bounded(int, 0, high=2**31 - 1)
+    layers, units = bounded(int, 1, high=1000), bounded(int, 1, high=2**20)
 
     def number_or_off(text):
         return not_negative(text) or None
 
-    layers, units = number(int, 1, high=1000), number(int, 1, high=2**20)
-    from_zero = number(int, 0, high=2**31 - 1)
-
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=SOURCES, default="cifar10", help="images to train on")
-    data.add_argument("--data_dir", type=folder, default=folder("~/data"), help="folder of the data sets")
-    data.add_argument(
-        "--download",
-        action=yes_no,
-        default=True,
-        help="fetch a missing data set into --data_dir (default: on)",
-    )
-    data.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=SOURCES, default="cifar10", help="images to train on")
+    add("--data_dir", type=existing_or_new_dir, default=existing_or_new_dir("~/data"), help="folder of the data sets")
+    add("--download", action=yes_no, default=True, help="download a missing data set into --data_dir (default: on)")
+    add(
         "--imbalance",
-        type=imbalance,
+        type=imbalance_profile,
         metavar="PROFILE",
-        help="training images a class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
+        help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
         "(default: paper; for imagefolder, all images)",
     )
-    data.add_argument(
+    add(
         "--n_max",
         type=count,
         metavar="N",
         help="images of the largest class with balanced, exp:R and step:R (default: as many as there are)",
     )
-    data.add_argument(
+    add(
         "--class_counts",
-        type=class_counts,
+        type=class_count_list,
         metavar="N,N,...",
-        help="training images of each class, instead of --imbalance (default: by --imbalance)",
+        help="training images of each class, instead of --imbalance (default: as --imbalance says)",
     )
-    data.add_argument(
+    add(
         "--data_augmentation",
         action=yes_no,
         default=False,
-        help="random crops (4 pixels of padding) and horizontal flips while training (default: off)",
+        help="train on random crops (4 pixels of padding) and horizontal flips (default: off)",
     )
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=MODELS, default="MLP", help="network")
-    model.add_argument("--depth_relu", type=layers, default=6, metavar="N", help="MLP: ReLU layers before the last")
-    model.add_argument("--width", type=units, default=1024, metavar="N", help="MLP: units of a layer")
-    model.add_argument("--depth_linear", type=layers, default=1, metavar="N", help="linear layers of the head")
-    model.add_argument("--bias", action=yes_no, default=True, help="bias in the head (default: on)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", type=name_of(MODELS), default="MLP", metavar="MODEL", help=f"network: {', '.join(MODELS)}")
+    add("--depth_relu", type=layers, default=6, metavar="N", help="MLP: number of ReLU layers before the last one")
+    add("--width", type=units, default=1024, metavar="N", help="MLP: units per layer")
+    add(
+        "--planes",
+        type=bounded(int, 2, high=2**12),
+        metavar="P",
+        help="channels of the first stage of a ResNet or VGG; twice the growth rate of a DenseNet (default: 64; "
+        "densenet_cifar: 24)",
+    )
+    add("--depth_linear", type=layers, default=1, metavar="N", help="number of linear layers in the head")
+    add("--bias", action=yes_no, default=True, help="bias in the head (default: on)")
 
-    goal = parser.add_argument_group("objective")
-    goal.add_argument("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss of a sample")
-    goal.add_argument(
+    add = parser.add_argument_group("objective").add_argument
+    add("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss of a sample")
+    add(
         "--objective",
         choices=["paper", "released"],
         default="paper",
         help="paper: the unconstrained features problem; released: what the paper's released code minimises",
     )
-    goal.add_argument(
+    add(
         "--sep_decay",
         action=yes_no,
         default=False,
-        help="penalise the head and the features only, as the theory does (default: off: weight decay on "
-        "all parameters)",
+        help="penalise only the head and the features, as the theory does (default: off: weight decay on all "
+        "parameters)",
     )
-    goal.add_argument(
-        "--weight_decay", type=not_negative, default=1e-4, metavar="X", help="lambda_W, factor of |W|^2 / 2"
-    )
-    goal.add_argument(
+    add("--weight_decay", type=not_negative, default=1e-4, metavar="X", help="lambda_W, the factor of |W|^2 / 2")
+    add(
         "--feature_decay_rate",
         type=not_negative,
         default=1e-5,
         metavar="X",
-        help="lambda_H, factor of |h|^2 / 2, with --sep_decay",
+        help="lambda_H, the factor of |h|^2 / 2, with --sep_decay",
     )
 
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=count, default=4000, metavar="N", help="passes over the training set")
-    training.add_argument("--batch_size", type=count, default=256, metavar="N", help="images of a step at most")
-    training.add_argument("--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
-    training.add_argument("--lr", type=positive, default=1e-4, metavar="X", help="first learning rate")
-    training.add_argument(
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=count, default=4000, metavar="N", help="passes over the training set")
+    add("--batch_size", type=count, default=256, metavar="N", help="largest number of images in a step")
+    add("--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
+    add("--lr", type=positive, default=1e-4, metavar="X", help="initial learning rate")
+    add(
         "--decay_type",
         type=decay_type,
         default="step",
         metavar="TYPE",
-        help="step: lr times gamma every --patience epochs; step_60_120: at epochs 60 and 120; cosine: constant for "
-        "--patience epochs, then a half cosine that would be zero after --epochs",
+        help="step: multiply lr by gamma every --patience epochs; step_60_120: at epochs 60 and 120; cosine: constant "
+        "for --patience epochs, then a half cosine that reaches zero after --epochs",
     )
-    training.add_argument(
-        "--patience", type=count, default=2000, metavar="N", help="epochs from lr drop to lr drop, or to the cosine"
+    add(
+        "--patience",
+        type=epochs_or_share(1),
+        default=2000,
+        metavar="N",
+        help="epochs between lr drops, or before the cosine; a number or a share of --epochs such as 36%%",
     )
-    training.add_argument("--gamma", type=positive, default=0.1, metavar="X", help="factor of an lr drop")
-    training.add_argument(
+    add("--gamma", type=positive, default=0.1, metavar="X", help="factor of an lr drop")
+    add(
         "--warmup_epochs",
-        type=from_zero,
+        type=epochs_or_share(0),
         default=0,
         metavar="N",
-        help="first epochs, in which the learning rate rises linearly to --lr; 0: none",
+        help="epochs in which the learning rate rises linearly to --lr; 0: none",
     )
-    training.add_argument(
+    add(
         "--penalty_warmup_epochs",
-        type=from_zero,
+        type=epochs_or_share(0),
         default=0,
         metavar="N",
-        help="first epochs, in which the penalties of --sep_decay rise linearly from nothing; 0: none",
+        help="epochs in which the penalties of --sep_decay rise linearly from zero; 0: none",
     )
-    training.add_argument(
+    add(
         "--adam_beta2",
-        type=number(float, 0, high=1, below=True),
+        type=bounded(float, 0, high=1, below=True),
         default=0.999,
         metavar="X",
-        help="Adam: how slowly its mean of squared gradients forgets",
+        help="Adam: decay rate of the running mean of squared gradients",
     )
-    training.add_argument(
-        "--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: added to the root of that mean"
-    )
-    training.add_argument(
-        "--amsgrad",
-        action=yes_no,
-        default=False,
-        help="Adam: divide by the largest such mean so far (default: off)",
-    )
-    training.add_argument(
+    add("--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: added to the root of that mean")
+    add("--amsgrad", action=yes_no, default=False, help="Adam: divide by the largest such mean so far (default: off)")
+    add(
         "--clip_grad_norm",
         type=number_or_off,
         metavar="X",
-        help="largest norm of a gradient; 0: off (default: off)",
+        help="largest norm of a gradient; 0: no clipping (default: no clipping)",
     )
-    training.add_argument(
+    add(
         "--revive",
         action=yes_no,
         default=False,
-        help="MLP: features at zero, to which their ReLU gives no gradient, get the one that would raise them "
-        "(default: off)",
+        help="let a gradient raise features at zero, which an ordinary ReLU does not pass (default: off)",
     )
-    training.add_argument(
-        "--no_shuffle", action="store_true", help="batches in the order of the data set (default: off)"
-    )
-    training.add_argument(
+    add("--no_shuffle", action="store_true", help="take batches in the order of the data set (default: off)")
+    add(
         "--stratified",
         action=yes_no,
         default=False,
-        help="shuffled batches that each have every class in proportion, equal in size but for one image "
-        "(default: off)",
+        help="shuffled batches with every class in proportion, whose sizes differ by at most one image (default: off)",
     )
-    training.add_argument(
-        "--seed", type=number(int, 0, high=2**63 - 1), default=1, metavar="N", help="of weights and batches"
+    add(
+        "--seed",
+        type=bounded(int, 0, high=2**63 - 1),
+        default=1,
+        metavar="N",
+        help="seed of the initial weights and of the batches",
     )
-    training.add_argument(
-        "--init_from",
-        type=lambda text: os.path.realpath(os.path.expanduser(text)),
-        metavar="FILE",
-        help="checkpoint with the first weights (default: random)",
-    )
+    add("--init_from", type=real_path, metavar="FILE", help="checkpoint with the initial weights (default: random)")
 
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one"
-    )
-    machine.add_argument("--gpu_id", type=from_zero, default=0, metavar="N", help="index of the GPU")
-    machine.add_argument(
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
+    add("--gpu_id", type=from_zero, default=0, metavar="N", help="index of the GPU")
+    add(
         "--precision",
         choices=["fp32", "tf32", "bf16"],
         default="fp32",
-        help="of products and convolutions in the network's body; weights, head, loss and penalties stay fp32; "
-        "tf32 needs a GPU",
+        help="arithmetic of the network's body; weights, head, loss and penalties stay fp32; tf32 needs a GPU",
     )
-    machine.add_argument(
-        "--cuda_graph", action=yes_no, default=True, help="on a GPU, replay a captured training step (default: on)"
+    add(
+        "--cuda_graph",
+        action=yes_no,
+        default=True,
+        help="on a GPU, capture the training step and replay it (default: on)",
     )
 
-    files = parser.add_argument_group("files of a run")
-    files.add_argument(
-        "--save_path", type=folder, metavar="DIR", help="the run's folder (default: model_weights/<run name>)"
+    add = parser.add_argument_group("files of a run").add_argument
+    add(
+        "--save_path",
+        type=existing_or_new_dir,
+        metavar="DIR",
+        help="the run's folder (default: model_weights/<run name>)",
     )
-    files.add_argument("--save_every", type=count, default=10, metavar="N", help="epochs between checkpoints")
-    files.add_argument(
+    add(
+        "--run_name",
+        type=run_label,
+        metavar="NAME",
+        help="name of the run in its folder, legends and tables (default: made from the flags)",
+    )
+    add("--save_every", type=count, default=10, metavar="N", help="epochs between checkpoints")
+    add(
         "--keep",
         type=count,
         metavar="N",
-        help="checkpoints to keep: the last N, and those of epochs 1, 2, 4, 8, ..., which are then saved too "
-        "(default: all)",
+        help="keep the last N checkpoints and those of epochs 1, 2, 4, 8, ..., which are then saved too (default: all)",
     )
-    files.add_argument("--resume", action="store_true", help="go on where the run stopped (default: off)")
-    files.add_argument(
-        "--force", action="store_true", help="delete an earlier run in the folder and start again (default: off)"
+    add(
+        "--resume", action="store_true", help="continue the run in the folder, or start if there is none (default: off)"
     )
-    files.add_argument(
+    add("--force", action="store_true", help="delete the run in the folder and start again (default: off)")
+    add(
         "--tensorboard",
         action="store_true",
-        help="log to tensorboard/ in the run's folder as well; the package is needed (default: off)",
+        help="log to tensorboard/ in the run's folder; needs the package (default: off)",
     )
-    files.add_argument(
+    add(
         "--wandb",
         type=true_or_false,
+        nargs="?",
+        const=True,
         default=False,
         metavar="True|False",
-        help="log to Weights & Biases as well (the package is needed; WANDB_MODE applies)",
+        help="log to Weights & Biases; needs the package; WANDB_MODE applies",
     )
 
-    measuring = parser.add_argument_group("measuring")
-    measuring.add_argument(
-        "--nc_every",
-        type=from_zero,
-        default=0,
-        metavar="N",
-        help="epochs between measurements while training; 0: none",
-    )
-    measuring.add_argument(
-        "--load_path", type=folder, metavar="DIR", help="folder to validate (default: as --save_path)"
-    )
-    measuring.add_argument(
+    add = parser.add_argument_group("measuring").add_argument
+    add("--nc_every", type=from_zero, default=0, metavar="N", help="epochs between measurements in training; 0: none")
+    add("--load_path", type=existing_or_new_dir, metavar="DIR", help="folder to validate (default: as --save_path)")
+    add(
         "--theory",
         choices=THEORY_SUFFIXES,
         default="objective",
-        help="optimum to compare with: of the problem that is minimised; the closed form at the flags' own "
-        "decays; the released code's formula",
+        help="optimum to compare with: of the problem that is minimised; the closed form at the flags' own lambdas; "
+        "the formula of the paper's released code",
     )
-    measuring.add_argument("--watch", action="store_true", help="follow a training run until it ends (default: off)")
-    measuring.add_argument("--recompute", action="store_true", help="measure again what is in the CSV (default: off)")
+    add(
+        "--bn_statistics",
+        choices=BN_SUFFIXES,
+        default="running",
+        help="what BatchNorm normalises with when the network is measured: running averages, or the exact statistics "
+        "of the training set, layer by layer",
+    )
+    add("--watch", action="store_true", help="validate: follow a training run to its last epoch (default: off)")
+    add("--recompute", action="store_true", help="validate: measure again what has been measured (default: off)")
     return parser
 
 
-def parse_args(description=None, argv=None):
-    """Parses the command line (or `argv`) into a namespace; `args.given` names the flags that were typed."""
+def parse_args(description=None, argv=None, config=None, folder=None):
+    """Parse the command line (or `argv`) into a namespace.
+
+    config: the config.json of the run in `folder`; its flags are the defaults, and flags of the command line that
+    would have trained other weights raise UserError. Where the data lie and which device is used are free.
+    """
     parser = make_parser(description)
-    absent = object()
-    names = [action.dest for action in parser._actions if action.dest != "help"]
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-    given = {name for name in names if getattr(args, name) is not absent}
-    for name in set(names) - given:
-        setattr(args, name, parser.get_default(name))
-    args.given = given
-    if message := contradiction(args):
-        parser.error(message)
+    args = parser.parse_args(argv)
+    if config:
+        args = merge_config(parser, argv, args, config, folder)
+    for name in ("patience", "warmup_epochs", "penalty_warmup_epochs"):
+        value = getattr(args, name)
+        if isinstance(value, str):  # a share of the epochs
+            setattr(args, name, max(round(float(value[:-1]) / 100 * args.epochs), int(name == "patience")))
+    if message := contradiction(args, parser):
+        raise UserError(f"{folder}/config.json and the flags: {message}" if config else message)
     return args
 
 
-def contradiction(args):
-    """What is wrong with flags that are right one by one, or None."""
+def merge_config(parser, argv, typed, config, folder):
+    """Parse the command line once more, behind the flags of a run's config.json, which it must not contradict."""
+    flags = {name: value for name, value in config["flags"].items() if name not in CALL_FLAGS}
+    data_dir = config["flags"].get("data_dir")
+    if isinstance(data_dir, str) and Path(data_dir).is_dir():
+        flags["data_dir"] = data_dir
+    words = words_of(parser, flags)
+    try:
+        then = parser.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: damaged, {error}") from None
+    if any(getattr(typed, name) is not None for name in PROFILE_FLAGS):  # one way to give the counts replaces another
+        words = words_of(parser, {name: value for name, value in flags.items() if name not in PROFILE_FLAGS})
+    args = make_parser().parse_args([*words, *(argv if argv is not None else sys.argv[1:])])
+    if args.class_counts == config["class_counts"]:  # the same images
+        for name in PROFILE_FLAGS:
+            setattr(args, name, getattr(then, name))
+    flags_now, flags_then = training_flags(args), training_flags(then)
+    contradictions = [
+        f"--{name} is {value} here and {flags_then.get(name)} there"
+        for name, value in flags_now.items()
+        if name != "data_dir" and value != flags_then.get(name)
+    ]
+    if contradictions:
+        raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")
+    return args
+
+
+def words_of(parser, flags):
+    """Return the command line that gives the flags {name: value}."""
+    words = []
+    for action in parser._actions:
+        value = flags.get(action.dest)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            if isinstance(value, bool):
+                words.append(action.option_strings[not value])
+        elif action.nargs == 0:
+            words += [action.option_strings[0]] * (value is True)
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"{action.option_strings[0]}={text}")
+    return words
+
+
+def contradiction(args, parser):
+    """Return what is wrong with flags that are right one by one, or None."""
     if args.resume and args.force:
         return "--resume and --force: give one of them"
     if args.class_counts and args.imbalance:
         return "--class_counts and --imbalance: give one of them"
     if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
         return "--n_max: only with --imbalance balanced, exp:R or step:R"
-    if args.revive and args.model != "MLP":
-        return "--revive: only with --model MLP"
+    if args.planes and args.model == "MLP":
+        return "--planes: not with --model MLP, whose layers have --width units"
+    if args.planes and args.planes % 2 and "dense" in args.model.lower():
+        return f"--planes {args.planes}: {args.model} needs an even number, twice its growth rate"
     for name in ("adam_beta2", "adam_eps", "amsgrad"):
-        if args.optimizer != "Adam" and name in args.given:
+        if args.optimizer != "Adam" and getattr(args, name) != parser.get_default(name):
             return f"--{name}: only with --optimizer Adam"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
@@ -396,20 +485,35 @@ def contradiction(args):
     return None
 
 
+def notes(args, num_images):
+    """Return a sentence for each flag that has no effect on this training run."""
+    found = [
+        f"--{name} has no effect on training" for name in ("load_path", "watch", "recompute") if getattr(args, name)
+    ]
+    if args.batch_size > num_images:
+        found.append(
+            f"--batch_size {args.batch_size} is more than the {num_images} images: every step takes all of them"
+        )
+    if (args.penalty_warmup_epochs or args.objective == "released") and not args.sep_decay:
+        found.append("without --sep_decay, --objective and --penalty_warmup_epochs have no effect on the penalties")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------
-# Name, folder, config
+# The run's name and folder
 # ---------------------------------------------------------------------------------------------------------
 
 
 def training_flags(args):
-    """The flags that change the trained weights, with their values."""
+    """Return the flags that change the trained weights, with their values."""
     names = list(TRAINING_FLAGS)
     if args.model == "MLP":
         names += MLP_FLAGS
     if args.dataset == "imagefolder":
-        names += FOLDER_FLAGS
+        names += ["data_dir"]  # which images they are
     if args.decay_type == "cosine":
         names += ["epochs"]  # the learning rate of each epoch depends on how many there will be
+    names += [name for name in OPTIONAL_FLAGS if getattr(args, name)]
     flags = {name: getattr(args, name) for name in names}
     if not args.class_counts:
         flags["imbalance"] = args.imbalance or ("paper" if SOURCES[args.dataset].paper_counts else "all")
@@ -420,70 +524,21 @@ def training_flags(args):
 
 
 def run_name(args):
-    """A name that two different settings never share: the main flags to read, and a hash of all of them."""
+    """Return a name that two different settings never share: the main flags, and a hash of all training flags."""
     flags = training_flags(args)
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
+    if args.run_name:
+        return f"{args.run_name}_{digest}"
     model = f"MLP-relu{args.depth_relu}-width{args.width}" if args.model == "MLP" else args.model
     profile = "counts" if args.class_counts else flags["imbalance"].replace(":", "")
-    return f"{model}_{args.dataset}-{profile}_{args.loss}-{args.objective}_seed{args.seed}_{digest}"
+    rates = f"lr{args.lr:g}-wd{args.weight_decay:g}-fd{args.feature_decay_rate:g}"
+    return f"{model}_{args.dataset}-{profile}_{args.loss}-{args.objective}_{rates}_seed{args.seed}_{digest}"
 
 
 def run_folder(args):
-    """The folder that training writes: --save_path, or one by the run's name."""
-    return Path(args.save_path or Path("model_weights") / run_name(args))
-
-
-def config_flags(args):
-    """Every flag, for config.json."""
-    return {name: value for name, value in sorted(vars(args).items()) if name != "given"}
-
-
-def check_config(config, folder):
-    """Stops at a flag in a run's config that the command line would not take."""
-    for action in make_parser()._actions:
-        if action.dest in config["flags"] and not takes(action, config["flags"][action.dest]):
-            value = config["flags"][action.dest]
-            raise UserError(f"{folder}/config.json: damaged, --{action.dest} cannot be {value!r}")
-
-
-def takes(action, value):
-    """Whether an argparse action could have given this value."""
-    if value is None:
-        return action.default is None
-    if action.nargs == 0:
-        return isinstance(value, bool)
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    try:
-        parsed = action.type(text) if action.type else text
-        os.fsencode(text)
-    except (argparse.ArgumentTypeError, ValueError):
-        return False
-    same = parsed == value or (isinstance(parsed, str) and isinstance(value, str))  # a path may be another one today
-    return same and (action.choices is None or parsed in action.choices)
-
-
-def adopt_config(args, config, folder):
-    """Takes the flags that were not typed from a run's config; stops at typed ones that contradict it.
-
-    Only flags that change the trained weights can contradict: where the data lie, or which device measures, is free.
-    """
-    check_config(config, folder)
-    then = argparse.Namespace(**{**vars(args), **config["flags"]})
-    for name in set(config["flags"]) & set(vars(args)) - args.given - LOCAL_FLAGS:
-        setattr(args, name, getattr(then, name))
-    if "data_dir" not in args.given and Path(then.data_dir).is_dir():
-        args.data_dir = then.data_dir
-    if "imbalance" in args.given:
-        args.class_counts = None  # the typed profile stands instead of the config's counts
-    if args.class_counts == config["class_counts"]:
-        args.class_counts, args.imbalance, args.n_max = then.class_counts, then.imbalance, then.n_max  # the same images
-    flags_now, flags_then = training_flags(args), training_flags(then)
-    contradictions = [
-        f"--{name} is {flags_now[name]} here and {flags_then.get(name)} there"
-        for name in flags_now
-        if name in args.given and name not in LOCAL_FLAGS and flags_now[name] != flags_then.get(name)
-    ]
-    if contradictions:
-        raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")
-    if message := contradiction(args):
-        raise UserError(f"{folder}/config.json and the flags: {message}")
+    """Return the folder of the run: --save_path, or the one in model_weights/ whose name ends with the flags' hash."""
+    if args.save_path:
+        return Path(args.save_path)
+    name = run_name(args)
+    older = sorted(Path("model_weights").glob(f"*_{name[-8:]}"))  # named by an earlier version, or by --run_name
+    return older[0] if older and not args.run_name else Path("model_weights") / name

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from utils import UserError, atomic_write, epoch_generator, one_line
+from utils import UserError, atomic_write, message_of
 
 SIZE = 32  # pixels of an image's side
 PADDING = 4  # pixels around an image from which --data_augmentation crops
@@ -47,7 +47,7 @@ def read_torchvision(name, data_dir, download):
         folder = f", or images as {name}/{{train,test}}/<class>/*" if name.startswith("cifar") else ""
         state = "damaged" if present else "absent" if not download else "absent, and the download failed"
         raise UserError(
-            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({one_line(error)}); put it "
+            f"{name}: the archive {archive} in --data_dir {data_dir} is {state} ({message_of(error)}); put it "
             f"there{folder}, give another --data_dir, or use --dataset digits, which needs none"
         ) from None
     arrays = []
@@ -61,13 +61,15 @@ def read_torchvision(name, data_dir, download):
 def read_cifar(name, data_dir, download):
     """The torchvision archive, or <data_dir>/<name>/{train,test}/<class>/*, or a download."""
     root = Path(data_dir)
+    if root.name == name and (root / "train").is_dir():  # one level too deep
+        root = root.parent
     archives = {
         "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
         "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
     }[name]
     if not any((root / archive).exists() for archive in archives) and (root / name).is_dir():
         return read_folder(root / name)
-    return read_torchvision(name, data_dir, download)
+    return read_torchvision(name, root, download)
 
 
 def read_digits(name, data_dir, download):
@@ -132,7 +134,7 @@ def decode(root, split, files):
         with atomic_write(cache) as file:
             np.savez(file, images=images, digest=digest)
     except OSError as error:
-        print(f"{cache}: not written ({one_line(error)}); images are decoded again next time")
+        print(f"{cache}: not written ({message_of(error)}); images are decoded again next time")
     return images
 
 
@@ -146,7 +148,7 @@ def decode_file(path):
                 image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             return np.asarray(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({one_line(error)})") from None
+        raise UserError(f"{path}: not a readable image ({message_of(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -222,18 +224,18 @@ class Split:
     def __len__(self):
         return len(self.labels)
 
-    def take(self, rows, shifts=None):
-        """Images (B, 3, 32, 32) and labels (B,) of rows (B,), in the memory format of the split.
+    def batch(self, indices, shifts=None):
+        """Return images (B, 3, 32, 32), in the memory format of the split, and labels (B,) at `indices` (B,).
 
-        shifts: None, or `random_shifts` (N, 3) of the whole split: the images are cropped and mirrored by them.
+        shifts: `random_shifts` (N, 3) of the whole split by which images are cropped and mirrored, or None.
         """
         if self.images.is_contiguous():
-            images = self.images.index_select(0, rows)
-        else:  # channels last: a row is contiguous once the channels are
-            images = self.images.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+            images = self.images.index_select(0, indices)
+        else:  # channels last: selecting is fastest where the channels are the last dimension
+            images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
         if shifts is not None:
-            images = crop_and_flip(images, shifts.index_select(0, rows), self.black)
-        return images, self.labels.index_select(0, rows)
+            images = crop_and_flip(images, shifts.index_select(0, indices), self.black)
+        return images, self.labels.index_select(0, indices)
 
     def to(self, device, memory_format=torch.contiguous_format):
         images = self.images.to(device).contiguous(memory_format=memory_format)
@@ -251,6 +253,9 @@ class Data:
     @property
     def num_classes(self):
         return len(self.class_counts)
+
+    def to(self, device, memory_format=torch.contiguous_format):
+        return Data(self.train.to(device, memory_format), self.test.to(device, memory_format), self.class_counts)
 
 
 def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=None, download=True):
@@ -321,6 +326,12 @@ def to_split(images, labels, mean, std):
 # ---------------------------------------------------------------------------------------------------------
 # Batches
 # ---------------------------------------------------------------------------------------------------------
+
+
+def epoch_generator(seed, epoch, purpose):
+    """Return a CPU generator that depends on the arguments alone, so that a resumed run draws the same numbers."""
+    words = np.random.SeedSequence([seed, epoch, purpose]).generate_state(2)
+    return torch.Generator().manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def epoch_order(count, *, epoch, seed, shuffle=True, labels=None):

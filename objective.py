@@ -2,88 +2,108 @@
 
     min_{W, H >= 0}  (1/N) sum_i loss(W h_i, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
 
-with loss the cross entropy, or |W h - e_y|^2 / 2 for MSE (arXiv 2401.02058, section 3). Nothing but this file
-knows how flags become the lambdas of (UFM).
+where loss is the cross entropy, or |W h - e_y|^2 / 2 for MSE (arXiv 2401.02058, section 3). This file alone knows how
+the flags become the lambdas of (UFM).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch.nn import functional as F
+
+from nc_theory import UFM
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a batch of B of the N samples, `head` the linear layers of the model's head, W theirs:
+    """The loss of a minibatch of B of the N training samples. Fields are named as the flags that set them.
 
-    paper     data term                                 + (lambda_W/2) |W|^2 + (N/B) (lambda_H/2) sum_batch |h|^2
-    released  (1/2) data term (MSE: also divided by K)  + (lambda_W/2) |W|^2 + (lambda_H/2) sum_batch |h|^2
+    With --sep_decay, `head` being the linear layers of the model's head and W their matrices:
 
-    The data term is (1/B) sum CE or (1/2B) sum |W h - e_y|^2; in the released code's MSE, which is (1/2) of the
-    mean over samples and classes, 1/B sum |W h - e_y|^2 / (2K). `paper` is an unbiased estimate of (UFM). Without
-    sep_decay there is the data term alone: weight decay is the optimizer's, for all parameters.
+        paper     data term                                 + (lambda_W/2) |W|^2 + (N/B) (lambda_H/2) sum_batch |h|^2
+        released  (1/2) data term (MSE: also divided by K)  + (lambda_W/2) |W|^2 + (lambda_H/2) sum_batch |h|^2
+
+    The data term is (1/B) sum CE or (1/2B) sum |W h - e_y|^2. The MSE of the paper's released code is 1/2 of the mean
+    over samples and classes, hence 1/K times that data term. `paper` is an unbiased estimate of (UFM). Without
+    --sep_decay there is only the data term; the optimizer then applies weight decay to all parameters.
     """
 
-    loss: str  # CrossEntropy or MSE
-    kind: str  # paper or released
-    weight_decay: float  # lambda_W
-    feature_decay: float  # lambda_H
-    sep_decay: bool
-    num_samples: int  # N
-    num_classes: int  # K
+    class_counts: list  # n_k
     batch_size: int
+    feature_dim: int  # d
+    loss: str = "CrossEntropy"  # or MSE
+    objective: str = "paper"  # or released
+    sep_decay: bool = False
+    weight_decay: float = 1e-4  # lambda_W
+    feature_decay_rate: float = 1e-5  # lambda_H
+    bias: bool = False
+    depth_linear: int = 1
 
-    def __call__(self, logits, features, labels, head, penalty_strength=1.0):
-        """Loss of a batch: (what is minimised, the mean loss of a sample: CE, or |W h - e_y|^2 / 2), scalars.
+    def __call__(self, logits, features, labels, head, penalty_scale=1.0):
+        """Return (the loss to minimise, the data term) of a batch, both scalars.
 
-        logits (B, K), features (B, d), labels (B,), head: the layers of `model.fc`; penalty_strength: a number or
-        scalar tensor that both penalties are multiplied with, for schedules that end at 1.
+        logits: (B, K). features: (B, d). labels: (B,). head: the layers of `model.fc`. penalty_scale: a number or
+        scalar tensor that multiplies both penalties.
         """
         if self.loss == "CrossEntropy":
             data = F.cross_entropy(logits, labels)
         else:
-            data = 0.5 * (logits - F.one_hot(labels, self.num_classes)).square().sum(1).mean()
+            data = 0.5 * (logits - F.one_hot(labels, len(self.class_counts))).square().sum(1).mean()
         total = self.data_factor * data
         if self.sep_decay:
-            share = self.num_samples / len(labels) if self.kind == "paper" else 1.0
+            share = self.num_samples / len(labels) if self.objective == "paper" else 1.0
             penalty = 0.5 * self.weight_decay * sum(layer.weight.square().sum() for layer in head)
-            penalty = penalty + 0.5 * self.feature_decay * share * features.square().sum()
-            total = total + penalty_strength * penalty
+            penalty = penalty + 0.5 * self.feature_decay_rate * share * features.square().sum()
+            total = total + penalty_scale * penalty
         return total, data
 
     @property
+    def num_samples(self):
+        return sum(self.class_counts)
+
+    @property
     def data_factor(self):
-        """What the mean loss of a sample is multiplied with."""
-        if self.kind == "paper":
+        """The factor of the data term."""
+        if self.objective == "paper":
             return 1.0
-        return 0.5 if self.loss == "CrossEntropy" else 1.0 / self.num_classes
+        return 0.5 if self.loss == "CrossEntropy" else 1.0 / len(self.class_counts)
 
     @property
     def optimizer_decay(self):
-        """Weight decay that the optimizer applies to all parameters."""
+        """The weight decay that the optimizer applies to all parameters."""
         return 0.0 if self.sep_decay else self.weight_decay
 
     def effective_decays(self):
-        """(lambda_W', lambda_H') of the (UFM) that the objective minimises, or None without sep_decay.
+        """Return the (lambda_W, lambda_H) of the (UFM) that the objective minimises, or None without --sep_decay.
 
-        An epoch's mean over b = ceil(N/B) batches, divided by the data term's factor, is (UFM); `released` adds
-        the features' penalty once an epoch, not N/B times, so its lambda_H is divided by b.
+        The mean over an epoch of b = ceil(N/B) batches, divided by the data term's factor, is (UFM). `released` adds
+        the penalty of the features once per epoch and not N/B times, so its lambda_H is divided by b.
         """
         if not self.sep_decay:
             return None
-        steps = 1 if self.kind == "paper" else math.ceil(self.num_samples / self.batch_size)
-        return self.weight_decay / self.data_factor, self.feature_decay / self.data_factor / steps
+        batches = 1 if self.objective == "paper" else math.ceil(self.num_samples / self.batch_size)
+        return self.weight_decay / self.data_factor, self.feature_decay_rate / self.data_factor / batches
 
+    def problem(self):
+        """Return the `UFM` that the objective minimises, or a sentence that says why its optimum is not known."""
+        if not self.sep_decay:
+            return "without --sep_decay no optimum is known (--theory nominal compares all the same)"
+        if self.depth_linear > 1:
+            return "with --depth_linear > 1 no optimum is known (--theory nominal compares all the same)"
+        return self._problem(self.effective_decays(), self.bias)
 
-def make_objective(args, data):
-    """The Objective of the flags on a data set."""
-    return Objective(
-        loss=args.loss,
-        kind=args.objective,
-        weight_decay=args.weight_decay,
-        feature_decay=args.feature_decay_rate,
-        sep_decay=args.sep_decay,
-        num_samples=len(data.train),
-        num_classes=data.num_classes,
-        batch_size=args.batch_size,
-    )
+    def nominal_problem(self):
+        """Return the `UFM` without bias at the flags' own lambdas, whatever is trained, or why there is none."""
+        return self._problem((self.weight_decay, self.feature_decay_rate), False)
+
+    def _problem(self, decays, bias):
+        if min(decays) <= 0:
+            return "without a positive --weight_decay and --feature_decay_rate there is no optimum"
+        if self.feature_dim < len(self.class_counts):
+            return f"the theory needs as many features as classes, the model has {self.feature_dim}"
+        return UFM(tuple(self.class_counts), *decays, loss=self.loss, bias=bias)
+
+    def problems(self):
+        """Return what config.json records: {objective, nominal: the fields of the problem, or why there is none}."""
+        named = {"objective": self.problem(), "nominal": self.nominal_problem()}
+        return {name: asdict(entry) if isinstance(entry, UFM) else entry for name, entry in named.items()}

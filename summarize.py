@@ -1,53 +1,64 @@
-"""Puts runs into a table, one row a setting: final metrics over its seeds, training time, time to collapse.
+"""Summarize runs in a table, one row a setting: final metrics over its seeds, training time, time to collapse.
 
-    python summarize.py model_weights/*/
+    python summarize.py model_weights/*/       (print the table; write summary.md and, with all digits, summary.csv)
+    python summarize.py                        (list the runs below model_weights/ and how far they are)
 
-Prints the table, and writes it as summary.md and, with all digits, summary.csv. Runs that have not finished, have
-failed or are not measured to the end are listed below the table and count in no mean.
+Runs that have not finished, have failed, or are not measured at their last epoch are listed below the table and are in
+no mean.
 """
 
 import math
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 
-from args import THEORY_SUFFIXES, Help, Parser, folder
-from runs import by_setting, read_run
-from utils import UserError, atomic_write, duration, is_locked, run_script, write_csv
+from args import Help, Parser
+from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, Run, by_setting, read_measured_run, write_table
+from utils import UserError, atomic_write, duration, run_script
 
 METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
-COLLAPSE = "NC2_H NC2_WWT NC3_WH".split()  # the distances that are at most a threshold once a run has collapsed
+ACCURACIES = "balanced_acc1 many_acc1 medium_acc1 few_acc1".split()  # shown if there are any
+COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # the distances that are at most a threshold once a run has collapsed
 THRESHOLDS = (0.05, 0.01)
-UNITS = ("epoch", "step", "seconds")  # in which the time to collapse is given
+UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # of the time to collapse
+LONG = 40  # characters of a label above which the settings are numbered in the tables
 METRICS_NOTE = (
-    "At the last epoch, {} over the seeds; `margin_rel_err` and `norm_rel_err` relative to the optimum, accuracies in "
-    "percent; time of training alone, h:mm:ss."
+    "At the last epoch, {} over the seeds. `margin_rel_err` and `norm_rel_err` are relative to the optimum, accuracies "
+    "in percent; time of training alone, h:mm:ss."
 )
 COLLAPSE_NOTE = (
-    f"Time to collapse: the first measured epoch from which on {', '.join(COLLAPSE)} are all at most the threshold, to "
-    "the last measurement. Median over the seeds, in brackets the slowest seed; time as above."
+    f"Time to collapse: the first measured epoch from which on {', '.join(COLLAPSE)} are all at most the threshold, up "
+    "to the last measurement. Median over the seeds, and in brackets the slowest seed; time as above."
 )
 
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=folder, default=".", metavar="DIR", help="folder for summary.md and summary.csv")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run (default: list the runs below model_weights/)",
+    )
+    parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="folder for summary.md and summary.csv")
     parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
+    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as validate's")
     parser.add_argument(
         "--worst", action="store_true", help="in the table, the worst seed instead of the deviation (default: off)"
     )
     args = parser.parse_args()
-    groups = by_setting([read_measured(run, args.theory) for run in dict.fromkeys(args.runs)])
-    settings = [summarize(label, runs) for label, runs in groups]
-    text = markdown(settings, [run for _, runs in groups for run in runs], args.worst)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / "summary.md", "w", encoding="utf-8") as file:
+    if not args.runs:
+        print(overview("model_weights", args.theory, args.bn_statistics))
+        return
+    runs = [read_measured_run(folder, METRICS, args.theory, args.bn_statistics) for folder in dict.fromkeys(args.runs)]
+    table = summarize(by_setting(runs))
+    text = markdown(table, runs, args.worst)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.out / "summary.md", "w", encoding="utf-8") as file:
         file.write(text)
-    write_csv(out / "summary.csv", settings)
-    print(text)
-    print(f"written: {out / 'summary.md'}, {out / 'summary.csv'}")
+    write_table(args.out / "summary.csv", table)
+    print(f"{text}\nwritten: {args.out / 'summary.md'}, {args.out / 'summary.csv'}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -55,159 +66,158 @@ def main():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def read_measured(folder, theory):
-    """The run of a folder; stops where its rows lack a column that the table has."""
-    run = read_run(folder, theory)
-    missing = set(METRICS) - set(run.rows[0]) if run.rows else set()
-    if missing:
-        raise UserError(f"{folder}: no column {min(missing)} in its rows; measure again with --recompute")
-    return run
+def state(run):
+    """Return "finished", "unfinished: k of n epochs" or "failed: why" for a run."""
+    epoch = run.log["epoch"].iloc[-1] if len(run.log) else last_measured(run)
+    epochs = run.flags.get("epochs", epoch)
+    if len(run.log) and not math.isfinite(run.log["loss"].iloc[-1]):
+        return f"failed: the loss is not finite in epoch {epoch}"
+    if epoch < epochs:
+        return f"unfinished: {epoch} of {epochs} epochs"
+    return "finished" if epoch else "failed: no epoch in it"
 
 
 def shortfall(run):
-    """Why a run does not count, in one line; None for one that is trained and measured to its last epoch."""
-    measured = int(run.rows[-1]["epoch"]) if run.rows else 0
-    epoch = run.log[-1]["epoch"] if run.log else measured
-    epochs = run.config["flags"]["epochs"] if run.config else epoch
-    if run.log and not math.isfinite(run.log[-1]["loss"]):
-        return f"failed: the loss is not finite in epoch {epoch}"
-    if epoch < epochs:
-        return f"{'running' if is_locked(run.folder) else 'unfinished'}: {epoch} of {epochs} epochs"
-    if epoch == 0:
-        return "failed: there is no epoch in it"
-    if measured < epoch:
+    """Return why a run is in no mean, in one line, or None if it is trained and measured to its last epoch."""
+    if (text := state(run)) != "finished":
+        return text
+    if len(run.log) and last_measured(run) < (epoch := run.log["epoch"].iloc[-1]):
         return f"not measured at its last epoch, {epoch}: run validate_NC_unbalanced.py"
     return None
 
 
-def time_to_collapse(run, threshold):
-    """(epoch, steps, seconds) from which on all of COLLAPSE are at most `threshold`, to the last row; None if never.
-
-    The epoch is one with a row; what lies between it and the row before is not known.
-    """
-    first = None
-    for row in reversed(run.rows):
-        if not all(row[name] <= threshold for name in COLLAPSE):
-            break
-        first = int(row["epoch"])
-    if first is None:
-        return None
-    return first, run.steps_until(first), run.seconds_until(first)
+def last_measured(run):
+    return run.rows["epoch"].iloc[-1] if len(run.rows) else 0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# One setting: {column: value}, a row of summary.csv
-# ---------------------------------------------------------------------------------------------------------
-
-
-def summarize(label, runs):
-    """The row of the runs of one setting, over those that count."""
-    counted = [run for run in runs if shortfall(run) is None]
-    row = {"setting": label or "all runs", "seeds": len(counted), "runs": len(runs)}
-    for name in METRICS:
-        row |= over_seeds(name, [run.rows[-1][name] for run in counted])
-    row |= over_seeds("seconds", [run.seconds_until(math.inf) for run in counted])
+def result(run):
+    """Return {column: value} of a run: the metrics of its last row, seconds of training, and times to collapse."""
+    last = run.rows.iloc[-1].to_dict() | {"seconds": run.seconds_until(math.inf)}
     for threshold in THRESHOLDS:
-        times = [time for run in counted if (time := time_to_collapse(run, threshold))]
-        row[f"reached_{threshold}"] = len(times)
-        for number, unit in enumerate(UNITS):
-            values = [time[number] for time in times] if times and len(times) == len(counted) else [math.nan]
-            row |= {f"{unit}_to_{threshold}": float(np.median(values)), f"{unit}_to_{threshold}_worst": max(values)}
-    return row | {"folders": " ".join(str(run.folder) for run in runs)}
+        times = time_to_collapse(run, threshold)
+        last |= {f"{unit}_to_{threshold}": time for unit, time in zip(UNITS, times, strict=True)}
+    return last
 
 
-def over_seeds(name, values):
-    """{name: mean, name_std: standard deviation with n - 1, name_worst}; NaN where there are too few values."""
-    worst = min if name.endswith("_acc1") else max
-    return {
-        name: float(np.mean(values)) if values else math.nan,
-        f"{name}_std": float(np.std(values, ddof=1)) if len(values) > 1 else math.nan,
-        f"{name}_worst": worst(values) if values else math.nan,
-    }
+def time_to_collapse(run, threshold):
+    """Return the (epoch, steps, seconds) from which on all of COLLAPSE are at most `threshold`; NaN if there is none.
+
+    The epoch is one with a row; what happened between it and the row before is not known.
+    """
+    below = (run.rows[COLLAPSE] <= threshold).all(axis=1)
+    stays = run.rows["epoch"][below[::-1].cummin()]
+    if stays.empty:
+        return math.nan, math.nan, math.nan
+    epoch = stays.min()
+    return epoch, run.steps_until(epoch), run.seconds_until(epoch)
+
+
+def overview(folder, theory="objective", bn_statistics="running"):
+    """Return a table of all runs below a folder: state, last measured epoch and NC2_H there."""
+    lines = []
+    for path in sorted(
+        {file.parent for name in ("config.json", "nc_metrics*.csv") for file in Path(folder).rglob(name)}
+    ):
+        try:
+            run = Run(path, theory, bn_statistics)
+            distance = run.rows["NC2_H"].iloc[-1] if "NC2_H" in run.rows else math.nan
+            lines.append([path, state(run), last_measured(run), written("NC2_H", distance)])
+        except UserError as error:
+            lines.append([path, f"failed: {error}", "-", "-"])
+    if not lines:
+        raise UserError(f"no run below {folder}/; give the folders of runs")
+    return plain_table(pd.DataFrame(lines, columns=["run", "state", "measured to epoch", "NC2_H"]))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Markdown
+# Over seeds
 # ---------------------------------------------------------------------------------------------------------
 
 
-def markdown(settings, runs, worst=False):
-    """Both tables, the first with the seeds' standard deviation or their worst, and the runs that do not count."""
-    over_seeds = mean_and_worst if worst else plus_minus
-    metrics, collapse = [], []
-    for row in settings:
-        head = [
-            row["setting"],
-            str(row["seeds"]) if row["seeds"] == row["runs"] else f"{row['seeds']} of {row['runs']}",
-        ]
-        metrics.append([*head, *(over_seeds(row, name) for name in METRICS), over_seeds(row, "seconds")])
-        collapse.append([*head, *(cell for threshold in THRESHOLDS for cell in collapse_cells(row, threshold))])
-    times = [f"{name} to {threshold}" for threshold in THRESHOLDS for name in ("epochs", "steps", "time")]
-    parts = [
-        table(["setting", "seeds", *METRICS, "time"], metrics),
-        METRICS_NOTE.format("mean and in brackets the worst" if worst else "mean ± standard deviation"),
-        table(["setting", "seeds", *times], collapse),
-        COLLAPSE_NOTE,
-    ]
-    left_out = [f"- {run.folder}: {reason}" for run in runs if (reason := shortfall(run))]
-    if left_out:
+def summarize(groups):
+    """Return a DataFrame with a row for each (label, runs) of `by_setting`, over the runs that count."""
+    counted = [(number, run) for number, (_, runs) in enumerate(groups) for run in runs if not shortfall(run)]
+    results = pd.DataFrame([result(run) | {"setting": number} for number, run in counted])
+    finals = [*METRICS, *results.columns.intersection(ACCURACIES), "seconds"]
+    times = [f"{unit}_to_{threshold}" for threshold in THRESHOLDS for unit in UNITS]
+    seeds = results.reindex(columns=["setting", *finals, *times]).astype(float).groupby("setting")
+    mean, std, low, high, median = (getattr(seeds, f)(skipna=False) for f in ("mean", "std", "min", "max", "median"))
+    columns = {"seeds": seeds.size()}
+    for name in finals:
+        worst = low if name.endswith("_acc1") else high
+        columns |= {name: mean[name], f"{name}_std": std[name], f"{name}_worst": worst[name]}
+    for threshold in THRESHOLDS:
+        columns[f"reached_{threshold}"] = seeds[f"epoch_to_{threshold}"].count()
+        for name in (f"{unit}_to_{threshold}" for unit in UNITS):
+            columns |= {name: median[name], f"{name}_worst": high[name]}
+    table = pd.DataFrame(columns).reindex(range(len(groups)))
+    counts = ["seeds", *(f"reached_{threshold}" for threshold in THRESHOLDS)]
+    table[counts] = table[counts].fillna(0).astype(int)
+    table.insert(0, "setting", [label or "all runs" for label, _ in groups])
+    table.insert(2, "runs", [len(runs) for _, runs in groups])
+    return table.assign(folders=[" ".join(str(run.folder) for run in runs) for _, runs in groups])
+
+
+def markdown(table, runs, worst=False):
+    """Return both tables, the first with the seeds' standard deviation or their worst, and the runs that do not count.
+
+    Settings with a long label are numbered, and their labels listed above.
+    """
+    parts, rows, names = [], [row for _, row in table.iterrows()], table["setting"].tolist()
+    if max(map(len, names)) > LONG:
+        parts = ["\n".join(f"{number}. {name}" for number, name in enumerate(names, 1))]
+        names = [str(number) for number, _ in enumerate(names, 1)]
+    seeds = [f"{row['seeds']}" if row["seeds"] == row["runs"] else f"{row['seeds']} of {row['runs']}" for row in rows]
+    metrics, collapse = {"setting": names, "seeds": seeds}, {"setting": names, "seeds": seeds}
+    for name in [*table.columns.intersection([*METRICS, *ACCURACIES]), "seconds"]:
+        metrics[UNITS.get(name, name)] = [cell(row, name, "worst" if worst else "std") for row in rows]
+    for threshold in THRESHOLDS:
+        for unit, head in UNITS.items():
+            collapse[f"{head} to {threshold}"] = [collapse_cell(row, unit, threshold) for row in rows]
+    parts += [plain_table(pd.DataFrame(metrics))]
+    parts += [METRICS_NOTE.format("mean and in brackets the worst" if worst else "mean ± standard deviation")]
+    parts += [plain_table(pd.DataFrame(collapse)), COLLAPSE_NOTE]
+    if left_out := [f"- {run.folder}: {reason}" for run in runs if (reason := shortfall(run))]:
         parts.append("\n".join(["Not counted:", "", *left_out]))
     return "\n\n".join(parts) + "\n"
 
 
-def table(heads, rows):
-    """A Markdown table whose columns also line up as plain text."""
-    lines = [heads, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    padded.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+def plain_table(table):
+    """Return a DataFrame of texts as a Markdown table whose columns also line up as plain text."""
+    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
 
 
-def plus_minus(row, name):
-    """A cell: mean ± standard deviation, or the only value."""
-    mean, std = row[name], row[f"{name}_std"]
-    if math.isnan(mean):
+def cell(row, name, other):
+    """Return a value and, over several seeds, its `other`: "std", the standard deviation, or "worst"."""
+    text = written(name, row[name])
+    if text == "-" or row["seeds"] == 1:
+        return text
+    if other == "std":
+        return f"{text} ± {written(name, row[f'{name}_std'], 1)}"
+    return f"{text} ({written(name, row[f'{name}_worst'])})"
+
+
+def collapse_cell(row, unit, threshold):
+    missed = row["seeds"] - row[f"reached_{threshold}"]
+    if unit == "epoch" and missed and not math.isnan(row["NC2_H"]):
+        return f"not reached by {missed} of {row['seeds']}"
+    return cell(row, f"{unit}_to_{threshold}", "worst")
+
+
+def written(name, value, digits=2):
+    """Format a column's value: a time, a count, an accuracy with two decimals, anything else to so many digits."""
+    if math.isnan(value):
         return "-"
-    return written(name, mean, 2) + (f" ± {written(name, std, 1)}" if not math.isnan(std) else "")
-
-
-def mean_and_worst(row, name):
-    """A cell: mean, and in brackets the worst of several seeds."""
-    mean, worst = row[name], row[f"{name}_worst"]
-    if math.isnan(mean):
-        return "-"
-    return written(name, mean, 2) + (f" ({written(name, worst, 2)})" if row["seeds"] > 1 else "")
-
-
-def written(name, value, digits):
-    """A column's value: a time, an accuracy with two decimals, anything else to so many digits."""
-    if name == "seconds":
+    if name.startswith("seconds"):
         return duration(value)
+    if name.startswith(("epoch", "step")):
+        return f"{value:,.0f}"
     if name.endswith("_acc1"):
         return f"{value:.2f}"
     if value == 0 or 0.01 <= abs(value) < 100:
         return f"{value:.{digits}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
-
-
-def collapse_cells(row, threshold):
-    """Epoch, step and time of a threshold, as cells."""
-    if row["seeds"] == 0 or math.isnan(row["NC2_H"]):
-        return ["-"] * len(UNITS)
-    missed = row["seeds"] - row[f"reached_{threshold}"]
-    if missed:
-        return [f"not reached by {missed} of {row['seeds']}", *["-"] * (len(UNITS) - 1)]
-    return [median_and_worst(row, f"{unit}_to_{threshold}", unit) for unit in UNITS]
-
-
-def median_and_worst(row, name, unit):
-    """A cell: the median, and in brackets the slowest of several seeds."""
-    if math.isnan(row[name]):
-        return "-"
-    form = duration if unit == "seconds" else "{:,.0f}".format
-    return form(row[name]) + (f" ({form(row[f'{name}_worst'])})" if row["seeds"] > 1 else "")
 
 
 if __name__ == "__main__":

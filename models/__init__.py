@@ -1,4 +1,4 @@
-"""The model zoo. Every model(images) returns (logits, features), features >= 0, and has a linear head `fc`."""
+"""The model zoo. Every model(images) returns (logits, features >= 0) and has a linear head `fc`."""
 
 from functools import partial
 
@@ -21,7 +21,11 @@ MODELS = {
 }
 
 
-def build_model(name, num_classes, *, bias=True, depth_linear=1, depth_relu=6, width=1024, revive=False):
-    """A model with fresh weights; `depth_relu`, `width` and `revive` are of the MLP only."""
-    own = {"depth_relu": depth_relu, "width": width, "revive": revive} if name == "MLP" else {}
-    return MODELS[name](num_classes=num_classes, bias=bias, depth_linear=depth_linear, **own)
+def build_model(model, num_classes, *, bias=True, depth_linear=1, depth_relu=6, width=1024, planes=None, revive=False):
+    """Return a model with fresh weights, by its name in MODELS; parameters are named as the flags that set them.
+
+    num_classes: K. bias, depth_linear: of the head. depth_relu, width: of the MLP. planes: channels of the first stage
+    of a convolutional model (a DenseNet: twice its growth rate); None is the model's own default.
+    """
+    own = {"depth_relu": depth_relu, "width": width} if model == "MLP" else {"planes": planes} if planes else {}
+    return MODELS[model](num_classes=num_classes, bias=bias, depth_linear=depth_linear, revive=revive, **own)

@@ -1,26 +1,58 @@
-"""What all models share: a body that gives non-negative features, and a linear head on them."""
+"""The base class of all models: a body with non-negative features, and a linear head."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
+class RevivingReLU(torch.autograd.Function):
+    """ReLU that passes, at outputs of zero, the gradients that would raise them: the projected gradient of h >= 0.
+
+    In min over h >= 0 a feature at zero is stationary only if the loss does not fall as the feature rises. The
+    gradient of an ordinary ReLU is zero there in any case, so an image or a class whose features are all zero can
+    never recover.
+    """
+
+    @staticmethod
+    def forward(context, inputs):
+        outputs = inputs.relu()
+        context.save_for_backward(outputs)
+        return outputs
+
+    @staticmethod
+    def backward(context, gradient):
+        (outputs,) = context.saved_tensors
+        return gradient * ((outputs > 0) | (gradient < 0))
+
+
+class FeatureReLU(nn.Module):
+    """The ReLU whose outputs, or their spatial averages, are the features; with `revive`, a `RevivingReLU`."""
+
+    def __init__(self, revive=False):
+        super().__init__()
+        self.relu = RevivingReLU.apply if revive else torch.relu
+
+    def forward(self, inputs):
+        return self.relu(inputs)
+
+
 class Classifier(nn.Module):
-    """A body `embed`: images (B, 3, 32, 32) -> features (B, d) >= 0, and a head `fc`: features -> logits (B, K)."""
+    """A body `embed`, images (B, 3, 32, 32) -> features (B, d) >= 0, and a head `fc`, features -> logits (B, K)."""
 
     fc: nn.Sequential
+    memory_format = torch.channels_last  # in which convolutions are fastest
 
     def embed(self, images):
         raise NotImplementedError
 
     def forward(self, images):
-        features = self.embed(images).float()
-        with torch.autocast(images.device.type, enabled=False):  # the theory is about the head: it stays fp32
+        features = self.embed(images).to(self.fc[0].weight.dtype)
+        with torch.autocast(images.device.type, enabled=False):  # the head is what the theory is about: fp32
             return self.fc(features), features
 
 
 class HeadLinear(nn.Linear):
-    """A linear layer that is at least fp32, forward and backward, where TF32 is switched on for the network's body."""
+    """A linear layer that computes in at least fp32, also when TF32 is switched on for the body of the network."""
 
     def forward(self, features):
         if torch.backends.cuda.matmul.fp32_precision != "tf32":
@@ -30,13 +62,13 @@ class HeadLinear(nn.Linear):
 
 
 def linear_head(dim, num_classes, depth_linear, bias):
-    """`depth_linear` linear layers, the last one to the classes; only that one may have a bias."""
+    """Return a head of `depth_linear` linear layers; only the last one, to the classes, may have a bias."""
     hidden = [HeadLinear(dim, dim, bias=False) for _ in range(depth_linear - 1)]
     return nn.Sequential(*hidden, HeadLinear(dim, num_classes, bias=bias))
 
 
 def head_weight(model):
-    """The head's matrix W (K, d): the product of its layers' matrices."""
+    """Return the matrix W (K, d) of a model's head, the product of its layers' matrices."""
     weight = model.fc[0].weight
     for layer in model.fc[1:]:
         weight = layer.weight @ weight

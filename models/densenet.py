@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.classifier import Classifier, linear_head
+from models.classifier import Classifier, FeatureReLU, linear_head
 
 
 class DenseLayer(nn.Module):
-    """A 1 x 1 bottleneck and a 3 x 3 convolution whose `growth` new planes are put before the old ones."""
+    """A 1 x 1 bottleneck and a 3 x 3 convolution whose `growth` new channels are put before the old ones."""
 
     def __init__(self, in_planes, growth):
         super().__init__()
@@ -24,7 +24,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """Half the planes, half the side."""
+    """A 1 x 1 convolution to half the channels, and average pooling to half the side."""
 
     def __init__(self, in_planes):
         super().__init__()
@@ -36,11 +36,11 @@ class Transition(nn.Module):
 
 
 class DenseNet(Classifier):
-    """Four dense blocks with transitions between them; the features are the average of the last ReLU."""
+    """Four dense blocks of growth rate `planes` / 2; the features are the spatial average of the last ReLU."""
 
-    def __init__(self, num_layers, growth, *, depth_linear, num_classes, bias):
+    def __init__(self, num_layers, *, planes, depth_linear, num_classes, bias, revive=False):
         super().__init__()
-        planes = 2 * growth
+        growth = planes // 2
         self.conv1 = nn.Conv2d(3, planes, 3, padding=1, bias=False)
         for block, count in enumerate(num_layers, start=1):
             layers = [DenseLayer(planes + index * growth, growth) for index in range(count)]
@@ -50,18 +50,19 @@ class DenseNet(Classifier):
                 setattr(self, f"trans{block}", Transition(planes))
                 planes //= 2
         self.bn = nn.BatchNorm2d(planes)
+        self.feature_relu = FeatureReLU(revive)
         self.fc = linear_head(planes, num_classes, depth_linear, bias)
 
     def embed(self, images):
         out = self.trans1(self.dense1(self.conv1(images)))
         out = self.trans2(self.dense2(out))
         out = self.trans3(self.dense3(out))
-        return F.relu(self.bn(self.dense4(out))).mean((2, 3))
+        return self.feature_relu(self.bn(self.dense4(out))).mean((2, 3))
 
 
-def densenet121(**head):
-    return DenseNet([6, 12, 24, 16], growth=32, **head)
+def densenet121(planes=64, **options):
+    return DenseNet([6, 12, 24, 16], planes=planes, **options)
 
 
-def densenet_cifar(**head):
-    return DenseNet([6, 12, 24, 16], growth=12, **head)
+def densenet_cifar(planes=24, **options):
+    return DenseNet([6, 12, 24, 16], planes=planes, **options)

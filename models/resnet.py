@@ -3,11 +3,11 @@
 from torch import nn
 from torch.nn import functional as F
 
-from models.classifier import Classifier, linear_head
+from models.classifier import Classifier, FeatureReLU, linear_head
 
 
 def shortcut(in_planes, out_planes, stride):
-    """The identity where the shapes agree, else a 1 x 1 projection."""
+    """Return the identity if the shapes agree, else a 1 x 1 projection."""
     if stride == 1 and in_planes == out_planes:
         return nn.Sequential()
     return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride=stride, bias=False), nn.BatchNorm2d(out_planes))
@@ -23,10 +23,11 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
         self.shortcut = shortcut(in_planes, planes, stride)
+        self.relu = nn.ReLU()
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return self.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -42,28 +43,30 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(planes, out_planes, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_planes)
         self.shortcut = shortcut(in_planes, out_planes, stride)
+        self.relu = nn.ReLU()
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return self.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
 
 
 class ResNet(Classifier):
-    """Four stages of blocks, 64 to 512 planes; the features are the average of the last stage's ReLU."""
+    """Four stages of blocks, `planes` to 8 `planes` wide; the features are the spatial average of the last ReLU."""
 
-    def __init__(self, block, num_blocks, *, depth_linear, num_classes, bias):
+    def __init__(self, block, num_blocks, *, depth_linear, num_classes, bias, planes=64, revive=False):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        in_planes = 64
+        self.conv1 = nn.Conv2d(3, planes, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        in_planes = planes
         for stage, count in enumerate(num_blocks):
-            planes, blocks = 64 * 2**stage, []
+            width, blocks = planes * 2**stage, []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(in_planes, planes, stride))
-                in_planes = planes * block.expansion
+                blocks.append(block(in_planes, width, stride))
+                in_planes = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.layer4[-1].relu = FeatureReLU(revive)
         self.fc = linear_head(in_planes, num_classes, depth_linear, bias)
 
     def embed(self, images):
@@ -72,13 +75,13 @@ class ResNet(Classifier):
         return out.mean((2, 3))
 
 
-def resnet18(**head):
-    return ResNet(BasicBlock, [2, 2, 2, 2], **head)
+def resnet18(**options):
+    return ResNet(BasicBlock, [2, 2, 2, 2], **options)
 
 
-def resnet34(**head):
-    return ResNet(BasicBlock, [3, 4, 6, 3], **head)
+def resnet34(**options):
+    return ResNet(BasicBlock, [3, 4, 6, 3], **options)
 
 
-def resnet50(**head):
-    return ResNet(Bottleneck, [3, 4, 6, 3], **head)
+def resnet50(**options):
+    return ResNet(Bottleneck, [3, 4, 6, 3], **options)

@@ -3,28 +3,33 @@ connected layers."""
 
 from torch import nn
 
-from models.classifier import Classifier, linear_head
+from models.classifier import Classifier, FeatureReLU, linear_head
 
-# Planes of the convolutions, stage by stage; a stage ends with 2 x 2 max pooling.
+# Output channels of the convolutions, stage by stage, in units of `planes`.
 STAGES = {
-    "VGG11": [[64], [128], [256] * 2, [512] * 2, [512] * 2],
-    "VGG13": [[64] * 2, [128] * 2, [256] * 2, [512] * 2, [512] * 2],
-    "VGG16": [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3],
-    "VGG19": [[64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4],
+    "VGG11": [[1], [2], [4] * 2, [8] * 2, [8] * 2],
+    "VGG13": [[1] * 2, [2] * 2, [4] * 2, [8] * 2, [8] * 2],
+    "VGG16": [[1] * 2, [2] * 2, [4] * 3, [8] * 3, [8] * 3],
+    "VGG19": [[1] * 2, [2] * 2, [4] * 4, [8] * 4, [8] * 4],
 }
 
 
 class VGG(Classifier):
-    """Five pooled stages down to one pixel of 512 planes: the features."""
+    """Five stages, each ending in 2 x 2 max pooling, down to one pixel of 8 `planes` channels: the features."""
 
-    def __init__(self, name, *, depth_linear, num_classes, bias):
+    def __init__(self, name, *, depth_linear, num_classes, bias, planes=64, revive=False):
         super().__init__()
         layers, in_planes = [], 3
         for stage in STAGES[name]:
-            for planes in stage:
-                layers += [nn.Conv2d(in_planes, planes, 3, padding=1), nn.BatchNorm2d(planes), nn.ReLU()]
-                in_planes = planes
+            for width in stage:
+                layers += [
+                    nn.Conv2d(in_planes, width * planes, 3, padding=1),
+                    nn.BatchNorm2d(width * planes),
+                    nn.ReLU(),
+                ]
+                in_planes = width * planes
             layers.append(nn.MaxPool2d(2))
+        layers[-2] = FeatureReLU(revive)
         self.features = nn.Sequential(*layers)
         self.fc = linear_head(in_planes, num_classes, depth_linear, bias)
 

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, both optional: they get what a run's own files get, when it is written."""
+"""TensorBoard and Weights & Biases, both optional: they receive what is written to the run's own files."""
 
 import contextlib
 import importlib
@@ -6,17 +6,15 @@ import math
 import os
 from pathlib import Path
 
-from args import config_flags
-from utils import UserError, one_line
+from utils import UserError, message_of
 
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag: what it imports
-TENSORBOARD_FILES = "tensorboard/*/events.out.tfevents.*"  # in a run's folder
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag: the module that it imports
 
 
-def require_packages(args):
-    """Stops where a package is missing that the flags --tensorboard and --wandb need."""
+def require_packages(flags):
+    """Raise UserError if a package is missing that the flags {name: value} --tensorboard and --wandb need."""
     for flag, module in PACKAGES.items():
-        if getattr(args, flag):
+        if flags[flag]:
             try:
                 importlib.import_module(module)
             except ImportError:
@@ -24,24 +22,24 @@ def require_packages(args):
 
 
 @contextlib.contextmanager
-def open_loggers(args, folder, job, first_epoch=None):
-    """The list of loggers that the flags ask for, empty by default; closed at the end.
+def open_loggers(flags, folder, job, first_epoch=None):
+    """Yield the list of loggers that the flags {name: value} ask for, and close them at the end.
 
-    job: "train" or "validate". first_epoch: what an earlier call logged from there on is to be logged again.
+    job: "train" or "validate". first_epoch: hide what an earlier call has logged from this epoch on.
     """
     with contextlib.ExitStack() as stack:
         loggers = []
-        if args.tensorboard:
+        if flags["tensorboard"]:
             loggers.append(TensorBoard(folder, job, first_epoch))
-        if args.wandb:
-            loggers.append(WeightsAndBiases(folder, job, config_flags(args)))
+        if flags["wandb"]:
+            loggers.append(WeightsAndBiases(folder, job, flags))
         for logger in loggers:
             stack.callback(logger.close)
         yield loggers
 
 
 class TensorBoard:
-    """Event files in the run's folder, under tensorboard/; first_epoch hides older points from there on."""
+    """Writes event files into tensorboard/ in the run's folder; first_epoch hides older points from there on."""
 
     def __init__(self, folder, job, first_epoch):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
@@ -49,12 +47,12 @@ class TensorBoard:
         self.writer = SummaryWriter(Path(folder) / "tensorboard" / job, purge_step=first_epoch)
 
     def scalars(self, group, row):
-        """Logs the numbers of a row (a dict with its epoch), named group/column."""
+        """Log the numbers of a row, a dict with its epoch, as group/column."""
         for name, value in numbers(group, row).items():
             self.writer.add_scalar(name, value, row["epoch"])
 
-    def figure(self, name, figure, epoch):
-        self.writer.add_figure(name, figure, epoch)
+    def heatmaps(self, geometry, epoch):
+        self.writer.add_figure("heatmaps", draw_heatmaps(geometry, epoch), epoch)
 
     def close(self):
         self.writer.close()
@@ -80,21 +78,27 @@ class WeightsAndBiases:
         try:
             self.run = wandb.init(mode=mode, **begin)
         except wandb.Error as error:
-            print(f"wandb      offline, to be sent by `wandb sync` later: {one_line(error)}", flush=True)
+            print(f"wandb      offline; `wandb sync` sends it later: {message_of(error)}", flush=True)
             self.run = wandb.init(mode="offline", **begin)
         self.run.define_metric("*", step_metric="epoch")
 
     def scalars(self, group, row):
-        """Logs the numbers of a row (a dict with its epoch), named group/column."""
+        """Log the numbers of a row, a dict with its epoch, as group/column."""
         self.run.log({"epoch": row["epoch"], **numbers(group, row)})
 
-    def figure(self, name, figure, epoch):
-        self.run.log({"epoch": epoch, name: self.image(figure)})
+    def heatmaps(self, geometry, epoch):
+        self.run.log({"epoch": epoch, "heatmaps": self.image(draw_heatmaps(geometry, epoch))})
 
     def close(self):
         self.run.finish()
 
 
+def draw_heatmaps(geometry, epoch):
+    from engine.figures import heatmaps  # Matplotlib: loaded only if a logger wants a figure
+
+    return heatmaps(geometry, epoch)
+
+
 def numbers(group, row):
-    """{group/column: value} of a row's columns that have a value, but for its epoch."""
+    """Return {group/column: value} of a row, without its epoch and without NaN."""
     return {f"{group}/{name}": value for name, value in row.items() if name != "epoch" and not math.isnan(value)}

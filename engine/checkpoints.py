@@ -1,0 +1,226 @@
+"""Checkpoints of a run: weights, the state to resume from, which of them are kept, and writing in the background."""
+
+import pickle
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.step_log import check_finite
+from utils import FAILED_WORK, UserError, atomic_write, message_of
+
+RESUME_SECONDS = 20  # between two writings of last.pt: the most training that a killed process loses
+
+
+def is_due(epoch, every, epochs):
+    """Return True at epochs 1, 1 + every, ... and at the last epoch."""
+    return (epoch - 1) % every == 0 or epoch == epochs
+
+
+def is_power_of_two(epoch):
+    return epoch & (epoch - 1) == 0
+
+
+@dataclass
+class TrainingState:
+    """Everything that training changes: after `epoch` complete epochs, and `step` steps of the next one.
+
+    Batches depend on the seed and the epoch alone, and schedules on the epoch: there is no generator and no scheduler.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    rows: torch.Tensor  # (steps of an epoch, columns): what each step of the current epoch measured
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0  # spent on the current epoch
+
+
+class Checkpoints:
+    """The checkpoints of a run, written by a thread while training goes on.
+
+    Use as a context manager; leaving it waits until everything is on the disk. An error of the thread, such as a full
+    disk, is raised by the next call.
+    """
+
+    def __init__(self, run, state, *, epochs, save_every, keep=None):
+        self.run, self.state, self.epochs, self.save_every, self.keep = run, state, epochs, save_every, keep
+        self.thread, self.pending = ThreadPoolExecutor(1), None
+        self.saved = time.monotonic()  # when last.pt was written, or the process began
+
+    def is_due(self, epoch):
+        """Return True if the weights are to be saved: every `save_every` epochs, with --keep also at powers of two."""
+        return is_due(epoch, self.save_every, self.epochs) or bool(self.keep and is_power_of_two(epoch))
+
+    def save_weights(self):
+        """Save the model after the epoch that has just ended, and delete the checkpoints that are not kept."""
+        epoch = self.state.epoch
+        self._write(self.run.checkpoint(epoch), copy_state(self.state.model.state_dict()))
+        if epoch == 1:
+            self.save_state()
+        self.prune()
+
+    def save_state_if_due(self):
+        """Save last.pt if the last one is older than RESUME_SECONDS."""
+        if time.monotonic() - self.saved > RESUME_SECONDS:
+            self.save_state()
+
+    def save_state(self):
+        """Save last.pt: everything an exact resume needs."""
+        state = self.state
+        check_finite(state.rows[: state.step].cpu(), state.model, state.epoch + 1)
+        self.run.flush_log()  # the epochs in it will not be run again
+        parts = {
+            "epoch": state.epoch,
+            "steps": state.step,
+            "seconds": state.seconds,
+            "record": state.rows,
+            "model": state.model.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+        }
+        self._write(self.run.last, copy_state(parts))
+        self.saved = time.monotonic()
+
+    def load_state(self, device):
+        """Restore the state that last.pt holds. Raises UserError if it is damaged or of a run with other flags."""
+        path, state = self.run.last, self.state
+        saved = load_torch(path, device)
+        try:
+            load_state_dict(state.model, saved["model"], path)
+            load_optimizer(state.optimizer, saved["optimizer"])
+            epoch, step, seconds = saved["epoch"], saved["steps"], float(saved["seconds"])
+            if not (isinstance(epoch, int) and isinstance(step, int) and epoch >= 0 and 0 <= step <= len(state.rows)):
+                raise ValueError("no such epoch or step")
+            if step:
+                state.rows.copy_(saved["record"])
+        except UserError:
+            raise
+        except Exception as error:  # whatever the content of an unrelated file leads to
+            reason = message_of(error)[:100]
+            raise UserError(f"{path}: not the state of a run with these flags ({reason})", FAILED_WORK) from None
+        state.epoch, state.step, state.seconds = epoch, step, seconds
+
+    def prune(self):
+        """Delete the checkpoints that --keep does not keep, of those that are complete."""
+        checkpoints = self.run.checkpoints()
+        for epoch in set(checkpoints) - self.kept(list(checkpoints)):
+            checkpoints[epoch].unlink(missing_ok=True)
+
+    def kept(self, epochs):
+        """Return those of the epochs with a checkpoint that --keep keeps: the last ones, and the powers of two."""
+        return {*epochs[-self.keep :], *filter(is_power_of_two, epochs)} if self.keep else set(epochs)
+
+    def bytes_needed(self):
+        """Return (checkpoints to come, bytes of disk): those, last.pt, and the file that replaces either."""
+        due = [epoch for epoch in range(self.state.epoch + 1, self.epochs + 1) if self.is_due(epoch)]
+        size = sum(value.numel() * value.element_size() for value in self.state.model.state_dict().values())
+        count = len(self.kept(due))
+        return count, (count + 3 + 3) * size  # last.pt has the weights and Adam's two moments
+
+    def _write(self, path, state):
+        """Write `state`, which must not change any more, in the background; wait for the file before it."""
+        self.wait()
+        self.pending = self.thread.submit(save_torch, path, state)
+
+    def wait(self):
+        """Return when everything is on the disk."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.thread.shutdown()
+        self.wait()
+        self.prune()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files of tensors
+# ---------------------------------------------------------------------------------------------------------
+
+
+def save_torch(path, state):
+    """Save with torch.save; the file is complete or absent."""
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def copy_state(state):
+    """Return a copy of a nested dict, list or tuple whose tensors later steps do not change."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return type(state)((key, copy_state(value)) for key, value in state.items())
+    return [copy_state(value) for value in state] if isinstance(state, (list, tuple)) else state
+
+
+def load_torch(path, device="cpu"):
+    """Return the tensors and plain values of a file that torch.save wrote.
+
+    A pickle that would run code is refused, and so is a file with a wrong checksum, which torch.load does not check.
+    """
+    path = Path(path)
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        if zipfile.is_zipfile(path):  # the format of torch.save since 1.6
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: truncated or damaged, cannot be read: {damaged}", FAILED_WORK)
+        return torch.load(path, map_location=device, weights_only=True)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a plain checkpoint, cannot be read", FAILED_WORK) from None
+    except Exception as error:  # whatever damaged bytes lead the readers of zip files and pickles to
+        opened = not isinstance(error, OSError) or error.filename is None
+        reason = "truncated or damaged" if opened else error.strerror
+        raise UserError(f"{path}: {reason}, cannot be read", FAILED_WORK) from None
+
+
+def load_weights(model, path, device="cpu"):
+    """Load a checkpoint into `model`."""
+    load_state_dict(model, load_torch(path, device), path)
+
+
+def load_state_dict(model, state, path):
+    """Load a state dict into `model`. Raises UserError with the first key that does not match."""
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in state.items()
+    ):
+        raise UserError(f"{path}: holds no state_dict of a model", FAILED_WORK)
+    state = {key: value for key, value in state.items() if not key.startswith("batch_norm.")}  # unused in every model
+    if not all(value.isfinite().all() for value in state.values()):
+        raise UserError(f"{path}: holds weights that are not finite", FAILED_WORK)
+    for key, value in model.state_dict().items():
+        if key in state and state[key].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{path}: {key} is {state[key].dtype} in the file, {value.dtype} in the model", FAILED_WORK)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # a heading, then a line for each kind of mismatch
+        reason = str(error).split("\n")[1].strip().rstrip(".")
+        raise UserError(f"{path}: does not fit the model's flags: {reason[:200]}", FAILED_WORK) from None
+
+
+def load_optimizer(optimizer, state):
+    """Load an optimizer's state dict, but for its hyperparameters, which the flags and the device set."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    expected = OPTIMIZER_STATE[type(optimizer).__name__]
+    if optimizer.defaults.get("amsgrad"):
+        expected = expected | {"max_exp_avg_sq"}
+    optimizer.load_state_dict(state)
+    for group, wanted in zip(optimizer.param_groups, groups, strict=True):
+        group.update(wanted)
+    for parameter, kept in optimizer.state.items():
+        if set(kept) != expected or any(value.shape not in (parameter.shape, ()) for value in kept.values()):
+            raise ValueError("the optimizer's state belongs to another model or optimizer")
+
+
+OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}  # kept for a parameter

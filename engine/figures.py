@@ -1,0 +1,460 @@
+"""Figures of runs, drawn from their rows, geometry, log and config alone.
+
+nc_curves           NC1, NC2 and NC3 against the epoch, the optimizer step, or minutes of training
+training            loss, accuracy and learning rate against the same
+theorem             margins and class-mean norms against n_k, on the curve of the theorem
+class_accuracy      test accuracy of each class against n_k
+heatmaps            H^T H, W W^T and W H beside the theorem's, and the differences
+heatmaps_animation  the same over the checkpoints
+"""
+
+import re
+import tempfile
+import textwrap
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.animation import FuncAnimation
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from engine.run import by_setting
+from nc_theory import class_curve, collapse_count
+from utils import UserError, atomic_write
+
+STYLE_FILE = Path(__file__).with_suffix(".mplstyle")
+TEXT_WIDTH = 6.75  # inches: the width of a two-column page
+COLOURS = matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False)["axes.prop_cycle"].by_key()["color"]
+MARKERS = "os^Dv<>P"
+DISTANCE = "distance to the theorem"
+NC_PANELS = [  # title, y axis, scale, and the columns with their labels
+    ("NC1", "variability within classes", "log", {"NC1": r"tr$(\Sigma_W\Sigma_B^\dagger)/K$"}),
+    ("NC2", DISTANCE, "log", {"NC2_H": r"$H^{\!\top}\!H$", "NC2_WWT": r"$WW^{\!\top}$", "NC2_W": r"$W$ against $H$"}),
+    ("NC3", DISTANCE, "log", {"NC3_WH": r"$WH$"}),
+]
+TRAINING_PANELS = [
+    ("loss", "", "log", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
+    ("accuracy", "%", "linear", {"train_acc1": "training", "test_acc1": "test"}),
+    ("optimizer", "", "log", {"lr": "learning rate"}),
+]
+ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
+CLASS_VALUES = {"margins": r"margin $M_k$", "mean_norms_sq": r"class-mean norm $\|\mu_k\|^2$"}
+MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
+WIDE = 20  # largest n_k / smallest n_k above which their axis is logarithmic
+VECTOR_CLASSES = 30  # number of classes above which heatmaps are images in a PDF, not vectors
+FRAMES, FRAMES_PER_SECOND = 60, 5  # of an animation; at most so many frames
+
+
+@matplotlib.style.context(STYLE_FILE)
+def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
+    """Draw runs, overlaid, into the folder `out` as PDF and PNG, and return the paths of the files.
+
+    Runs that differ only in their seed are drawn as their mean and range. A figure without data is left out.
+
+    epoch: of theorem, class_accuracy and heatmaps; by default the last one measured. x: a key of ABSCISSAE. animate:
+    also write the heatmaps as GIF. Raises UserError if a run has no rows, or no geometry of that epoch.
+    """
+    settings = make_settings(runs, epoch)
+    measured = [setting for setting in settings if setting.epoch]
+    with_accuracy = [setting for setting in measured if setting.test_accuracy is not None]
+    figures = {"nc_curves": curves(NC_PANELS, settings, x)}
+    if measured:
+        figures["theorem"] = theorem(measured)
+    if with_accuracy:
+        figures["class_accuracy"] = class_accuracy(with_accuracy)
+    for setting in measured:
+        figures[f"heatmaps{setting.name}"] = heatmaps(setting.geometries[0], setting.epoch, setting.note)
+    if not all(run.log.empty for run in runs):
+        figures["training"] = curves(TRAINING_PANELS, settings, x)
+
+    out.mkdir(parents=True, exist_ok=True)
+    suffix, written = runs[0].suffix, []
+    for name, figure in figures.items():
+        if runs[0].comparison and not name.startswith("heatmaps"):  # they say it themselves
+            figure.suptitle(runs[0].comparison)
+        for kind in ("pdf", "png"):
+            written.append(out / f"{name}{suffix}.{kind}")
+            with atomic_write(written[-1]) as file:
+                figure.savefig(file, format=kind)
+    for setting in measured if animate else []:
+        written.append(out / f"heatmaps_animation{setting.name}{suffix}.gif")
+        write_animation(written[-1], setting)
+    return written
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Runs of one setting
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """Runs that differ only in their seed, and what figures show of them at one epoch."""
+
+    label: str  # the flags in which the setting differs from the others of a figure
+    name: str  # the same as a part of a file name; "" for one setting
+    style: dict  # colour and marker in a figure of several settings
+    runs: list
+    epoch: int | None  # None if there is no epoch with a geometry in all runs
+    geometries: list  # of the runs, at that epoch
+
+    @property
+    def seeds(self):
+        return f"{len(self.runs)} seeds" if len(self.runs) > 1 else ""
+
+    @property
+    def note(self):
+        """The caption of a figure that shows the first run alone."""
+        run = self.runs[0]
+        seed = f"seed {run.seed}, one of {len(self.runs)}" if self.seeds else ""
+        return listed(self.label, run.comparison, seed)
+
+    @property
+    def class_counts(self):
+        return self.geometries[0]["class_counts"]
+
+    @property
+    def least_loss(self):
+        """The objective's value at its optimum, or None if it is not known."""
+        run = self.runs[0]
+        if run.optimum is None or run.theory != "objective":
+            return None
+        return run.optimum.loss * run.config.get("data_factor", 1)
+
+    @property
+    def test_accuracy(self):
+        """Test accuracies (S, K) in percent of S seeds and K classes at the epoch, or None if a run has none."""
+        values = [run.test_accuracy(self.epoch) for run in self.runs]
+        return np.array(values) if all(map(len, values)) else None
+
+    def series(self, column, x):
+        """Return where all runs have a value (E,), the mean over the runs, and the values (E, S).
+
+        A column of the log is taken from there, any other one from the rows.
+        """
+        tables = [run.log if column in run.log else run.rows for run in self.runs]
+        values = [table.reindex(columns=["epoch", column]).groupby("epoch")[column].last() for table in tables]
+        values = pd.concat(values, axis=1, join="inner").replace([np.inf, -np.inf], np.nan).dropna()
+        return np.mean([abscissa(run, values.index, x) for run in self.runs], axis=0), values.to_numpy()
+
+
+def make_settings(runs, epoch=None):
+    """Group runs by setting. `epoch` is the one to show, by default the last that all runs of a setting have."""
+    if empty := [run for run in runs if run.rows.empty]:
+        raise UserError(f"{empty[0].folder}: no rows in {empty[0].csv.name}; run validate_NC_unbalanced.py first")
+    groups, settings = by_setting(runs), []
+    for index, (label, group) in enumerate(groups):
+        label = (label or group[0].folder.name) if len(groups) > 1 else ""
+        name = f"_{index + 1}_{re.sub(r'[^A-Za-z0-9.]+', '-', label)[:60].strip('-')}" if label else ""
+        chosen = choose_epoch(group, epoch)
+        geometries = [run.geometry(chosen) for run in group if chosen]
+        settings.append(Setting(label, name, style_of(index), group, chosen, geometries))
+    return settings
+
+
+def geometry_epochs(runs):
+    """Return the epochs of which all runs have a row and a geometry, in order."""
+    epochs = [{epoch for epoch in run.rows["epoch"].tolist() if run.geometry_file(epoch).exists()} for run in runs]
+    return sorted(set.intersection(*epochs))
+
+
+def choose_epoch(runs, epoch):
+    """Return `epoch`, or the last one if it is None, of those with a geometry; None if there are none."""
+    epochs = geometry_epochs(runs)
+    if epoch is None:
+        return epochs[-1] if epochs else None
+    if epoch not in epochs:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise UserError(f"{folders}: no geometry of epoch {epoch}, there are {', '.join(map(str, epochs)) or 'none'}")
+    return epoch
+
+
+def style_of(index):
+    """Return the colour and marker of the index-th curve of a panel."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Against the epoch, the step, or minutes of training
+# ---------------------------------------------------------------------------------------------------------
+
+
+def curves(panels, settings, x="epoch"):
+    """Draw columns of the rows or the log against `x`: mean (geometric on a log axis) and range over the seeds.
+
+    One setting has an axis for each of `panels`; several have an axis for each column that any of them has.
+    """
+    several = len(settings) > 1
+    if several:
+        panels = [
+            (f"{title}, {label}", ylabel, scale, {column: None})
+            for title, ylabel, scale, columns in panels
+            for column, label in columns.items()
+            if any(len(setting.series(column, x)[0]) for setting in settings)
+        ]
+    num_rows = -(-len(panels) // 3)
+    figure = Figure(figsize=(TEXT_WIDTH, 2.2 * num_rows))
+    axes = figure.subplots(num_rows, 3, squeeze=False).ravel()
+    for axis, (title, ylabel, scale, columns) in zip(axes, panels, strict=False):
+        axis.set(title=title, xlabel=ABSCISSAE[x], ylabel=ylabel, yscale=scale)
+        for position, (column, label) in enumerate(columns.items()):
+            for setting in settings:
+                plot_series(axis, *setting.series(column, x), label, setting.style if several else style_of(position))
+        for setting in settings if "loss" in columns else []:
+            if setting.least_loss is not None:
+                label = f"optimum, {setting.least_loss:.4g}"
+                axis.axhline(setting.least_loss, color=setting.style["color"], linestyle="--", label=label)
+        if not axis.lines:
+            axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
+        elif not several:
+            axis.legend()
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+
+    spread = "mean over seeds (geometric on log axes) and range"
+    if several:
+        seeds, with_loss = [setting.seeds for setting in settings], any("loss" in columns for *_, columns in panels)
+        least = [setting.least_loss if with_loss else None for setting in settings]
+        optima = [f"dashed: optimum {loss:.4g}" if loss is not None else "" for loss in least]
+        shared, labels = in_common(settings, seeds, optima)
+        handles = [Line2D([], [], **setting.style) for setting in settings]
+        legend_below(figure, handles, labels, listed(spread if any(seeds) else "", shared))
+    elif settings[0].seeds:
+        figure.legend([Patch(color="grey", alpha=0.4)], [f"{settings[0].seeds}: {spread}"], loc="outside lower center")
+    return figure
+
+
+def abscissa(run, epochs, x):
+    """Return the ends of the epochs (E,) of a run on an x axis of ABSCISSAE."""
+    ends = {"epoch": np.array, "step": run.steps_until, "minutes": lambda e: run.seconds_until(e) / 60}[x](epochs)
+    if np.isnan(ends).any():
+        raise UserError(f"{run.folder}: no {'config.json' if x == 'step' else 'train_log.jsonl'}: --x {x} is not known")
+    return ends
+
+
+def plot_series(axis, ends, values, label, style):
+    """Plot the mean over the seeds of values (E, S) at `ends` (E,), in a band of their range."""
+    if not len(ends):
+        return
+    with np.errstate(divide="ignore"):
+        mean = np.exp(np.log(values).mean(1)) if axis.get_yscale() == "log" else values.mean(1)
+    axis.plot(ends, mean, markevery=-(-len(ends) // 8), label=label, **style)
+    if values.shape[1] > 1:
+        axis.fill_between(ends, values.min(1), values.max(1), color=style["color"], alpha=0.25, linewidth=0)
+
+
+def listed(*texts):
+    """Join the texts that are not empty by commas."""
+    return ", ".join(filter(None, texts))
+
+
+def in_common(settings, *columns):
+    """Split columns of texts, one text a setting: what settings have in common, and for each its label and the rest."""
+    shared = [texts[0] for texts in columns if len(set(texts)) == 1]
+    others = [texts for texts in columns if len(set(texts)) > 1]
+    labels = [setting.label for setting in settings]
+    return listed(*shared), [listed(*texts) for texts in zip(labels, *others, strict=True)]
+
+
+def legend_below(figure, handles, labels, title, **options):
+    """Make a figure higher by a legend below it, a row for each handle."""
+    labels = [textwrap.fill(label, 115) for label in labels]
+    figure.set_figheight(figure.get_figheight() + 0.15 * (1 + sum(label.count("\n") + 1 for label in labels)))
+    figure.legend(handles, labels, title=title, loc="outside lower center", **options)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Against n_k
+# ---------------------------------------------------------------------------------------------------------
+
+
+def theorem(settings):
+    """Draw margins and squared class-mean norms against n_k: measured, mean and range over seeds, and in theory."""
+    several = len(settings) > 1
+    figure = Figure(figsize=(TEXT_WIDTH, 2.45))
+    axes = figure.subplots(1, 2)
+    for axis, label in zip(axes, CLASS_VALUES.values(), strict=True):
+        set_count_axis(axis, settings, label)
+    drawn = []
+    for setting in settings:  # points that coincide stay visible
+        style = setting.style | {"markerfacecolor": "none"} if several else setting.style
+        drawn.append(plot_theorem(axes, setting, style, style["color"] if several else COLOURS[1]))
+    if several:
+        shared, labels = in_common(settings, *measured_texts(settings))
+        labels = [listed(label, *list(marks)[2:]) for label, marks in zip(labels, drawn, strict=True)]
+        options = {"handlelength": 6, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.5)}}
+        title = f"{shared or 'measured'}; theory; collapse threshold"
+        legend_below(figure, [tuple(marks.values()) for marks in drawn], labels, title, **options)
+    else:
+        figure.legend(drawn[0].values(), drawn[0].keys(), ncols=3, loc="outside lower center")
+    return figure
+
+
+def plot_theorem(axes, setting, style, colour):
+    """Plot a setting into the axes of `theorem`, and return {text: mark} of measured, theory and collapse."""
+    geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
+    for axis, name in zip(axes, CLASS_VALUES, strict=True):
+        plot_classes(axis, counts, np.array([geometry[name] for geometry in setting.geometries]), style)
+    drawn = {listed(*chain(*measured_texts([setting]))): Line2D([], [], linestyle="none", **style)}
+    if "margins_theory" not in geometry:
+        return drawn
+
+    threshold = collapse_count(run.problem) if run.problem and run.theory != "released" else None
+    near = threshold is not None and min(counts) / 10 < threshold < 2 * max(counts)
+    sizes, theory = theory_curve(setting, [*counts, threshold] if near else counts)
+    for axis, values in zip(axes, theory, strict=True):
+        axis.plot(sizes, values, color=colour)
+        if near:
+            axis.axvline(threshold, color=colour, linestyle=":")
+    drawn["theory"] = Line2D([], [], color=colour)
+    if threshold is not None:
+        largest = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
+        drawn[rf"collapse: $n_k\leq{largest}$"] = Line2D([], [], color=colour, linestyle=":" if near else "none")
+    return drawn
+
+
+def theory_curve(setting, span):
+    """Return sizes n (P,) of a class, and the theory's margins and squared norms (2, P) there.
+
+    A closed form is evaluated from the least to the largest of `span` and a little further, since a class depends on
+    the others only through K and N. Where there is none, as with a bias, the values are those of the classes.
+    """
+    geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
+    sizes = np.geomspace(max(1, 0.9 * min(span)), min(1.05 * max(span), counts.sum()), 100)
+    formula = "released" if run.theory == "released" else "exact"
+    curve = class_curve(run.problem, sizes, formula) if run.problem else None
+    if curve is not None:
+        return sizes, curve
+    order = np.argsort(counts, kind="stable")
+    return counts[order], [geometry[f"{name}_theory"][order] for name in CLASS_VALUES]
+
+
+def class_accuracy(settings):
+    """Draw the test accuracy of each class against n_k: mean and range over seeds, and a line of means at equal n_k."""
+    figure = Figure(figsize=(TEXT_WIDTH if len(settings) > 1 else TEXT_WIDTH / 2, 2.45))
+    axis = figure.subplots()
+    set_count_axis(axis, settings, "test accuracy of the class (%)")
+    for setting in settings:
+        values = setting.test_accuracy
+        plot_classes(axis, setting.class_counts, values, setting.style)
+        means = pd.Series(values.mean(0)).groupby(setting.class_counts).mean()
+        axis.plot(means.index, means, color=setting.style["color"], alpha=0.5)
+    shared, labels = in_common(settings, *measured_texts(settings))
+    handles, line = [Line2D([], [], **setting.style) for setting in settings], "line: mean at equal $n_k$"
+    legend_below(figure, handles, [label or line for label in labels], listed(shared, line if labels[0] else ""))
+    return figure
+
+
+def set_count_axis(axis, settings, label):
+    counts = np.concatenate([setting.class_counts for setting in settings])
+    scale = "log" if max(counts) > WIDE * min(counts) else "linear"
+    axis.set(xlabel=r"training images of the class $n_k$", ylabel=label, xscale=scale)
+
+
+def plot_classes(axis, counts, values, style):
+    """Plot values (S, K) of S seeds against the class counts (K,): their mean, with bars from least to largest."""
+    mean = values.mean(0)
+    spread = (
+        np.abs([values.min(0) - mean, values.max(0) - mean]) if len(values) > 1 else None
+    )  # rounding may be below 0
+    axis.errorbar(counts, mean, spread, linestyle="none", **style)
+
+
+def measured_texts(settings):
+    """Return what a legend says of measured points: columns of epoch and seeds, one text a setting."""
+    return (
+        [f"measured at epoch {setting.epoch}" for setting in settings],
+        [f"mean and range over {setting.seeds}" if setting.seeds else "" for setting in settings],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Matrices
+# ---------------------------------------------------------------------------------------------------------
+
+
+@matplotlib.style.context(STYLE_FILE)
+def heatmaps(geometry, epoch, note="", limits=None):
+    """Draw H^T H, W W^T and W H, each divided by its Frobenius norm, beside the theory's, and the differences.
+
+    The norm of a difference is the distance NC2_H, NC2_WWT or NC3_WH.
+
+    geometry: HTH, WWT, WH (K, K) and, if there is a theory, the same with suffix _theory. note: for the title.
+    limits: largest absolute values of the two colour scales, of the matrices and of the differences; by default the
+    largest that occur.
+    """
+    figure = Figure(figsize=(5.0, 0.9 + 1.35 * len(heatmap_rows(geometry))))
+    draw_heatmaps(figure, geometry, epoch, note, limits)
+    return figure
+
+
+def draw_heatmaps(figure, geometry, epoch, note, limits):
+    rows = heatmap_rows(geometry)
+    limits = limits or heatmap_limits(rows)
+    figure.suptitle("\n".join([*textwrap.wrap(listed(f"epoch {epoch}", note), 80), "matrices / their Frobenius norms"]))
+    axes = figure.subplots(len(rows), 3, squeeze=False, sharex=True, sharey=True)
+    for position, (title, matrices) in enumerate(rows.items()):
+        difference = title == "difference"
+        for axis, matrix in zip(axes[position], matrices, strict=True):
+            edges = np.arange(len(matrix) + 1) - 0.5
+            scale = {"cmap": "RdBu_r", "vmin": -limits[difference], "vmax": limits[difference]}  # white is zero
+            mesh = axis.pcolormesh(edges, edges, matrix, rasterized=len(matrix) > VECTOR_CLASSES, **scale)
+            if difference:
+                axis.set_title(f"distance {np.linalg.norm(matrix):.1e}")
+        axes[position, 0].set_ylabel(f"{title}\nclass")
+        if difference or position == 0:
+            figure.colorbar(mesh, ax=axes[position] if difference else axes[:2], aspect=12 if difference else 25)
+    for axis in axes.flat:
+        axis.set(aspect="equal")
+        axis.grid(False)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0, 0].invert_yaxis()
+    for top, bottom, symbol in zip(axes[0], axes[-1], MATRICES.values(), strict=True):
+        top.set_title(symbol)
+        bottom.set_xlabel("class")
+
+
+def heatmap_rows(geometry):
+    """Return {row: its three matrices}, divided by their norms; a matrix of zeros stays as it is."""
+    rows = {}
+    for title, suffix in (("measured", ""), ("theory", "_theory")):
+        if f"HTH{suffix}" in geometry:
+            matrices = [geometry[name + suffix] for name in MATRICES]
+            rows[title] = [matrix / (np.linalg.norm(matrix) or 1) for matrix in matrices]
+    if "theory" in rows:
+        rows["difference"] = [a - b for a, b in zip(*rows.values(), strict=True)]
+    return rows
+
+
+def heatmap_limits(rows):
+    """Return the largest absolute values of the matrices, and of the differences."""
+    largest = {title: np.abs(matrices).max() for title, matrices in rows.items()}
+    return max(largest["measured"], largest.get("theory", 0)) or 1, largest.get("difference", 0) or 1
+
+
+def write_animation(path, setting):
+    """Write the heatmaps of a setting's first run over its checkpoints as a GIF, on fixed colour scales."""
+    run = setting.runs[0]
+    epochs = geometry_epochs([run])
+    epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, FRAMES).round().astype(int))]
+    geometries = {epoch: run.geometry(epoch) for epoch in epochs}
+    limits = tuple(np.max([heatmap_limits(heatmap_rows(geometry)) for geometry in geometries.values()], axis=0))
+    figure = heatmaps(geometries[epochs[0]], epochs[0], setting.note, limits)
+
+    def show(epoch):
+        figure.clear()
+        draw_heatmaps(figure, geometries[epoch], epoch, setting.note, limits)
+
+    animation = FuncAnimation(figure, show, epochs, init_func=lambda: None)
+    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
+        whole = Path(folder) / "whole.gif"
+        animation.save(whole, writer="pillow", fps=FRAMES_PER_SECOND, dpi=110)
+        file.write(whole.read_bytes())

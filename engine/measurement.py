@@ -1,0 +1,170 @@
+"""A model at an epoch -> a row of metrics, its geometry, and its accuracy class by class."""
+
+import contextlib
+
+import torch
+
+from datasets import load_data
+from engine.batch_norm import training_set_statistics
+from engine.checkpoints import load_weights
+from engine.distributed import autocast
+from engine.run import Run
+from models import build_model
+from models.classifier import head_weight
+from nc_metrics import ClassStatistics, geometry, nc_metrics
+from utils import FAILED_WORK, UserError, from_flags
+
+BATCH = 512  # images of a forward pass
+FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statistics; above, they are computed twice
+
+
+class Measurement:
+    """Measures a model on the training and test images, and adds the result to a run's rows.
+
+    after_batch: called after every batch of images; it may raise to abandon a measurement.
+    """
+
+    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None):
+        self.run, self.model, self.data, self.precision = run, model, data, precision
+        self.device, self.after_batch = data.train.labels.device, after_batch
+
+    def record(self, epoch, loggers=()):
+        """Measure the model as it is and add the row to the run and the loggers; return the row."""
+        row, parts, accuracies = self.measure()
+        row, parts = {"epoch": epoch, **row}, {name: part.numpy() for name, part in parts.items()}
+        accuracies = [{"epoch": epoch, **accuracy} for accuracy in accuracies]
+        self.run.add_row(row, {"class_counts": self.data.class_counts, **parts}, accuracies)
+        for logger in loggers:
+            logger.scalars("nc", row)
+            logger.heatmaps(parts, epoch)
+        return row
+
+    @torch.inference_mode()
+    def measure(self):
+        """Return (metrics {column: float}, geometry {name: tensor}, accuracies by class [dict]) of the model.
+
+        Metrics and geometry are of the training subset, in eval mode; accuracies are in percent, of both splits.
+        """
+        self.model.eval()
+        with self.batch_norm():
+            return self._measure()
+
+    def batch_norm(self):
+        """Return the context in which BatchNorm uses the statistics that the run's --bn_statistics names."""
+        if self.run.bn_statistics == "running":
+            return contextlib.nullcontext()
+        return training_set_statistics(self.model, lambda: self.data.train.images.split(BATCH))
+
+    def _measure(self):
+        statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
+        weight = head_weight(self.model)
+        train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
+        passes = self.forward(self.data.train)
+        if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
+            passes = list(passes)
+        for logits, features, labels in passes:
+            statistics.update(features, labels)
+            train.update(logits, labels)
+        if not statistics.means.isfinite().all():
+            raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
+        for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
+            statistics.update_within(features, labels, logits.argmax(1))
+        for logits, _, labels in self.forward(self.data.test):
+            test.update(logits, labels)
+        row = {
+            "train_acc1": train.overall(),
+            "test_acc1": test.overall(),
+            **test.by_frequency(self.data.class_counts),
+            **nc_metrics(statistics, weight, optimum),
+        }
+        parts = geometry(statistics.means, weight)
+        if optimum:
+            parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}
+        return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
+
+    def forward(self, split):
+        """Yield (logits, features, labels) of a split in order, batch by batch."""
+        if not len(split):
+            return
+        for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
+            with autocast(self.precision, self.device):
+                logits, features = self.model(images)
+            yield logits, features, labels
+            self.after_batch()
+
+
+class ClassAccuracy:
+    """Counts of correct predictions on a split, class by class."""
+
+    def __init__(self, split, name):
+        self.name, self.labels, self.correct = name, split.labels, None
+
+    def update(self, logits, labels):
+        hits = (logits.argmax(1) == labels).double()
+        if self.correct is None:
+            self.correct = hits.new_zeros(logits.shape[1])
+        self.correct.index_add_(0, labels, hits)
+
+    def overall(self):
+        """Return the accuracy in percent; NaN for a split without images."""
+        return 100 * float(self.correct.sum()) / len(self.labels) if len(self.labels) else float("nan")
+
+    def of_classes(self, num_classes):
+        """Return the accuracy of each class (K,), in percent; NaN for a class without images."""
+        counts = self.labels.bincount(minlength=num_classes).double().cpu()
+        correct = torch.zeros(num_classes) if self.correct is None else self.correct.cpu()
+        return 100 * correct / counts
+
+    def by_frequency(self, class_counts):
+        """Return the mean accuracy over all classes, and over the thirds of them with many, medium and few images.
+
+        class_counts: training images of each class (K,). Of K classes ordered by n_k, the first ceil(K/3) are `many`
+        and the last ceil(K/3) are `few`.
+        """
+        accuracy = self.of_classes(len(class_counts))
+        accuracy = accuracy[torch.tensor(class_counts).argsort(descending=True, stable=True)]
+        third = -(-len(class_counts) // 3)
+        thirds = {"many": accuracy[:third], "medium": accuracy[third:-third], "few": accuracy[-third:]}
+        means = {f"{name}_acc1": part.nanmean().item() for name, part in thirds.items()}
+        return {"balanced_acc1": accuracy.nanmean().item(), **means}
+
+    def rows(self, class_counts):
+        """Return a row of class_accuracy.csv for each class."""
+        accuracy = self.of_classes(len(class_counts)).tolist()
+        return [
+            {"split": self.name, "class": label, "n_k": count, "accuracy": accuracy[label]}
+            for label, count in enumerate(class_counts)
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A trained run in a notebook
+# ---------------------------------------------------------------------------------------------------------
+
+
+def load_run(folder, epoch=None, data_dir=None):
+    """Return (config, data, model) of a trained run, on the CPU, for your own analysis.
+
+    folder: the run's folder, with its config.json. epoch: of the checkpoint; the last one by default. data_dir: where
+    the images are now; by default where they were. Raises UserError if a file is missing.
+    """
+    run = Run(folder)
+    checkpoints = run.checkpoints()
+    if not run.config or not checkpoints:
+        raise UserError(f"{folder}: no config.json with epoch_*.pth files beside it")
+    epoch = max(checkpoints) if epoch is None else epoch
+    if epoch not in checkpoints:
+        raise UserError(f"{folder}: no checkpoint of epoch {epoch}, there are {', '.join(map(str, checkpoints))}")
+    flags = run.flags | ({"data_dir": data_dir} if data_dir else {})
+    data = from_flags(load_data, flags)
+    run.check_class_counts(data.class_counts)
+    model = from_flags(build_model, flags, num_classes=data.num_classes)
+    load_weights(model, checkpoints[epoch])
+    return run.config, data, model.eval()
+
+
+@torch.inference_mode()
+def features(model, split):
+    """Return (features (N, d), labels (N,)) of all images of a split."""
+    model.eval()
+    return torch.cat([model(images)[1] for images in split.images.split(BATCH)]), split.labels

@@ -1,0 +1,39 @@
+"""What the steps of an epoch measured, and the line of the log that they make."""
+
+import torch
+
+from utils import FAILED_WORK, UserError
+
+STEP_COLUMNS = ("size", "loss", "data_term", "correct", "grad_norm")  # a row per step; losses are means over the batch
+
+
+def epoch_means(rows, loss_name, seconds):
+    """Return the log entries of an epoch from its steps' rows (steps, STEP_COLUMNS); the accuracy is in percent.
+
+    loss_spike: True if the loss of a step was more than twice the least before it in the epoch.
+    """
+    size, loss, data_term, correct, grad_norm = rows.unbind(1)
+    count = float(size.sum())
+    return {
+        "loss": float((size * loss).sum()) / count,
+        "ce" if loss_name == "CrossEntropy" else "mse": float((size * data_term).sum()) / count,
+        "train_acc1": 100 * float(correct.sum()) / count,
+        "grad_norm_max": float(grad_norm.max()),
+        "loss_spike": bool((loss > 2 * loss.cummin(0).values).any()),
+        "seconds": round(seconds, 4),
+        "images_per_second": round(count / seconds, 1),
+    }
+
+
+def check_finite(rows, model, epoch):
+    """Raise UserError if the loss of a step of the epoch, or the model after the last one, is not finite.
+
+    rows: (steps made, STEP_COLUMNS), on the CPU.
+    """
+    finite = rows[:, STEP_COLUMNS.index("loss")].isfinite()
+    if finite.all() and torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
+        return
+    what, step = ("weights are", len(rows)) if finite.all() else ("loss is", int((~finite).nonzero()[0]) + 1)
+    raise UserError(
+        f"the {what} not finite in epoch {epoch}, step {step}: lower --lr or give --clip_grad_norm 1", FAILED_WORK
+    )
