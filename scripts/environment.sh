@@ -1,29 +1,64 @@
-# Sourced by the other scripts. Sets PYTHON to an interpreter that satisfies the requirements file named as the
-# first argument: the one in use (or $PYTHON) where it already does, else that of .venv, which is made and filled.
+# Sourced by the other scripts. Prints their header comment for --help; `root` is the root of the repository.
 
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON=python3
-    [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && PYTHON=python
-fi
+for word; do
+    case $word in -h | --help) exec awk '/^#!/ { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$0" ;; esac
+done
+root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
+fail() { echo "${0##*/}: error: $1" >&2 && exit 2; }
 
-satisfied() { # does this interpreter have all of the requirements? asks nobody outside the machine
-    local plan
-    plan=$(PIP_CONFIG_FILE=/dev/null "$1" -m pip install --dry-run --no-index -r "$2" 2>&1) &&
-        ! grep -q "Would install" <<<"$plan"
+use_python() { # use_python REQUIREMENTS: set PYTHON to an interpreter that satisfies the file, if need be in .venv
+    PYTHON=${PYTHON:-python3}
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "$PYTHON is not Python 3.11 or later: install it, or set PYTHON=/path/to/python3"
+    plan=$(PIP_CONFIG_FILE=/dev/null "$PYTHON" -m pip install --dry-run --no-index -r "$1" 2>&1) &&
+        [[ $plan != *"Would install"* ]] && return
+    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+    PYTHON=$root/.venv/bin/python
+    echo "Using .venv; the first time, this installs $1 (several GB)" >&2
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1" >&2
 }
 
-set_up_environment() {
-    local requirements=$1
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-        echo "$PYTHON is not Python 3.11 or later: install it, or say PYTHON=/path/to/python3" >&2
-        exit 2
-    }
-    satisfied "$PYTHON" "$requirements" && return
-    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || exit 1
-    PYTHON=$PWD/.venv/bin/python
-    satisfied "$PYTHON" "$requirements" && return
-    echo "installing $requirements into .venv (once; some GB)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || exit 1
+runs=() run_flags=() plot_flags=()
+add_table() { # add_table TABLE FLAG...: add the runs of a table in tables.txt, with further flags, as folders in $out
+    local name run flags seeds common seed folder
+    while read name run flags; do # without -r, so that a line that ends in \ continues
+        [ "$name" = "$1" ] || continue
+        [ "$run" != common ] || { read seeds common <<<"$flags" && continue; }
+        for seed in $(seq "$seeds"); do
+            folder=$out/$run && [ "$seeds" = 1 ] || folder+=-$seed
+            printf -v "run_flags[${#runs[@]}]" ' %q' $common $flags --seed $seed "${@:2}" --save_path "$folder" --resume
+            runs+=("$folder")
+        done
+    done <"$root/scripts/tables.txt"
+    [ ${#runs[@]} -gt 0 ] || fail "there is no table '$1': see --help"
 }
 
-set_up_environment "$1"
+read_data='import sys, args, datasets, utils; del sys.argv[0]
+def main():
+    flags = args.parse_args()
+    counts = {name: getattr(flags, name) for name in ("imbalance", "n_max", "class_counts")}
+    datasets.load_data(flags.dataset, flags.data_dir, download=flags.download, **counts)
+utils.run_script(main)'
+
+run_table() { # run_table [OPTION of sweep.sh]...: train and measure the runs, then write the table and the figures
+    local status=0 sweep run python flags measured=()
+    cd "$root"
+    scripts/sweep.sh "$@" --count scripts/sweep.sh >/dev/null # stop here if an option is wrong
+    use_python requirements.txt
+    mkdir -p "${runs[@]}"
+    printf -v python %q "$PYTHON"
+    for flags in "${run_flags[@]//\\,/,}"; do # commas need no quoting
+        echo "$python train_1st_order_unbalanced.py$flags && $python validate_NC_unbalanced.py$flags"
+    done >"$out/commands.txt"
+    [[ " $* " != *" --count "* ]] || exec scripts/sweep.sh "$@" "$out/commands.txt"
+    eval '"$PYTHON" -c "$read_data"' "${0##*/} ${run_flags[0]}" # download or decode the images once, not in every job
+    scripts/sweep.sh "$@" "$out/commands.txt" &
+    sweep=$!
+    trap 'kill $sweep; wait $sweep; exit 143' INT TERM HUP
+    wait $sweep || status=$?
+    [ $status -le 1 ] || exit $status # the sweep was stopped
+    "$PYTHON" summarize.py "${runs[@]}" --worst --out "$out"
+    for run in "${runs[@]}"; do [ ! -e "$run/nc_metrics.csv" ] || measured+=("$run"); done
+    [ ${#measured[@]} -eq 0 ] || "$PYTHON" plot_nc.py "${measured[@]}" "${plot_flags[@]}" --out "$out/figures"
+    exit $status
+}

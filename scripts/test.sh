@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Lint and all tests, from a fresh clone: makes .venv if need be. Further arguments go to pytest.
-# Time: about 4 minutes after the install on 2 CPU cores.
+# Usage: scripts/test.sh [ARGUMENT of pytest]...
+#
+# Run the linter and all tests, in JOBS processes (environment variable, default 2). Packages that the Python in use
+# lacks are installed into .venv. Time: about 4 minutes on 2 CPU cores after installation.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/environment.sh requirements-dev.txt
-
+source "$(dirname "$0")/environment.sh"
+cd "$root"
+use_python requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m pytest tests -n "${JOBS:-2}" "$@"

@@ -1,56 +1,40 @@
-"""sweep.sh, the Slurm array and the paper's experiments: what runs, what is skipped, what a kill leaves."""
+"""sweep.sh and the Slurm array: what runs where, what a failed or stopped job leaves, and wrong calls."""
 
 import os
-import shlex
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from args import TRAINING_FLAGS, parse_args
 from tests.conftest import ROOT
-from tests.test_args import PAPER
-from tests.test_scripts import log_of, same_weights
-from utils import read_csv, read_log
 
 SWEEP = ROOT / "scripts" / "sweep.sh"
-FLAGS = "--dataset digits --width 24 --depth_relu 1 --batch_size 200 --no-bias --sep_decay --save_every 80".split()
 
 
 def environment(**changes):
     return {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | changes
 
 
-def sweep(*args, status=0, **changes):
-    """Runs sweep.sh; returns (stdout, stderr)."""
+def sweep(*args, status=0, cwd=None, **changes):
+    """Run sweep.sh; return (stdout, stderr)."""
     command = [SWEEP, *map(str, args)]
-    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment(**changes), capture_output=True, text=True, timeout=60, cwd=cwd)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
 
 
-def write_sweep(folder, *lines):
-    path = folder / "sweep.txt"
+def write_sweep(folder, *lines, name="sweep.txt"):
+    path = folder / name
     path.write_text("# a comment\n\n" + "\n".join(lines) + "\n")
     return path
 
 
-def training(folder, epochs):
-    """A line that trains and validates."""
-    flags = shlex.join([*FLAGS, "--epochs", str(epochs), "--save_path", str(folder), "--resume"])
-    scripts = ("train_1st_order_unbalanced.py", "validate_NC_unbalanced.py")
-    return " && ".join(f"{sys.executable} {script} {flags}" for script in scripts)
-
-
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -58,36 +42,38 @@ def wait_for(condition, seconds=120):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_complete_jobs_are_skipped_and_failed_ones_run_again(tmp_path):
+def test_failed_jobs_are_named_and_the_others_run(tmp_path):
     (tmp_path / "bad").touch()
-    ran = f"echo $PWD >>{tmp_path}"
     path = write_sweep(
         tmp_path,
-        f"{ran}/first",
-        f"{ran}/first",  # the same line twice is one job
-        f"""{ran}/second; echo "it's this" >&2; test ! -e {tmp_path}/bad""",
-        f"{ran}/third",
+        f"echo $PWD >>{tmp_path}/first",
+        f"echo $PWD >>{tmp_path}/first",  # a repeated line is one job
+        f"""echo "it's this" >&2; test ! -e {tmp_path}/bad""",
+        f"kill -KILL $$ # {tmp_path}/killed",
+        f"echo 100% >{tmp_path}/last",
     )
-    assert sweep("--count", path)[0] == "3\n"
+    assert sweep("--count", path)[0] == "4\n"
     out, _ = sweep(path, status=1)
-    assert "exit status 1: it's this\n" in out and "2 of 3 complete\n" in out
+    logs = tmp_path / "sweep.txt.logs"
+    assert f"job 2 failed with exit status 1, {logs}/2.log: it's this\n" in out
+    assert f"job 3 failed with exit status 137, {logs}/3.log: " in out
+    assert out.count("starts") == 4 and out.count("failed with exit status") == 2
+    assert (tmp_path / "first").read_text() == f"{ROOT}\n" and (tmp_path / "last").read_text() == "100%\n"
     (tmp_path / "bad").unlink()
-    out, _ = sweep(path)
-    assert "3 of 3 complete\n" in out and out.count("begins") == 1
-    counts = {name: (tmp_path / name).read_text() for name in ("first", "second", "third")}
-    assert counts == {"first": f"{ROOT}\n", "second": f"{ROOT}\n" * 2, "third": f"{ROOT}\n"}
-    logs = [log.read_text() for log in (tmp_path / "sweep.txt.jobs").glob("*.log")]
-    assert len(logs) == 3 and sum(log.count("it's this\n") for log in logs) == 2
-    write_sweep(tmp_path, f"{ran}/first", f"{ran}/third; true")
-    assert sweep(path)[0].count("begins") == 1  # a changed line is another job
+    out, _ = sweep(path, status=1)
+    assert "job 2 failed" not in out and "job 3 failed" in out
+    assert (tmp_path / "first").read_text() == f"{ROOT}\n" * 2
+    assert sorted(log.name for log in logs.iterdir()) == ["1.log", "2.log", "3.log", "4.log"]
+    assert (logs / "2.log").read_text().count("it's this\n") == 2  # a log holds all attempts, and their command
+    assert f"  echo 100% >{tmp_path}/last\n" in (logs / "4.log").read_text()
+    assert sweep(write_sweep(tmp_path, "true"))[0].count("\n") == 1
 
 
 def test_each_job_has_a_gpu_of_its_own(tmp_path):
     """With two GPUs, two jobs at a time; mkdir fails where two share one."""
     lines = [f"d={tmp_path}/$CUDA_VISIBLE_DEVICES; mkdir $d && sleep 0.2 && rmdir $d # {i}" for i in range(5)]
     sweep(write_sweep(tmp_path, *lines), CUDA_VISIBLE_DEVICES="GPU-a,3")
-    logs = [log.read_text() for log in (tmp_path / "sweep.txt.jobs").glob("*.log")]
-    assert len(logs) == 5
+    assert len(list((tmp_path / "sweep.txt.logs").glob("*.log"))) == 5
     lines = [f"echo $CUDA_VISIBLE_DEVICES >>{tmp_path}/seen; mkdir {tmp_path}/one-{i}; sleep 1" for i in range(4)]
     sweep("-j", 4, write_sweep(tmp_path, *lines), CUDA_VISIBLE_DEVICES="GPU-a,3")
     assert sorted((tmp_path / "seen").read_text().split()) == ["3", "3", "GPU-a", "GPU-a"]
@@ -100,67 +86,67 @@ def test_jobs_on_the_cpu_share_the_cores(tmp_path, jobs, share):
     sweep("-j", jobs, path, CUDA_VISIBLE_DEVICES="")
     cores = len(os.sched_getaffinity(0))
     assert (tmp_path / "1").read_text() == f"{max(cores // share, 1)}\n"
+    sweep("--line", 1, "-j", jobs, path, CUDA_VISIBLE_DEVICES="")
+    assert (tmp_path / "0").read_text() == f"{cores}\n"
     sweep("-j", jobs, write_sweep(tmp_path, f"echo $OMP_NUM_THREADS >{tmp_path}/2"), OMP_NUM_THREADS="7")
     assert (tmp_path / "2").read_text() == "7\n"
 
 
+@pytest.mark.parametrize("name", ["-a b.txt", 'it\'s "$HOME".txt', "--line"])
+def test_odd_names_of_the_file(tmp_path, name):
+    write_sweep(tmp_path, "echo ran", name=name)
+    sweep("--", name, cwd=tmp_path)
+    sweep(f"./{name}", cwd=tmp_path)
+    assert (tmp_path / f"{name}.logs" / "1.log").read_text().count("\nran\n") == 2
+
+
 def test_wrong_calls_are_one_line(tmp_path):
-    path, empty = write_sweep(tmp_path, "true"), tmp_path / "empty"
+    path, empty = write_sweep(tmp_path, f"touch {tmp_path}/ran"), tmp_path / "empty"
     empty.write_text("# nothing\n")
     for args, words in (
         ([tmp_path / "nothing"], "nothing: no such file"),
         ([empty], "no command in it"),
         (["-j", "0", path], "-j: '0' is not a whole number >= 1"),
+        (["--line"], "--line: '' is not a whole number >= 1"),
         (["--line", "2", path], "has 1 commands"),
         (["--fast", path], "unknown option --fast"),
-        ([], "one FILE is needed"),
+        ([path, path], "give one FILE"),
+        ([], "give one FILE"),
     ):
-        _, error = sweep(*args, status=2)
-        assert words in error and error.count("\n") == 1, error
+        out, error = sweep(*args, status=2)
+        assert words in error and error.count("\n") == 1 and not out, error
+    assert not (tmp_path / "ran").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What a kill leaves
+# Signals
 # ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_sweep_goes_on(train, tmp_path):
-    """Ended by SIGTERM in the midst of training, with one job done and one waiting; it ends as if never cut."""
-    run, epochs = tmp_path / "run", 100
-    path = write_sweep(tmp_path, f"echo x >>{tmp_path}/before", training(run, epochs), f"echo x >>{tmp_path}/after")
-    process = subprocess.Popen([SWEEP, path], env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE)
-    wait_for(lambda: len(read_log(run)) > 5)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=90)
-    assert process.returncode == 143 and b"the same call goes on" in error
-    cut = read_log(run)
-    assert len(cut) < epochs and not (tmp_path / "after").exists()
-    time.sleep(0.5)
-    assert read_log(run) == cut  # nobody trains there any more
-
-    out, _ = sweep(path, OMP_NUM_THREADS="1")
-    assert "3 of 3 complete\n" in out and out.count("begins") == 2
-    assert (tmp_path / "before").read_text() == (tmp_path / "after").read_text() == "x\n"
-    assert [int(row["epoch"]) for row in read_csv(run / "nc_metrics.csv")] == [1, 81, epochs]
-    train(*FLAGS, "--epochs", epochs, "--save_path", "whole")
-    assert log_of(run) == log_of(tmp_path / "whole")
-    assert same_weights(run / f"epoch_{epochs}.pth", tmp_path / "whole" / f"epoch_{epochs}.pth")
+def resumable(folder):
+    """A line that counts to 30 in a file, takes its time to stop on SIGTERM, and continues in the next call."""
+    save = f"sleep 0.3; echo saved >>{folder}/run; exit 143"
+    count = f"for i in $(seq $(wc -l <{folder}/run) 30); do echo $i >>{folder}/run; sleep 0.05; done"
+    return f"touch {folder}/run; trap '{save}' TERM; {count}"
 
 
-def test_a_job_that_is_shot_has_failed_and_the_others_run(tmp_path):
-    path = write_sweep(tmp_path, "kill -KILL $$", f"touch {tmp_path}/after")
-    assert "exit status 137" in sweep(path, status=1)[0] and (tmp_path / "after").exists()
-
-
-def test_a_job_that_runs_is_not_begun_a_second_time(tmp_path):
-    path = write_sweep(tmp_path, f"echo x >>{tmp_path}/ran; until [ -e {tmp_path}/go ]; do sleep 0.1; done")
-    first = subprocess.Popen([SWEEP, path], env=environment(), stdout=subprocess.DEVNULL)
-    wait_for((tmp_path / "ran").exists)
-    out, _ = sweep(path, status=1)
-    assert "busy" in out and "0 of 1 complete" in out
-    (tmp_path / "go").touch()
-    assert first.wait(timeout=30) == 0
-    assert "1 of 1 complete" in sweep(path)[0] and (tmp_path / "ran").read_text() == "x\n"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_continues(tmp_path, number):
+    """The jobs end too, in their own way, before the sweep does; those that wait do not start."""
+    run = tmp_path / "run"
+    path = write_sweep(tmp_path, f"echo x >>{tmp_path}/before", resumable(tmp_path), f"echo x >>{tmp_path}/after")
+    process = subprocess.Popen([SWEEP, path], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    wait_for(lambda: run.exists() and run.read_text().count("\n") > 5)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and error == b"sweep.sh: stopped; run it again to continue\n"
+    cut = run.read_text()
+    assert cut.endswith("saved\n") and "30\n" not in cut and not (tmp_path / "after").exists()
+    time.sleep(0.2)
+    assert run.read_text() == cut  # no process of the job is left
+    sweep(path)
+    assert run.read_text().startswith(cut) and run.read_text().endswith("\n30\n")
+    assert (tmp_path / "after").read_text() == "x\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -187,10 +173,11 @@ def array_task(tmp_path):
 
 
 def test_a_slurm_task_runs_its_line(tmp_path, array_task):
-    path = write_sweep(tmp_path, f"echo 1 >{tmp_path}/1", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/2", "exit 5")
+    lines = f"echo 1 >{tmp_path}/1", f"echo $CUDA_VISIBLE_DEVICES >{tmp_path}/2", "exit 5"
+    path = write_sweep(tmp_path, *lines, name="-it's.txt")
     assert [array_task(path, number).wait(timeout=30) for number in (2, 3)] == [0, 1]
     assert (tmp_path / "2").read_text() == "2\n" and not (tmp_path / "1").exists()
-    assert "2 of 3 complete" in sweep(path, status=1)[0]  # the same marks
+    assert sorted(log.name for log in (tmp_path / "-it's.txt.logs").iterdir()) == ["2.log", "3.log"]
 
 
 @pytest.mark.parametrize("sent, requeued", [(signal.SIGUSR1, "requeue 4711\n"), (signal.SIGTERM, None)])
@@ -210,63 +197,7 @@ def test_a_slurm_task_that_must_stop_can_go_on(tmp_path, array_task, sent, reque
     assert (tmp_path / "ran").read_text() == "ran\nstopped\nran\n"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The paper's experiments
-# ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "mnist", "fashionmnist", "svhn"])
-def test_the_papers_experiments(tmp_path, dataset):
-    """Their commands, without running them: four models, the paper's flags, folders of their own."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    (tmp_path / "scripts" / "environment.sh").write_text("")
-    variables = environment(PYTHON="python", OBJECTIVE="released", FLAGS="--save_every 100 --data_dir elsewhere")
-    script = tmp_path / "scripts" / f"reproduce_{dataset}.sh"
-    done = subprocess.run([script, "--count"], env=variables, capture_output=True, text=True, check=True)
-    assert done.stdout == "4\n"
-    commands = (tmp_path / "model_weights" / f"{dataset}_released" / "commands.txt").read_text().splitlines()
-    settings = {}
-    for command in commands:
-        train, validate = (shlex.split(part, comments=True) for part in command.split(" && "))
-        assert train[:2] == ["python", "train_1st_order_unbalanced.py"] and validate[1] == "validate_NC_unbalanced.py"
-        assert train[2:] == validate[2:]
-        args = parse_args(argv=train[2:])
-        settings[args.model] = args
-        assert (args.dataset, args.objective, args.save_every, args.data_dir) == (dataset, "released", 100, "elsewhere")
-        assert args.batch_size == (256 if args.model == "MLP" else 32) and args.resume
-        paper = parse_args(argv=shlex.split(PAPER))
-        free = {"model", "batch_size", "dataset", "objective"}
-        assert {name for name in TRAINING_FLAGS if getattr(args, name) != getattr(paper, name)} <= free
-        assert (args.epochs, args.patience) == (paper.epochs, paper.patience)
-    assert list(settings) == ["MLP", "ResNet18", "VGG11", "densenet_cifar"]
-    assert len({args.save_path for args in settings.values()}) == 4
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_recipe_on_the_papers_counts(tmp_path, device):
-    """Its commands, without running them: on a GPU the paper's own among them, with both objectives."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    (tmp_path / "scripts" / "environment.sh").write_text("")
-    call = [tmp_path / "scripts" / "collapse_paper.sh", "elsewhere", "--count"]
-    variables = environment(PYTHON="python", DEVICE=device)
-    done = subprocess.run(call, env=variables, capture_output=True, text=True, check=True)
-    path = tmp_path / "model_weights" / f"collapse_paper_{device}" / "commands.txt"
-    settings = {}
-    for command in path.read_text().splitlines():
-        train, validate = (shlex.split(part, comments=True) for part in command.split(" && "))
-        assert train[2:] == validate[2:]
-        args = parse_args(argv=[word.replace("@scripts", f"@{ROOT}/scripts") for word in train[2:]])
-        assert args.resume and args.device == device and args.dataset == "cifar10" and not args.class_counts
-        settings[Path(args.save_path).name] = args
-    assert done.stdout == f"{len(settings)}\n"
-    if device == "cpu":
-        assert {args.precision for args in settings.values()} == {"fp32", "bf16"}
-        return
-    assert len(settings) == 4
-    paper = parse_args(argv=shlex.split(PAPER))
-    for objective in ("paper", "released"):
-        plain, recipe = settings[f"plain_{objective}"], settings[f"recipe_{objective}"]
-        assert {n for n in TRAINING_FLAGS if getattr(plain, n) != getattr(paper, n)} <= {"objective"}
-        assert plain.objective == recipe.objective == objective and plain.epochs == 4000 and recipe.revive
-        decays = {(args.weight_decay, args.feature_decay_rate) for args in (plain, recipe)}
-        assert decays == {(paper.weight_decay, paper.feature_decay_rate)}
+def test_the_array_without_slurm_is_one_line(tmp_path):
+    script, path = ROOT / "scripts" / "slurm_array.sbatch", write_sweep(tmp_path, "true")
+    done = subprocess.run(["bash", script, path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "slurm_array.sbatch: error: submit it with sbatch --array\n")

@@ -1,0 +1,183 @@
+"""Redraw the tables and figures of README.md and docs/.
+
+    python scripts/update_tables.py                                             (tables, from results/)
+    python scripts/update_tables.py model_weights/recipe model_weights/small    (also results/ and figures of these)
+
+results/TABLE.csv is the summary.csv that `scripts/table.sh TABLE` writes. A document shows a table between the lines
+`<!-- table: TABLE -->` and `<!-- end of table -->`. If the folder of a table's runs is given, the script also replaces
+results/TABLE.csv and the table's figures in docs/figures/.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from engine.figures import draw_runs
+from engine.run import Run
+from summarize import written
+from utils import UserError, atomic_write, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
+
+
+def number(value):
+    return written("", value)
+
+
+def percent(value):
+    return f"{100 * value:.2g} %"
+
+
+def minutes(seconds):
+    return f"{seconds / 60:.1f}"
+
+
+COLUMNS = {  # head: the column of summary.csv, and how its values are written
+    "NC1": ("NC1", number),
+    "NC2_H": ("NC2_H", number),
+    "NC2_WWT": ("NC2_WWT", number),
+    "NC3_WH": ("NC3_WH", number),
+    "margins": ("margin_rel_err", percent),
+    "norms": ("norm_rel_err", percent),
+    "train": ("train_acc1", "{:.4g} %".format),
+    "test": ("test_acc1", "{:.1f} %".format),
+    "steps to 0.01": ("step_to_0.01", "{:,.0f}".format),
+    "minutes": ("seconds", minutes),
+    "minutes to 0.05": ("seconds_to_0.05", minutes),
+    "minutes to 0.01": ("seconds_to_0.01", minutes),
+}
+GEOMETRY = ["NC1", "NC2_H", "NC2_WWT", "NC3_WH", "margins", "norms"]
+
+
+@dataclass
+class Table:
+    """A table of the documents: its rows in order, and the figures drawn from its runs."""
+
+    title: str  # of the first column
+    rows: dict  # name of a run in scripts/tables.txt: label
+    heads: list  # of the other columns, in COLUMNS
+    worst: tuple = ()  # heads of columns that also show the worst seed, in brackets
+    figures: dict = None  # file name in docs/figures: figure of plot_nc.py
+    runs: str = "*"  # of which runs the figures are
+    x: str = "epoch"  # the x axis of the figures
+
+
+TABLES = {
+    "recipe": Table(
+        "five seeds each",
+        {
+            "readme": "CIFAR-10, 100 to 500 of a class, N = 3,000",
+            "mixed": "CIFAR-10, 60 to 500 of a class, N = 2,410",
+            "exp10": "CIFAR-10, `exp:10`, n_max 500, N = 2,043",
+            "step10": "CIFAR-10, `step:10`, n_max 500, N = 2,750",
+            "digits": "digits, 34 to 170 of a class, N = 1,020",
+        },
+        [*GEOMETRY, "steps to 0.01", "minutes"],
+        worst=(*GEOMETRY, "steps to 0.01"),
+        figures={"theorem": "theorem", "nc_curves": "nc_curves", "heatmaps": "heatmaps"},
+        runs="readme-*",
+    ),
+    "small": Table(
+        "three seeds each, mean",
+        {
+            "imbalanced": "imbalanced, 100 to 500 of a class",
+            "balanced": "balanced, 300 of a class",
+            "exp10": "`exp:10`, 500 to 50",
+            "step10": "`step:10`, 500 and 50",
+            "collapsed": "collapsed, 500 to 200 and 60, 50, 40",
+        },
+        [*GEOMETRY, "train", "test"],
+        figures={"small_theorem": "theorem", "small_nc_curves": "nc_curves"},
+    ),
+    "plain": Table(
+        "one seed each",
+        {
+            "adam": "(a) CIFAR-10, N = 3,000, plain Adam, 1,000 epochs",
+            "adam_bf16": "(a) with `--precision bf16`",
+            "bias": "(b) digits, with bias",
+            "mse": "(c) digits, MSE",
+        },
+        [*GEOMETRY, "train", "test"],
+    ),
+    "paper_counts": Table(
+        "one seed each",
+        {"fp32": "fp32, 150 epochs", "bf16": "bf16, 260 epochs"},
+        ["train", *GEOMETRY, "minutes", "minutes to 0.05", "minutes to 0.01"],
+        figures={"paper_counts": "nc_curves"},
+        x="minutes",
+    ),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="folder of a table's runs")
+    for folder in parser.parse_args().folders:
+        take_over(folder, ROOT)
+    for path in documents(ROOT):
+        text = path.read_text()
+        if (redrawn := redraw(text, ROOT / "results")) != text:
+            with atomic_write(path, "w") as file:
+                file.write(redrawn)
+            print(path)
+
+
+def run_name(folder):
+    """Return the name in scripts/tables.txt of a run in a folder NAME or NAME-SEED."""
+    return re.sub(r"-\d+$", "", Path(folder).name)
+
+
+def documents(root):
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def take_over(folder, root):
+    """Copy the summary of a table's runs to results/, and draw the table's figures into docs/figures/."""
+    table = TABLES.get(folder.resolve().name)
+    if table is None or not (folder / "summary.csv").exists():
+        raise UserError(f"{folder}: not a folder that scripts/table.sh has written for {', '.join(TABLES)}")
+    shutil.copyfile(folder / "summary.csv", root / "results" / f"{folder.resolve().name}.csv")
+    runs = [Run(path.parent) for path in sorted(folder.glob(f"{table.runs}/nc_metrics.csv"))]
+    names = list(table.rows)
+    runs.sort(key=lambda run: names.index(run_name(run.folder)))
+    for run in runs:
+        run.flags["run_name"] = table.rows[run_name(run.folder)].replace("`", "")  # legends as in the table
+    with tempfile.TemporaryDirectory() as drawn:
+        for name, figure in (table.figures or {}).items():
+            draw_runs(runs, Path(drawn), x=table.x)
+            shutil.copyfile(Path(drawn) / f"{figure}.png", root / "docs" / "figures" / f"{name}.png")
+
+
+def redraw(text, results):
+    """Return a document with its tables as results/ has them."""
+    if len(MARKED.findall(text)) != text.count("<!-- table:"):
+        raise UserError("a table is not closed: write <!-- table: NAME -->, and <!-- end of table --> after it")
+    return MARKED.sub(lambda match: f"{match[1]}{match[2]}\n{markdown(match[1], results)}\n\n", text)
+
+
+def markdown(name, results):
+    """Return a table of TABLES as Markdown."""
+    table, summary = TABLES[name], pd.read_csv(results / f"{name}.csv")
+    summary.index = [run_name(folders.split()[0]) for folders in summary["folders"]]
+    lines = [["", table.title, *table.heads, ""], ["", *["---"] * (1 + len(table.heads)), ""]]
+    for run, label in table.rows.items():
+        cells = []
+        for head in table.heads:
+            column, form = COLUMNS[head]
+            worst = f" ({form(summary.loc[run, f'{column}_worst'])})" if head in table.worst else ""
+            cells.append(f"{form(summary.loc[run, column])}{worst}")
+        lines.append(["", label, *cells, ""])
+    return "\n".join(" | ".join(line).strip() for line in lines)
+
+
+if __name__ == "__main__":
+    run_script(main)
