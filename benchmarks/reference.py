@@ -1,12 +1,19 @@
-"""The usual loop, written for comparison: what a training script for this paper does without thought of speed."""
+"""The usual way, written for comparison: what a training script for this paper does without a thought of speed."""
+
+from functools import cache
+from itertools import islice
 
 import numpy as np
 import scipy.linalg
 import torch
+from common import paper_args, random_images
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+
+from models import build_model
+from utils import from_flags
 
 
 class Images(Dataset):
@@ -26,62 +33,56 @@ class Images(Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-class UsualTraining:
-    """run(steps): that many steps of a loader in another process, Adam, two penalties, and an accuracy a batch."""
+def run_usual_training(steps, *setting):
+    """Make `steps` more steps of the setting's `usual_training`."""
+    for _ in islice(usual_training(*setting), steps):
+        pass
 
-    def __init__(self, args, split, model, device):
-        self.args, self.model, self.device, self.count = args, model, device, len(split)
-        self.loader = DataLoader(Images(split), args.batch_size, shuffle=True, num_workers=1)
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-        self.batches = iter(self.loader)
 
-    def run(self, steps):
-        total = 0.0
-        for _ in range(steps):
-            batch = next(self.batches, None)
-            if batch is None:
-                self.batches = iter(self.loader)
-                batch = next(self.batches)
-            images, labels = batch[0].to(self.device), batch[1].to(self.device)
-            self.model.train()
-            logits, features = self.model(images)
+@cache  # the one generator of a setting goes on from call to call
+def usual_training(model, batch_size, width, fraction, device):
+    """Train without end, and yield the loss and the correct images of each step.
+
+    A loader in another process, Adam, two penalties, and a second forward pass for the accuracy.
+    """
+    args, split = paper_args(model, batch_size, width), random_images(fraction).train
+    torch.manual_seed(args.seed)
+    model = from_flags(build_model, vars(args), num_classes=10).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    loader = DataLoader(Images(split), batch_size, shuffle=True, num_workers=1)
+    while True:
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            model.train()
+            logits, features = model(images)
             loss = F.cross_entropy(logits, labels)
-            loss = loss + 0.5 * self.args.weight_decay * torch.sum(self.model.fc[0].weight ** 2)
-            scale = 0.5 * self.args.feature_decay_rate * self.count / len(labels)
-            loss = loss + scale * torch.sum(features**2)
-            self.optimizer.zero_grad()
+            loss = loss + 0.5 * args.weight_decay * torch.sum(model.fc[0].weight ** 2)
+            loss = loss + 0.5 * args.feature_decay_rate * len(split) / len(labels) * torch.sum(features**2)
+            optimizer.zero_grad()
             loss.backward()
-            self.optimizer.step()
-            self.model.eval()
+            optimizer.step()
+            model.eval()
             with torch.no_grad():
-                correct = (self.model(images)[0].argmax(1) == labels).sum().item()
-            total += loss.item() + correct
-        return total
+                correct = (model(images)[0].argmax(1) == labels).sum().item()
+            yield loss.item(), correct
 
 
 @torch.no_grad()
-def usual_measurement(model, data, device):
-    """NC1 and accuracies by batches of 64, a d x d outer product of every sample, and a pseudo-inverse."""
+def usual_nc1(model, data, device):
+    """Return NC1, from outer products (d, d) of every sample and a pseudo-inverse; count correct images on the way."""
     model.eval()
-    num_classes = data.num_classes
-    sums, counts, correct = 0.0, torch.zeros(num_classes), 0
-    for images, labels in DataLoader(Images(data.train), 64):
+    train, test = (DataLoader(Images(split), 64) for split in (data.train, data.test))
+    sums, sigma_w, correct = 0.0, 0.0, 0
+    for images, labels in train:
         logits, features = model(images.to(device))
-        one_hot = F.one_hot(labels, num_classes).float().to(device)
-        sums = sums + one_hot.T @ features
-        counts += one_hot.sum(0).cpu()
+        sums = sums + F.one_hot(labels, data.num_classes).float().to(device).T @ features
         correct += (logits.argmax(1).cpu() == labels).sum().item()
-    means = sums / counts.to(device)[:, None]
-    total_mean = sums.sum(0) / counts.sum().item()
-    sigma_w = 0.0
-    for images, labels in DataLoader(Images(data.train), 64):
-        _, features = model(images.to(device))
-        centred = features - means[labels.to(device)]
+    means = sums / torch.tensor(data.class_counts, device=device)[:, None]
+    for images, labels in train:
+        centred = model(images.to(device))[1] - means[labels.to(device)]
         sigma_w = sigma_w + torch.matmul(centred[:, :, None], centred[:, None, :]).sum(0)
-    sigma_w = (sigma_w / counts.sum().item()).cpu().numpy()
-    shift = (means - total_mean).cpu().numpy()
-    nc1 = np.trace(sigma_w @ scipy.linalg.pinv(shift.T @ shift / num_classes)) / num_classes
-    for images, labels in DataLoader(Images(data.test), 64):
-        logits, _ = model(images.to(device))
-        correct += (logits.argmax(1).cpu() == labels).sum().item()
-    return nc1, correct
+    sigma_w = (sigma_w / len(data.train)).cpu().numpy()
+    shift = (means - sums.sum(0) / len(data.train)).cpu().numpy()
+    for images, labels in test:
+        correct += (model(images.to(device))[0].argmax(1).cpu() == labels).sum().item()
+    return np.trace(sigma_w @ scipy.linalg.pinv(shift.T @ shift / data.num_classes)) / data.num_classes

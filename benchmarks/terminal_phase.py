@@ -1,127 +1,94 @@
-"""What Adam does late in training, and what the recipe of collapse.sh changes: the figure of docs/collapse.md.
+"""Train one MLP plainly and by scripts/collapse.flags, and draw terminal_phase.png, the figure of docs/recipe.md.
 
     python benchmarks/terminal_phase.py --data_dir ~/data        (CIFAR-10, 2,410 images)
 
-Trains one MLP twice, plainly and by the recipe, and follows images with the wrong class, images whose features are all
-zero, the largest gradient and the largest step of each epoch, and Adam's second moments. Draws terminal_phase.png into
---figures, and writes a CSV of each run into --out.
+The rows of the epochs (see PANELS) are written to --out, a CSV for each run.
 """
 
 import argparse
-import math
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import torch
-from common import ROOT
+from common import ROOT, write_table
 from matplotlib.figure import Figure
+from training import OurTraining
 
 from args import parse_args
-from datasets import epoch_batches, epoch_order
-from objective import make_objective
-from plot_nc import BLUE, ORANGE, STYLE, TEXT_WIDTH
-from train_1st_order_unbalanced import (
-    Record,
-    learning_rate,
-    make_optimizer,
-    make_step,
-    penalty_strength,
-    set_learning_rate,
-)
-from utils import Progress, write_csv
-from validate_NC_unbalanced import set_up
+from datasets import load_data
+from engine.distributed import pick_device
+from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
+from engine.optim import Schedule, set_learning_rate
+from engine.step_log import STEP_COLUMNS
+from utils import Progress, from_flags
 
 SETTING = (
     "--class_counts 420,60,350,120,280,90,500,240,150,200 --width 512 --depth_relu 4 --batch_size 200 --no-bias "
     "--sep_decay --weight_decay 0.004 --feature_decay_rate 0.0001"
 )
-PANELS = {  # a column of the rows each, with its title
-    "wrong": "images with a wrong class",
-    "dead": "images with all features zero",
-    "grad_norm_max": "largest gradient norm",
-    "step_max": r"largest step $\|\Delta\theta\|$ / lr",
-    "second_moment": r"median $\sqrt{v}$ of the body",
+PANELS = {  # columns of the rows, with their titles and scales
+    "wrong": ("images with a wrong class", "symlog"),
+    "dead": ("images with all features zero", "symlog"),
+    "grad_norm_max": ("largest gradient norm", "log"),
+    "step_max": (r"largest step $\|\Delta\theta\|$ / lr", "log"),
+    "second_moment": (r"median $\sqrt{v}$ of the body", "log"),
 }
 
 
+@matplotlib.style.context(STYLE_FILE)
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    setting = [*SETTING.split(), "--data_dir", options.data_dir]
-    plain, recipe = ["--lr", "0.001", "--epochs", "400"], [f"@{ROOT}/scripts/collapse.flags"]
-    rows = {"plain Adam": follow([*setting, *plain]), "recipe": follow([*recipe, *setting])}
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, found in rows.items():
-        write_csv(options.out / f"terminal_phase_{name.replace(' ', '_')}.csv", found)
-    draw(rows, options.figures / "terminal_phase.png")
+    recipe, setting = f"@{ROOT}/scripts/collapse.flags", [*SETTING.split(), "--data_dir", options.data_dir]
+    runs = {"plain Adam": [*setting, "--lr", "0.001", "--epochs", "400"], "recipe": [recipe, *setting]}
+    figure = Figure(figsize=(TEXT_WIDTH, 3.6))
+    *axes, empty = figure.subplots(2, 3).flatten()
+    for (name, words), colour in zip(runs.items(), (COLOURS[1], COLOURS[0]), strict=True):
+        table = write_table(f"terminal_phase_{name.replace(' ', '_')}", follow(words), options.out)
+        for axis, (column, (title, scale)) in zip(axes, PANELS.items(), strict=True):
+            axis.plot(table["epoch"], table[column], color=colour, label=name, linewidth=0.8)
+            axis.set(title=title, xlabel="epoch", yscale=scale)
+    for axis in axes[:2]:  # numbers of images
+        axis.set_ylim(bottom=0)
+    empty.axis("off")
+    empty.legend(*axes[0].get_legend_handles_labels(), loc="center left", frameon=False)
+    figure.savefig(options.figures / "terminal_phase.png")
 
 
 def follow(words):
-    """Trains with the flags `words`; returns a row an epoch."""
+    """Train with the flags `words`; return a row for each epoch."""
     args = parse_args(argv=words)
-    device, data, model = set_up(args)
-    objective = make_objective(args, data)
-    optimizer = make_optimizer(args, model, objective, device)
-    record, strength = Record(-(-len(data.train) // args.batch_size), device), torch.ones((), device=device)
-    step = make_step(args, data.train, model, objective, optimizer, record, strength=strength)
+    training = OurTraining(args, from_flags(load_data, vars(args)), pick_device(args.device, args.gpu_id))
+    model, optimizer, schedule = training.model, training.optimizer, from_flags(Schedule, vars(args))
     body = [parameter for name, parameter in model.named_parameters() if not name.startswith("fc.")]
-    strata = data.train.labels.cpu() if args.stratified else None
     rows = []
     with Progress(args.epochs, "epoch") as progress:
         for epoch in range(1, args.epochs + 1):
-            lr = set_learning_rate(optimizer, learning_rate(args, epoch))
-            strength.fill_(penalty_strength(args, epoch))
+            lr = set_learning_rate(optimizer, schedule.learning_rate(epoch))
+            training.penalty_scale.fill_(schedule.penalty_scale(epoch))
             model.train()
-            steps = []
-            order = epoch_order(len(data.train), epoch=epoch, seed=args.seed, labels=strata)
-            for batch in epoch_batches(order, args.batch_size, even=args.stratified):
+            norms, moved = [], []
+            for batch in training.batches(epoch):
                 before = [parameter.detach().clone() for parameter in body]
-                step(batch.to(device))
-                moved = sum((new.detach() - old).square().sum() for new, old in zip(body, before, strict=True))
-                steps.append(math.sqrt(moved) / lr)
-            columns = record.take()
+                norms.append(float(training.step(batch)[STEP_COLUMNS.index("grad_norm")]))
+                change = [new.detach() - old for new, old in zip(body, before, strict=True)]
+                moved.append(float(torch.nn.utils.get_total_norm(change)) / lr)
             moments = torch.cat([optimizer.state[parameter]["exp_avg_sq"].flatten() for parameter in body])
-            wrong, dead = misplaced(model, data.train)
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "wrong": wrong,
-                    "dead": dead,
-                    "grad_norm_max": float(columns["grad_norm"].max()),
-                    "step_max": max(steps),
-                    "second_moment": float(moments.sqrt().median()),
-                }
-            )
-            progress.step(f"{wrong} wrong, {dead} dead")
+            row = {"epoch": epoch, **misplaced_images(model, training.split), "grad_norm_max": max(norms)}
+            rows.append(row | {"step_max": max(moved), "second_moment": float(moments.sqrt().median())})
+            progress.step(f"{row['wrong']} wrong, {row['dead']} dead")
     return rows
 
 
 @torch.inference_mode()
-def misplaced(model, split):
-    """How many images get a wrong class, and how many have no feature above zero."""
+def misplaced_images(model, split):
+    """Return how many images get a wrong class, and how many have no feature above zero."""
     model.eval()
     logits, features = model(split.images)
-    return int((logits.argmax(1) != split.labels).sum()), int((features == 0).all(1).sum())
-
-
-@matplotlib.rc_context(STYLE)
-def draw(rows, path):
-    """A panel a column of `rows` {run: [row an epoch]}."""
-    figure = Figure(figsize=(TEXT_WIDTH, 3.6))
-    panels = figure.subplots(2, 3).flatten()
-    for axis, (column, title) in zip(panels, PANELS.items(), strict=False):
-        for (name, found), colour in zip(rows.items(), (ORANGE, BLUE), strict=True):
-            epochs, values = [row["epoch"] for row in found], [row[column] for row in found]
-            axis.plot(epochs, values, color=colour, label=name, linewidth=0.8)
-        axis.set(title=title, xlabel="epoch", yscale="symlog" if column in ("wrong", "dead") else "log")
-        if column in ("wrong", "dead"):
-            axis.set_ylim(bottom=0)
-    panels[-1].axis("off")
-    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center left", frameon=False)
-    figure.savefig(path)
+    return {"wrong": int((logits.argmax(1) != split.labels).sum()), "dead": int((features == 0).all(1).sum())}
 
 
 if __name__ == "__main__":

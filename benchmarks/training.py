@@ -1,159 +1,111 @@
-"""Steps of our loop against the usual one (reference.py), in turn, in each precision.
+"""Time steps of our loop against the usual one (reference.py), in turn, in each precision.
 
     python benchmarks/training.py --model MLP          (width 1024, batch 256, N = 30,000)
     python benchmarks/training.py --model ResNet18     (batch 32)
 
-Also, for the MLP, the rate of a whole epoch of ours against the machine's measured matrix products.
+For the MLP, also compare the rate of whole epochs with the machine's own matrix products.
 """
 
-import argparse
+import multiprocessing
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain, count
 
 import torch
-from common import Elsewhere, copy_rate, images, in_turn, matmul_rate, ratios, report, setting, synchronise
+from common import make_parser, paper_args, random_images, ratios, report, time_in_turn
+from reference import run_usual_training
 
-from datasets import epoch_order
+from datasets import epoch_batches, epoch_order
+from engine.cuda_graph import GraphedStep
+from engine.distributed import keep_freed_memory, pick_device, set_precision
+from engine.optim import make_optimizer, optimizer_tensors
 from models import build_model
-from objective import make_objective
-from train_1st_order_unbalanced import Record, make_optimizer, make_step
-from utils import keep_freed_memory, pick_device, set_precision
-
-from reference import UsualTraining  # isort: skip
+from objective import Objective
+from train_1st_order_unbalanced import train_step
+from utils import from_flags
 
 
 class OurTraining:
-    """run(steps) of the repository's own step."""
+    """The training of the flags `args` without files: `step`, and the model, optimizer and scale that it uses."""
 
     def __init__(self, args, data, device):
         set_precision(args.precision, device)
-        torch.manual_seed(1)
-        memory_format = torch.contiguous_format if args.model == "MLP" else torch.channels_last
-        self.split = data.train.to(device, memory_format)
-        model = build_model(args.model, data.num_classes, bias=False, depth_linear=1, depth_relu=6, width=args.width)
-        model.to(device, memory_format=memory_format).train()
-        objective = make_objective(args, data)
-        optimizer = make_optimizer(args, model, objective, device)
-        self.record = Record(-(-len(self.split) // args.batch_size), device)
-        self.step = make_step(args, self.split, model, objective, optimizer, self.record)
-        self.args, self.epoch, self.rows, self.device = args, 0, iter(()), device
+        torch.manual_seed(args.seed)
+        model, flags = from_flags(build_model, vars(args), num_classes=data.num_classes), vars(args)
+        self.model = model.to(device, memory_format=model.memory_format).train()
+        self.args, self.device, self.split = args, device, data.train.to(device, model.memory_format)
+        facts = {"class_counts": data.class_counts, "feature_dim": model.fc[0].in_features}
+        self.objective, self.penalty_scale = from_flags(Objective, flags, **facts), torch.ones((), device=device)
+        graphed = device.type == "cuda" and args.cuda_graph
+        decay = {"weight_decay": self.objective.optimizer_decay, "for_cuda_graph": graphed}
+        self.optimizer = from_flags(make_optimizer, flags, parameters=model.parameters(), **decay)
+        self.step = partial(
+            train_step, split=self.split, model=model, objective=self.objective, optimizer=self.optimizer, shifts=None,
+            penalty_scale=self.penalty_scale, precision=args.precision, clip_grad_norm=args.clip_grad_norm,
+        )  # fmt: skip
+        if graphed:
+            tensors = lambda: [*model.state_dict().values(), *optimizer_tensors(self.optimizer)]  # noqa: E731
+            self.step = GraphedStep(self.step, {len(batch) for batch in self.batches(1)}, tensors, device)
+        self.endless = chain.from_iterable(map(self.batches, count(1)))
+
+    def batches(self, epoch):
+        """Return the batches of indices of an epoch."""
+        labels = self.split.labels.cpu() if self.args.stratified else None
+        order = epoch_order(len(self.split), epoch=epoch, seed=self.args.seed, labels=labels)
+        return epoch_batches(order.to(self.device), self.args.batch_size, even=self.args.stratified)
 
     def run(self, steps):
+        """Make the next `steps` steps, in the precision of the flags."""
+        set_precision(self.args.precision, self.device)
+        self.model.train()
         for _ in range(steps):
-            rows = next(self.rows, None)
-            if rows is None:
-                self.epoch += 1
-                self.record.take()
-                order = epoch_order(len(self.split), epoch=self.epoch, seed=1).to(self.device)
-                self.rows = iter(order.split(self.args.batch_size))
-                rows = next(self.rows)
-            self.step(rows)
+            self.step(next(self.endless))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default="MLP")
     parser.add_argument("--batch_size", type=int, help="default: 256 for the MLP, else 32")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--data_dir", help="default: random images")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=20, help="of a timed run")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--fraction", type=float, default=1, help="of the paper's 30,000 images")
-    parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV file")
     options = parser.parse_args()
-    device = pick_device(options.device, 0)
-    data = images(options.data_dir, options.fraction)
-    batch_size = options.batch_size or (256 if options.model == "MLP" else 32)
-
-    precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
-    steps = options.steps
+    device, data = pick_device(options.device, 0), random_images(options.fraction)
     keep_freed_memory()
-    works = {"usual loop, fp32": None}
-    for precision in precisions:
-        args = setting(options.model, batch_size, width=options.width, precision=precision)
-        works[f"ours, {precision}"] = timed(OurTraining(args, data, device), steps, precision, device)
-    with Elsewhere(partial(usual_work, options, batch_size, device)) as usual:
-        works["usual loop, fp32"] = usual
-        times = in_turn(works, options.pairs, device)
-    usual_times = times["usual loop, fp32"]
+    setting = options.model, options.batch_size or (256 if options.model == "MLP" else 32), options.width
+    precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
+    ours = {precision: OurTraining(paper_args(*setting, precision), data, device) for precision in precisions}
+
+    # The usual loop has a process of its own, which the allocator and the switches of ours do not reach.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as elsewhere:
+        usual = partial(elsewhere.submit, run_usual_training, options.steps, *setting, options.fraction, device)
+        works = {"usual loop, fp32": lambda: usual().result()}
+        works |= {f"ours, {name}": partial(training.run, options.steps) for name, training in ours.items()}
+        times = time_in_turn(works, options.pairs, device)
     rows = []
     for name, spent in times.items():
-        median, least, most = ratios(usual_times, spent)
-        rows.append(
-            {
-                "loop": f"{options.model}, {name}",
-                "batch": batch_size,
-                "ms a step": 1000 * statistics.median(spent) / steps,
-                "times the usual": median,
-                "least": least,
-                "most": most,
-                "pairs": options.pairs,
-            }
-        )
-    report(f"training_{options.model}_{device.type}", rows, device, options.out)
+        row = {"loop": f"{options.model}, {name}", "batch": setting[1]}
+        row["ms a step"] = 1000 * statistics.median(spent) / options.steps
+        row["times the usual"], row["least"], row["most"] = ratios(times["usual loop, fp32"], spent)
+        rows.append(row | {"pairs": options.pairs})
+    report(f"training_{options.model}", rows, device, options.out)
     if options.model == "MLP":
-        share_of_ceiling(options, batch_size, data, device, precisions)
+        report("ceiling_MLP", [share_of_ceiling(training) for training in ours.values()], device, options.out)
 
 
-def usual_work(options, batch_size, device):
-    """The reference's steps, for a process of their own."""
-    args = setting(options.model, batch_size, width=options.width)
-    torch.manual_seed(1)
-    model = build_model(options.model, 10, bias=False, depth_linear=1, depth_relu=6, width=options.width).to(device)
-    usual = UsualTraining(args, images(options.data_dir, options.fraction).train, model, device)
+def share_of_ceiling(training):
+    """Return a row: the arithmetic of a whole epoch of the MLP a second, against a large matrix product.
 
-    def work():
-        usual.run(options.steps)
-        synchronise(device)
-
-    return work
-
-
-def timed(training, steps, precision, device):
-    """A function for `in_turn`: steps under the precision's switches."""
-
-    def work():
-        set_precision(precision, device)
-        training.run(steps)
-
-    return work
-
-
-def share_of_ceiling(options, batch_size, data, device, precisions):
-    """Arithmetic and memory traffic of whole epochs against a large matrix product and a large copy.
-
-    Counted are the matrix products of the layers, and what a step of Adam cannot do without: the weights are read
-    forward and backward, the gradient is written and read, two moments and the weights are read and written.
+    Only the matrix products of the layers count: one forward, and two backward, but none to the images.
     """
-    rows, width, count = [], options.width, len(data.train)
-    weights = 3072 * width + 6 * width**2 + 10 * width
-    steps = -(-count // batch_size)
-    flops = count * 2 * (3 * weights - 3072 * width)  # forward, two products backward, but none to the images
-    traffic = steps * 4 * 10 * weights
-    for precision in precisions:
-        args = setting(options.model, batch_size, width=width, precision=precision)
-        training = OurTraining(args, data, device)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        ceiling, copies, epochs = [], [], []
-        for _ in range(3):
-            ceiling.append(matmul_rate(device, dtype))
-            copies.append(copy_rate(device))
-            epochs += in_turn({"epoch": partial(training.run, steps)}, 1, device)["epoch"]
-        epoch, ceiling, copies = (statistics.median(values) for values in (epochs, ceiling, copies))
-        rows.append(
-            {
-                "epoch": f"{options.model}, {precision}",
-                "seconds": epoch,
-                "GFLOP/s": flops / epoch / 1e9,
-                "matrix product, GFLOP/s": ceiling / 1e9,
-                "share": flops / epoch / ceiling,
-                "GB/s": traffic / epoch / 1e9,
-                "copy, GB/s": copies / 1e9,
-                "share of copy": traffic / epoch / copies,
-            }
-        )
-    report(f"ceiling_{options.model}_{device.type}", rows, device, options.out)
+    args, device, samples = training.args, training.device, len(training.split)
+    flops = 2 * samples * (2 * 3072 * args.width + 3 * (args.depth_relu * args.width**2 + 10 * args.width))
+    size = 4096 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    works = {"epoch": partial(training.run, len(training.batches(1))), "product": lambda: a @ b}
+    times = {name: statistics.median(spent) for name, spent in time_in_turn(works, 3, device).items()}
+    rate, ceiling = flops / times["epoch"], 2 * size**3 / times["product"]
+    row = {"epoch": f"MLP, {args.precision}", "seconds": times["epoch"], "GFLOP/s": rate / 1e9}
+    return row | {"matrix product, GFLOP/s": ceiling / 1e9, "share": rate / ceiling}
 
 
 if __name__ == "__main__":
