@@ -1,40 +1,100 @@
-"""What the README shows works as it stands there."""
+"""What README.md and docs/ show works as it stands there."""
 
 import re
 import shlex
 
+import pytest
+import torch
+
 from args import make_parser
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FLAG = r"(?<![\w-])--[a-z0-9_]+(?:-[a-z]+)?"
+OTHERS = {"--array", "--index-url"}  # of sbatch and pip
+FOLDERS = "scripts|docs|results|benchmarks|engine|nc_theory|tests|models"
 
 
-def test_the_python_example_runs(run_script, tmp_path):
-    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
-    assert sum(map(bool, code.splitlines())) <= 12
-    (tmp_path / "example.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
-    out, _ = run_script(tmp_path / "example.py")
+def python_examples(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def run_example(code, run_script, folder):
+    (folder / "example.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    return run_script(folder / "example.py")[0]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_loop_of_the_readme_runs(run_script, tmp_path):
+    _, loop = python_examples("README.md")
+    out = run_example(loop, run_script, tmp_path)
     assert "'NC1': " in out and re.findall(r"'(\w+)': nan", out) == ["NC4"]  # no predictions were given
 
 
-def test_every_flag_in_it_exists():
-    flag = r"(?<![\w-])--[a-z0-9_]+(?:-[a-z]+)?"
-    known = {option for action in make_parser()._actions for option in action.option_strings} | {"--array"}  # sbatch's
-    for script in ("plot_nc.py", "summarize.py", "solve_ufm.py", "scripts/sweep.sh"):
-        known |= set(re.findall(flag, (ROOT / script).read_text()))
-    assert set(re.findall(flag, README)) <= known
+def test_the_loop_of_extending_runs(run_script, tmp_path):
+    (loop,) = python_examples("docs/extending.md")
+    assert "nan" not in run_example(loop, run_script, tmp_path)
 
 
-def test_commands_parse():
-    joined = README.replace("\\\n", " ")
-    commands = re.findall(
-        r"^(?:CUDA_VISIBLE_DEVICES=0 )?python train_1st_order_unbalanced.py (--model.*)$", joined, re.M
-    )
-    assert len(commands) >= 2
+def test_the_model_of_the_readme_is_one():
+    model, _ = python_examples("README.md")
+    namespace = {}
+    exec(model, namespace)
+    net = namespace["SmallNet"](num_classes=7, bias=False, depth_linear=1, revive=True, planes=12)
+    logits, features = net(torch.rand(5, 3, 32, 32))
+    assert logits.shape == (5, 7) and features.shape == (5, 12) and (features >= 0).all()
+
+
+def test_the_theory_example_runs(run_script, tmp_path):
+    (example,) = python_examples("docs/theory.md")
+    assert "closed form" in run_example(example, run_script, tmp_path)
+
+
+def test_the_tutorial_runs(train, validate, run_script, tmp_path):
+    flags = [*TINY, "--save_path", "model_weights/quickstart"]
+    train(*flags)
+    validate(*flags)
+    (code,) = python_examples("docs/tutorial.md")
+    ours, csv = re.search(r"NC1: (\S+), in nc_metrics.csv: (\S+)", run_example(code, run_script, tmp_path)).groups()
+    assert float(ours) == pytest.approx(float(csv), rel=1e-4)
+    assert (tmp_path / "distances.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_flag_exists(page):
+    known = {option for action in make_parser()._actions for option in action.option_strings} | OTHERS
+    for script in (*ROOT.glob("*.py"), *ROOT.glob("scripts/*"), *ROOT.glob("benchmarks/*.py")):
+        if script.is_file():
+            known |= set(re.findall(FLAG, script.read_text()))
+    assert set(re.findall(FLAG, page.read_text())) - known == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_parse(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    joined = page.read_text().replace("\\\n", " ")
+    pattern = r"^(?:CUDA_VISIBLE_DEVICES=0 )?python train_1st_order_unbalanced.py ([@-].*)$"
+    commands = re.findall(pattern, joined, re.M)
+    assert commands or page.name not in ("README.md", "recipe.md", "results.md")
     for command in commands:
         make_parser().parse_args(shlex.split(command, comments=True))
 
 
-def test_files_in_it_exist():
-    for path in re.findall(r"(?:\]\(|src=\")((?:docs|scripts)/[^)\"]+)", README):
-        assert (ROOT / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_headings_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", text):
+        if link.startswith(("http:", "https:")):
+            continue
+        path, _, heading = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            assert heading in {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in headings}, link
+    for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*\w", text):
+        assert (page.parent / path).exists() or (ROOT / path).exists() or path.startswith("docs/figures/"), path

@@ -1,0 +1,73 @@
+"""The tables of README.md and docs/ show what results/*.csv hold."""
+
+import csv
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from scripts import update_tables
+from tests.conftest import ROOT
+from tests.test_figures import recorded
+from utils import UserError
+
+PAGES = update_tables.documents(ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
+    text = page.read_text()
+    assert update_tables.redraw(text, ROOT / "results") == text
+
+
+def test_every_result_is_shown():
+    shown = {name for page in PAGES for name, *_ in update_tables.MARKED.findall(page.read_text())}
+    assert shown == {path.stem for path in (ROOT / "results").glob("*.csv")} == set(update_tables.TABLES)
+
+
+def test_a_changed_result_is_noticed_and_drawn(tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    path = tmp_path / "results" / "recipe.csv"
+    data, text = pd.read_csv(path), PAGES[0].read_text()
+    data.loc[0, "NC1"] = 0.0123
+    data.to_csv(path, index=False)
+    redrawn = update_tables.redraw(text, tmp_path / "results")
+    assert "| 0.012 (" in redrawn and "| 0.012 (" not in text
+    assert update_tables.redraw(redrawn, ROOT / "results") == text
+
+
+def test_a_table_that_is_not_closed_is_an_error():
+    with pytest.raises(UserError, match="not closed"):
+        update_tables.redraw("<!-- table: recipe -->\n", ROOT / "results")
+
+
+def test_cells_are_the_means_and_worst_seeds_of_the_row_that_the_label_names():
+    with open(ROOT / "results" / "recipe.csv", newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if "/mixed-1" in row["folders"])
+    (line,) = (line for line in update_tables.markdown("recipe", ROOT / "results").splitlines() if "N = 2,410" in line)
+    cells = [re.findall(r"[\d.,e-]+", cell.replace(",", "")) for cell in line.split(" | ")[1:]]
+    expected = [
+        *((float(row[name]), float(row[f"{name}_worst"])) for name in ("NC1", "NC2_H", "NC2_WWT", "NC3_WH")),
+        *((100 * float(row[name]), 100 * float(row[f"{name}_worst"])) for name in ("margin_rel_err", "norm_rel_err")),
+        (float(row["step_to_0.01"]), float(row["step_to_0.01_worst"])),
+        (float(row["seconds"]) / 60,),
+    ]
+    for cell, values in zip(cells, expected, strict=True):
+        assert [float(number) for number in cell] == pytest.approx(values, rel=0.05)
+
+
+def test_a_table_takes_over_the_folder_of_its_runs(tmp_path):
+    """Its summary and figures; of the recipe, figures show the runs named readme alone."""
+    for name in ("readme-1", "readme-2", "digits-1"):
+        recorded(tmp_path / "recipe" / name, seed=name[-1])
+    (tmp_path / "recipe" / "summary.csv").write_text("new")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "docs" / "figures").mkdir(parents=True)
+    update_tables.take_over(tmp_path / "recipe", tmp_path)
+    assert (tmp_path / "results" / "recipe.csv").read_text() == "new"
+    figures = {path.name for path in (tmp_path / "docs" / "figures").iterdir()}
+    assert figures == {"theorem.png", "nc_curves.png", "heatmaps.png"}
+    assert all((ROOT / "docs" / "figures" / name).exists() for name in figures)
+    with pytest.raises(UserError, match="not a folder that"):
+        update_tables.take_over(tmp_path / "results", tmp_path)
