@@ -1,6 +1,8 @@
-"""Helpers of all tests: the real scripts in processes of their own, and real images where they are at hand."""
+"""Helpers of all tests: the real scripts in processes of their own, what they wrote, and real images if there are any."""
 
+import csv
 import itertools
+import json
 import multiprocessing
 import os
 import runpy
@@ -21,11 +23,16 @@ os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE":
 
 # Scripts run in children of a process that has imported torch and the rest already: seconds saved in each test.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train_1st_order_unbalanced", "sklearn.datasets", "torchvision"])
+SERVER.set_forkserver_preload(
+    ["train_1st_order_unbalanced", "validate_NC_unbalanced", "summarize", "sklearn.datasets", "torchvision"]
+)
+
+TRAIN, VALIDATE = "train_1st_order_unbalanced.py", "validate_NC_unbalanced.py"
+TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 2 --lr 0.001 --batch_size 50 --no-bias --sep_decay".split()
 
 
 def as_main(script, flags, folder, output, before):
-    """Runs a script in this process as `python script flags` does, in `folder`, with its output in files."""
+    """Run a script in this process as `python script flags` does, in `folder`, with its output in files."""
     os.chdir(folder)
     for number, name in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(output + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
@@ -57,7 +64,7 @@ class Script:
         os.kill(self.process.pid, number)
 
     def wait_for(self, condition):
-        """Returns once condition() holds while the script runs."""
+        """Return once condition() holds while the script runs."""
         deadline = time.monotonic() + 100
         while not condition():
             if not self.process.is_alive() or time.monotonic() > deadline:
@@ -65,7 +72,7 @@ class Script:
             time.sleep(0.01)
 
     def wait(self, status=0):
-        """Its (stdout, stderr), once it has ended with that exit status; a negative one is a signal's."""
+        """Return its (stdout, stderr) once it has ended with that exit status; a negative one is a signal's."""
         self.process.join(timeout=300)
         if self.process.is_alive():
             self.process.kill()
@@ -90,12 +97,12 @@ def run_script(start):
 
 @pytest.fixture
 def train(run_script):
-    return lambda *flags, **options: run_script("train_1st_order_unbalanced.py", *flags, **options)
+    return lambda *flags, **options: run_script(TRAIN, *flags, **options)
 
 
 @pytest.fixture
 def validate(run_script):
-    return lambda *flags, **options: run_script("validate_NC_unbalanced.py", *flags, **options)
+    return lambda *flags, **options: run_script(VALIDATE, *flags, **options)
 
 
 @pytest.fixture(scope="session")
@@ -109,3 +116,33 @@ def real_images(tmp_path_factory):
         if int(path.stem) >= 20:
             path.unlink()
     return folder
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run has written, read without the project's own code
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rows_of(path):
+    """Return the rows of a CSV as dicts of strings."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def log_of(folder, drop=("seconds", "images_per_second")):
+    """Return the lines of a run's log, without its wall times."""
+    lines = [json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in drop} for line in lines]
+
+
+def config_of(folder):
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -6,7 +6,8 @@ import shlex
 
 import pytest
 
-from args import LOCAL_FLAGS, adopt_config, config_flags, make_parser, parse_args, run_folder, run_name
+from args import make_parser, parse_args, run_folder, run_name
+from engine.run import CALL_FLAGS
 from tests.conftest import ROOT
 from utils import UserError
 
@@ -27,7 +28,6 @@ def test_the_papers_command():
     assert (args.sep_decay, args.weight_decay, args.feature_decay_rate) == (True, 1e-4, 1e-5)
     assert (args.optimizer, args.lr, args.epochs, args.patience, args.objective) == ("Adam", 1e-4, 4000, 2000, "paper")
     assert (args.wandb, args.save_every, args.clip_grad_norm) == (False, 10, None)
-    assert "epochs" in args.given and "save_every" not in args.given
     assert parse(PAPER.replace("MLP", "ResNet18").replace("256", "32")).model == "ResNet18"
 
 
@@ -56,11 +56,12 @@ def test_the_papers_command():
         ("--adam_beta2 1", ["--adam_beta2", ">= 0 and < 1"]),
         ("--adam_eps 0", ["--adam_eps", "> 0"]),
         ("--optimizer SGD --amsgrad", ["--amsgrad", "--optimizer Adam"]),
-        ("--model VGG11 --revive", ["--revive", "--model MLP"]),
+        ("--model MLP --planes 8", ["--planes", "--width"]),
+        ("--model DenseNet121 --planes 7", ["--planes 7", "even"]),
         ("--stratified --no_shuffle", ["--stratified and --no_shuffle"]),
         ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
         ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),
-        ("--class_counts 5", ["--class_counts", "two classes or more"]),
+        ("--class_counts 5", ["--class_counts", "two or more whole numbers"]),
         ("--class_counts 1,0,3", ["--class_counts", "whole numbers >= 1"]),
         ("--class_counts 1,x,3", ["--class_counts", "whole numbers >= 1"]),
         ("--class_counts 1,1,1,1,1,1,1,1,1,1 --imbalance paper", ["give one of them"]),
@@ -77,32 +78,34 @@ def test_the_papers_command():
         ("--epoch 5", ["unrecognized arguments: --epoch 5"]),  # no abbreviations: a typo is not a flag
     ],
 )
-def test_a_wrong_flag_is_one_line_and_exit_2(flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_a_wrong_flag_is_one_line_and_exit_2(flags, words):
+    with pytest.raises(UserError) as stop:
         parse(flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert error.count("\n") == 1 and all(word in error for word in words), error
+    error = str(stop.value)
+    assert stop.value.status == 2
+    assert "\n" not in error and all(word in error for word in words), error
 
 
 NUMBERS = (
-    "n_max depth_relu width depth_linear weight_decay feature_decay_rate epochs batch_size lr patience gamma "
+    "n_max depth_relu width planes depth_linear weight_decay feature_decay_rate epochs batch_size lr patience gamma "
     "clip_grad_norm adam_beta2 adam_eps warmup_epochs penalty_warmup_epochs seed gpu_id save_every keep nc_every"
 ).split()
 
 
 @pytest.mark.parametrize("text", ["-1", "", "x", "1,2", "nan", "inf", "9" * 400, "1e999"])
 @pytest.mark.parametrize("flag", NUMBERS)
-def test_every_number_is_checked(flag, text, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_every_number_is_checked(flag, text):
+    with pytest.raises(UserError) as stop:
         parse_args(argv=[f"--{flag}={text}", "--imbalance", "balanced"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1
+    error = str(stop.value)
+    assert stop.value.status == 2 and "\n" not in error
     assert f"--{flag}: {text!r} is not a" in error
 
 
 def test_no_number_is_left_out():
-    numbers = {action.dest for action in make_parser()._actions if "number" in getattr(action.type, "__qualname__", "")}
+    kinds = ("bounded", "epochs_or_share", "number_or_off")
+    types = {action.dest: getattr(action.type, "__qualname__", "") for action in make_parser()._actions}
+    numbers = {name for name, kind in types.items() if any(kind_of in kind for kind_of in kinds)}
     assert numbers == set(NUMBERS)
 
 
@@ -124,16 +127,17 @@ def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
         "clip_grad_norm": "5", "adam_beta2": "0.5", "adam_eps": "0.5", "amsgrad": "",
         "warmup_epochs": "5", "penalty_warmup_epochs": "5", "stratified": "", "revive": "",
         "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
-        "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
+        "planes": "8", "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
     }  # fmt: skip
-    names = {run_name(parse())} | {run_name(parse(f"--{flag} {value}")) for flag, value in values.items()}
+    conv = {"planes": "--model VGG19 "}
+    names = {run_name(parse())} | {run_name(parse(f"{conv.get(f, '')}--{f} {v}")) for f, v in values.items()}
     names |= {run_name(parse("--no-bias")), run_name(parse("--imbalance exp:5 --n_max 50"))}
     assert len(names) == len(values) + 3
     same = (
         "--epochs 5 --save_every 3 --nc_every 7 --device cpu --data_dir x --recompute --watch --theory nominal --resume"
     )
     assert run_name(parse(same)) == run_name(parse())
-    covered = {*values, "bias", "n_max", "epochs", "save_every", "nc_every", *LOCAL_FLAGS}
+    covered = {*values, "bias", "n_max", "epochs", "save_every", "nc_every", "run_name", *CALL_FLAGS}
     assert covered == {action.dest for action in make_parser()._actions} - {"help"}
 
 
@@ -148,7 +152,7 @@ def test_names_ignore_what_a_model_or_data_set_does_not_use():
 def test_flags_from_a_file_and_later_ones_win(tmp_path):
     (tmp_path / "some.flags").write_text("# a comment\n--lr 0.5 --no-bias  # and another\n--width 7\n")
     args = parse(f"@{tmp_path}/some.flags --width 8")
-    assert (args.lr, args.bias, args.width) == (0.5, False, 8) and {"lr", "bias", "width"} <= args.given
+    assert (args.lr, args.bias, args.width) == (0.5, False, 8)
 
 
 def test_every_switch_of_the_recipe_can_be_taken_back():
@@ -170,19 +174,22 @@ def test_folder(tmp_path):
 def config_of(text):
     """The config.json that a run with these flags leaves."""
     args = parse(text)
-    return json.loads(json.dumps({"flags": config_flags(args), "class_counts": args.class_counts or [1] * 10}))
+    return json.loads(json.dumps({"flags": vars(args), "class_counts": args.class_counts or [1] * 10}))
+
+
+def adopt(text, config):
+    """The flags of a call with `text` on a run with this config."""
+    return parse_args(argv=shlex.split(text), config=config, folder="x")
 
 
 def test_config_gives_the_flags_that_were_not_typed():
-    args = parse("--load_path x --recompute --device cpu")
-    adopt_config(args, config_of(PAPER + " --width 77 --save_path y --device cuda"), "x")
+    args = adopt("--load_path x --recompute --device cpu", config_of(PAPER + " --width 77 --save_path y --device cuda"))
     assert (args.width, args.bias, args.save_path, args.recompute, args.device) == (77, False, None, True, "cpu")
 
 
 def test_config_names_each_contradiction():
-    args = parse("--width 5 --lr 1 --epochs 3 --device cpu --seed 1")
     with pytest.raises(UserError) as error:
-        adopt_config(args, config_of("--width 77"), "x")
+        adopt("--width 5 --lr 1 --epochs 3 --device cpu --seed 1", config_of("--width 77"))
     assert "--width is 5 here and 77 there" in str(error.value) and "--lr is 1.0 here and 0.0001" in str(error.value)
     assert "epochs" not in str(error.value) and "seed" not in str(error.value)
 
@@ -191,35 +198,33 @@ def test_epochs_are_part_of_a_run_only_if_its_learning_rate_depends_on_them():
     cosine = "--decay_type cosine --patience 5 --epochs"
     assert run_name(parse(f"{cosine} 10")) != run_name(parse(f"{cosine} 20"))
     with pytest.raises(UserError, match="--epochs is 20 here and 10 there"):
-        adopt_config(parse("--epochs 20"), config_of(f"{cosine} 10"), "x")
+        adopt("--epochs 20", config_of(f"{cosine} 10"))
 
 
 @pytest.mark.parametrize(
-    "flag, value",
-    [("width", "wide"), ("width", 0), ("lr", None), ("bias", "yes"), ("model", "LeNet"), ("class_counts", [1, 0])],
+    "flag, value", [("width", "wide"), ("width", 0), ("lr", "x"), ("model", "LeNet"), ("class_counts", [1, 0])]
 )
 def test_a_config_that_no_command_line_gives_is_named(flag, value):
     config = config_of(PAPER)
     config["flags"][flag] = value
-    with pytest.raises(UserError, match=rf"x/config.json: damaged, --{flag} cannot be"):
-        adopt_config(parse(), config, "x")
+    with pytest.raises(UserError, match=rf"x/config.json: damaged, argument --{flag}: "):
+        adopt("", config)
 
 
 def test_every_config_that_a_command_line_gives_is_taken(tmp_path):
     for flags in (PAPER, "--class_counts 1,1,1,1,1,1,1,1,1,2", "--imbalance exp:1234567 --n_max 5", "--wandb False"):
-        adopt_config(parse(), config_of(flags + f" --init_from {tmp_path}/x --decay_type step_1_2 --lr 1"), "x")
+        adopt("", config_of(flags + f" --init_from {tmp_path}/x --decay_type step_1_2 --lr 1 --run_name mine"))
     with pytest.raises(UserError, match=r"x/config.json and the flags: --n_max: only with"):
-        adopt_config(parse(), config_of(PAPER) | {"flags": config_of(PAPER)["flags"] | {"n_max": 5}}, "x")
+        adopt("", config_of(PAPER) | {"flags": config_of(PAPER)["flags"] | {"n_max": 5}})
 
 
 def test_config_and_profiles():
     counts = "--class_counts 1,1,1,1,1,1,1,1,1,2"
     with pytest.raises(UserError, match="--imbalance is exp:5 here"):
-        adopt_config(parse("--imbalance exp:5"), config_of(counts), "x")
+        adopt("--imbalance exp:5", config_of(counts))
     with pytest.raises(UserError, match="--class_counts is"):
-        adopt_config(parse(counts), config_of("--imbalance exp:5"), "x")
-    args = parse("--class_counts 1,1,1,1,1,1,1,1,1,1")  # the counts that the profile gave: the same images
-    adopt_config(args, config_of("--imbalance exp:5"), "x")
+        adopt(counts, config_of("--imbalance exp:5"))
+    args = adopt("--class_counts 1,1,1,1,1,1,1,1,1,1", config_of("--imbalance exp:5"))  # the same images
     assert (args.imbalance, args.class_counts) == ("exp:5", None)
 
 
@@ -228,3 +233,42 @@ def test_parser_leaves_no_flag_without_a_group():
     grouped = {action.dest for group in parser._action_groups[2:] for action in group._group_actions}
     assert grouped == {action.dest for action in parser._actions} - {"help"}
     assert isinstance(parser, argparse.ArgumentParser)
+
+
+@pytest.mark.parametrize(
+    "flags, suggestion",
+    [("--epoch 5", "did you mean --epochs?"), ("--weigth_decay 1", "did you mean --weight_decay?"), ("--qqq", None),
+     ("--model ResNet81", "did you mean ResNet18?"), ("--model LeNet", None)],
+)  # fmt: skip
+def test_a_typo_gets_a_suggestion(flags, suggestion):
+    with pytest.raises(UserError) as error:
+        parse(flags)
+    assert suggestion in str(error.value) if suggestion else "did you mean" not in str(error.value)
+
+
+def test_model_names_in_any_case_and_wandb_alone():
+    assert [parse(f"--model {name}").model for name in ("mlp", "RESNET18", "densenet121")] == [
+        "MLP",
+        "ResNet18",
+        "DenseNet121",
+    ]
+    assert parse("--wandb").wandb is True and parse("--wandb False").wandb is False
+
+
+def test_shares_of_the_epochs():
+    args = parse("--epochs 250 --patience 36% --penalty_warmup_epochs 20% --warmup_epochs 0.4%")
+    assert (args.patience, args.penalty_warmup_epochs, args.warmup_epochs) == (90, 50, 1)
+    assert parse("--epochs 3 --patience 1%").patience == 1
+    assert run_name(args) == run_name(parse("--epochs 250 --patience 90 --penalty_warmup_epochs 50 --warmup_epochs 1"))
+
+
+def test_a_run_name_is_part_of_the_folder(tmp_path, monkeypatch):
+    """Together with the hash, so that two settings never share a folder; a folder named otherwise is found."""
+    monkeypatch.chdir(tmp_path)
+    a, b = run_folder(parse("--run_name mine")), run_folder(parse("--run_name mine --lr 1"))
+    assert a.name.startswith("mine_") and b.name.startswith("mine_") and a != b
+    older = tmp_path / "model_weights" / f"MLP_of_an_earlier_version_{run_name(parse())[-8:]}"
+    older.mkdir(parents=True)
+    assert run_folder(parse()).name == older.name
+    with pytest.raises(UserError, match="is not a name"):
+        parse("--run_name a/b")

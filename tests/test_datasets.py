@@ -423,7 +423,7 @@ def test_images_go_with_their_labels_in_both_memory_formats():
     for memory_format in (torch.contiguous_format, torch.channels_last):
         split = numbered(23).to("cpu", memory_format)
         for rows in epoch_order(23, epoch=3, seed=1).split(5):
-            images, labels = split.take(rows)
+            images, labels = split.batch(rows)
             assert torch.equal(labels, rows)
             assert images.is_contiguous(memory_format=memory_format)
             assert torch.equal(images[:, 0, 0, 0], labels.float())
@@ -457,7 +457,7 @@ def test_augmentation_differs_by_epoch_and_goes_with_the_image():
         split = Split(images, torch.arange(8), torch.zeros(3)).to("cpu", memory_format)
         shifts, others = random_shifts(8, epoch=1, seed=1), random_shifts(8, epoch=2, seed=1)
         rows = torch.tensor([5, 2])
-        found = split.take(rows, shifts)[0]
+        found = split.batch(rows, shifts)[0]
         assert torch.equal(found, crop_and_flip(split.images, shifts, split.black)[rows])
         assert found.is_contiguous(memory_format=memory_format)
-        assert not torch.equal(found, split.take(rows, others)[0])
+        assert not torch.equal(found, split.batch(rows, others)[0])

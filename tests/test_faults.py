@@ -28,24 +28,20 @@ from hypothesis import strategies as st
 import train_1st_order_unbalanced as training
 import utils
 import validate_NC_unbalanced as validation
+from engine.checkpoints import load_torch
+from engine.run import Run
 from models import build_model
-from tests.conftest import ROOT
-from tests.test_scripts import TINY, log_of, rows_of, same_weights, weights
-from utils import Interrupted, UserError, find_checkpoints, load_torch
+from tests.conftest import ROOT, TINY, TRAIN, VALIDATE, log_of, rows_of, same_weights, weights
+from tests.test_scripts import NO_FIGURES
+from utils import Interrupted, UserError
 
-TRAIN, VALIDATE = "train_1st_order_unbalanced.py", "validate_NC_unbalanced.py"
 LONG = [*TINY, "--epochs", 100_000, "--save_every", 2, "--save_path", "run"]
 
 
-def with_constants(name, folder, **constants):
-    """A copy of an entry script in which some constants have other values."""
-    text = (ROOT / name).read_text()
-    for constant, value in constants.items():
-        text, found = re.subn(rf"^{constant} = \S+", f"{constant} = {value}", text, flags=re.M)
-        assert found == 1
-    path = folder / name
-    path.write_text(text)
-    return path
+@pytest.fixture
+def measure(run_script):
+    """validate without its figures, which take longer than all the rest."""
+    return functools.partial(run_script, VALIDATE, before=NO_FIGURES)
 
 
 def same_runs(a, b):
@@ -100,15 +96,15 @@ def test_every_test_in_the_docs_is_there():
     ],
 )
 def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, number, flags):
-    """Thirteen kills each, most by SIGKILL; last.pt is written so often that many fall into its writing."""
+    """Eight kills each, most by SIGKILL; last.pt is written so often that many fall into its writing."""
     flags = [*TINY, "--epochs", 12, "--save_every", 3, *flags]
-    script = with_constants(TRAIN, tmp_path, RESUME_SECONDS=0.02)
+    often = functools.partial(exec, "import engine.checkpoints\nengine.checkpoints.RESUME_SECONDS = 0.02")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(TRAIN, *flags, "--save_path", whole).wait()
     seconds = (whole / "last.pt").stat().st_mtime - (whole / "config.json").stat().st_mtime
     moments, kills = random.Random(number), 0
-    while kills < 13:
-        run = start(script, *flags, "--save_path", cut, "--resume")
+    while kills < 8:
+        run = start(TRAIN, *flags, "--save_path", cut, "--resume", before=often)
         if kills % 4:  # the others also before the first step
             run.wait_for(lambda run=run: "disk" in run.text("stdout"))
         run.process.join(moments.uniform(0, seconds))
@@ -126,25 +122,25 @@ def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, nu
 
 
 def stop_at(monkeypatch, call):
-    """Has the signals of a training in this process come at the given call of `check`, after a step."""
+    """Have a signal come at the given call of `check`, after a step or a batch of a measurement, in this process."""
     calls = iter(range(1, 10**9))
 
     def check(signals):
         if next(calls) == call:
             raise Interrupted(signal.SIGTERM)
 
-    monkeypatch.setattr(utils.HeldSignals, "check", check)
+    monkeypatch.setattr(utils.StopFlag, "check", check)
 
 
 def train_here(monkeypatch, *flags):
-    """Runs training in this process, which may raise."""
+    """Run training in this process, which may raise."""
     monkeypatch.setattr("sys.argv", [TRAIN, *map(str, flags)])
     training.main()
 
 
-@pytest.mark.parametrize("call", [1, 5, 21, 22, 23, 44])  # of 21 steps an epoch, and one look before measuring
+@pytest.mark.parametrize("call", [1, 5, 21, 22, 25, 26, 50])  # of 21 steps an epoch, and 4 batches that are measured
 def test_a_run_stopped_at_any_step_ends_as_an_uncut_one(monkeypatch, tmp_path, call):
-    """In the middle of an epoch, after its last step, and before and after its measurement."""
+    """In the middle of an epoch, after its last step, and in the first and last batch of its measurement."""
     monkeypatch.chdir(tmp_path)
     flags = [*TINY, "--save_every", 1, "--nc_every", 1]
     train_here(monkeypatch, *flags, "--save_path", "whole")
@@ -152,7 +148,8 @@ def test_a_run_stopped_at_any_step_ends_as_an_uncut_one(monkeypatch, tmp_path, c
     with pytest.raises(Interrupted):
         train_here(monkeypatch, *flags, "--save_path", "cut")
     state = load_torch("cut/last.pt")
-    assert 22 * state["epoch"] + state["steps"] == call - (call in (22, 44)), "every step before the signal is kept"
+    steps = 21 * ((call - 1) // 25) + min((call - 1) % 25 + 1, 21)
+    assert 21 * state["epoch"] + state["steps"] == steps, "every step before the signal is kept"
     train_here(monkeypatch, *flags, "--save_path", "cut", "--resume")
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
@@ -164,7 +161,7 @@ def test_a_signal_saves_and_says_how_to_go_on(start, train, tmp_path, number, fl
     run.signal(number)
     run.signal(number)  # a second one cuts nothing short
     _, error = run.wait(128 + number)
-    assert error == f"{TRAIN}: stopped by {number.name}; the same command with --resume goes on\n"
+    assert error == f"{TRAIN}: stopped by {number.name}; to continue, run the same command with --resume\n"
     last = max(line["epoch"] for line in log_of(tmp_path / "run")) + 2
     flags = [*TINY, "--save_every", 2, *flags, "--epochs", last]
     train(*flags, "--save_path", "run", "--resume")
@@ -173,18 +170,18 @@ def test_a_signal_saves_and_says_how_to_go_on(start, train, tmp_path, number, fl
 
 
 def epochs(folder):
-    return list(find_checkpoints(folder / "run"))
+    return list(Run(folder / "run").checkpoints())
 
 
-def test_validate_stops_at_a_signal_and_keeps_its_rows(start, train, validate, tmp_path):
+def test_validate_stops_at_a_signal_and_keeps_its_rows(start, train, measure, tmp_path):
     train(*TINY, "--epochs", 40, "--save_every", 1, "--save_path", "run")
-    run = start(VALIDATE, "--load_path", "run")
+    run = start(VALIDATE, "--load_path", "run", before=NO_FIGURES)
     run.wait_for((tmp_path / "run" / "nc_metrics.csv").exists)
     run.signal(signal.SIGTERM)
     _, error = run.wait(128 + signal.SIGTERM)
-    assert error == f"{VALIDATE}: stopped by SIGTERM; the same command goes on\n"
+    assert error == f"{VALIDATE}: stopped by SIGTERM; to continue, run the same command again\n"
     assert 1 <= len(rows_of(tmp_path / "run" / "nc_metrics.csv")) < 40 and not temporaries(tmp_path)
-    validate("--load_path", "run")
+    measure("--load_path", "run")
     assert len(rows_of(tmp_path / "run" / "nc_metrics.csv")) == 40
 
 
@@ -230,78 +227,54 @@ def test_two_processes_in_one_folder(start, train, tmp_path):
     train(*TINY, "--epochs", 1, "--save_path", "run", "--resume")
 
 
-@pytest.fixture
-def no_flock(monkeypatch):
-    """A file system that has no flock, as some network ones."""
+def test_two_processes_without_flock(monkeypatch, tmp_path):
+    """On a file system without flock, as some network ones, the lock is a file that exists or not."""
 
     def flock(file, operation):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-
-
-def test_locks_without_flock(no_flock, monkeypatch, tmp_path):
-    with utils.run_lock(tmp_path):
-        assert utils.is_locked(tmp_path)
-        with pytest.raises(UserError, match="another process is training there"), utils.run_lock(tmp_path):
+    refused = pytest.raises(UserError, match="another process is training there")
+    with pytest.warns(UserWarning, match="flock not supported"):
+        with Run(tmp_path).lock(), refused, Run(tmp_path).lock():
             pass
-    assert not utils.is_locked(tmp_path)
-    with utils.run_lock(tmp_path):
-        pass
-    with utils.file_lock(tmp_path / "a"):
-        monkeypatch.setattr(utils, "LOCK_SECONDS", 0.1)
-        with pytest.raises(UserError, match="another process holds this lock"), utils.file_lock(tmp_path / "a"):
+        with Run(tmp_path).lock():
             pass
 
 
-def test_a_lease_is_renewed_while_its_holder_lives_and_dies_with_it(no_flock, monkeypatch, tmp_path):
-    lease = utils.lease_path(tmp_path / ".lock")
-    (tmp_path / ".lock").touch()
-    lease.touch()  # of a process that was killed
-    assert utils.is_locked(tmp_path)
-    os.utime(lease, (1, 1))  # long ago
-    assert not utils.is_locked(tmp_path)
-    monkeypatch.setattr(utils, "LEASE_SECONDS", 0.06)
-    with utils.run_lock(tmp_path):
-        os.utime(lease, (1, 1))
-        deadline = time.monotonic() + 20
-        while lease.stat().st_mtime == 1 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert lease.stat().st_mtime > 1
-    assert not lease.exists()
-
-
-def test_watch_follows_a_run_until_its_process_is_gone(start, tmp_path):
-    run = start(TRAIN, *LONG)
-    run.wait_for(lambda: epochs(tmp_path))
-    script = with_constants(VALIDATE, tmp_path, WATCH_GRACE=2, WATCH_SECONDS=0.1)
-    watch = start(script, "--load_path", "run", "--watch")
+def test_watch_follows_a_run_that_is_killed_and_resumed(start, train, tmp_path):
+    flags = [*TINY, "--epochs", 60, "--save_every", 15, "--save_path", "run"]
+    run = start(TRAIN, *flags)
+    watch = start(VALIDATE, "--load_path", "run", "--watch", before=NO_FIGURES)
     csv = tmp_path / "run" / "nc_metrics.csv"
-    watch.wait_for(lambda: csv.exists() and len(rows_of(csv)) >= 3)
+    run.wait_for(lambda: epochs(tmp_path))
     run.signal(signal.SIGKILL)
-    out, _ = watch.wait()
-    assert "no process has trained in run for 2 seconds" in out
-    assert [int(row["epoch"]) for row in rows_of(csv)] == epochs(tmp_path)
+    run.wait(-signal.SIGKILL)
+    watch.wait_for(lambda: csv.exists())
+    train(*flags, "--resume")
+    watch.wait()
+    assert [int(row["epoch"]) for row in rows_of(csv)] == [1, 16, 31, 46, 60]
 
 
 def test_watch_ends_with_a_run_that_finishes(start, tmp_path):
     """Also where it began before there was a folder, and where --keep deletes checkpoints."""
-    script = with_constants(VALIDATE, tmp_path, WATCH_SECONDS=0.1)
-    watch = start(script, "--load_path", "run", "--watch")
-    start(TRAIN, *TINY, "--epochs", 40, "--save_every", 1, "--keep", 3, "--save_path", "run").wait()
-    out, _ = watch.wait()
-    assert "no process" not in out
+    watch = start(VALIDATE, "--load_path", "run", "--watch", before=NO_FIGURES)
+    watch.wait_for(lambda: "waiting for a training run in run; Ctrl-C ends it" in watch.text("stdout"))
+    start(TRAIN, *TINY, "--epochs", 40, "--save_every", 1, "--keep", 3, "--nc_every", 3, "--save_path", "run").wait()
+    watch.wait()
     rows = [int(row["epoch"]) for row in rows_of(tmp_path / "run" / "nc_metrics.csv")]
-    assert set(rows) >= {1, 2, 4, 8, 16, 32, 38, 39, 40}
+    assert set(rows) >= {*range(1, 41, 3), 2, 4, 8, 16, 32, 38, 39, 40}
 
 
-def test_watch_does_not_wait_for_what_cannot_come(start, train, tmp_path):
-    script = with_constants(VALIDATE, tmp_path, WATCH_GRACE=0.5, WATCH_SECONDS=0.1)
-    _, error = start(script, "--load_path", "run", "--watch").wait(2)
-    assert "run: no training run began there" in error
-    train(*TINY, "--lr", 1e30, "--save_path", "run", status=1)  # ended before its first checkpoint
-    _, error = start(script, "--load_path", "run", "--watch").wait(1)
-    assert "run: no checkpoint could be measured" in error and error.count("\n") == 1
+def test_watch_waits_until_a_signal(start, train, tmp_path):
+    """For a run that never begins, and for the checkpoints of one that has failed."""
+    watch = start(VALIDATE, "--load_path", "run", "--watch", before=NO_FIGURES)
+    watch.wait_for(lambda: "waiting for a training run" in watch.text("stdout"))
+    train(*TINY, "--lr", 1e30, "--save_path", "run", status=1)
+    time.sleep(3)
+    watch.signal(signal.SIGINT)
+    _, error = watch.wait(128 + signal.SIGINT)
+    assert error == f"{VALIDATE}: stopped by SIGINT; to continue, run the same command again\n"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -330,14 +303,17 @@ def disk(tmp_path):
 ON_DISK = [*TINY, "--epochs", 8, "--save_every", 1, "--save_path", "disk/run"]
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(disk, train, validate, tmp_path):
+def test_a_full_disk_stops_the_run_and_loses_nothing(disk, train, measure, tmp_path):
     """3 MB: room for some checkpoints of 300 kB. With more room it goes on."""
     folder = disk("size=3m")
     out, error = train(*ON_DISK, status=1)
     assert "warning: the disk of disk/run is too small; raise --save_every or give --keep" in out
-    assert "No space left on device: 'disk/run/" in error and "with --resume goes on" in error
+    assert (
+        "No space left on device: 'disk/run/" in error
+        and "once this is fixed, run the same command with --resume" in error
+    )
     assert error.count("\n") == 1 and not temporaries(folder)
-    checkpoints = find_checkpoints(folder / "run")
+    checkpoints = Run(folder / "run").checkpoints()
     assert checkpoints and all(load_torch(path) for path in checkpoints.values())
     disk("size=50m")
     train(*ON_DISK, "--resume")
@@ -345,16 +321,16 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(disk, train, validate, tmp_
     assert same_runs(folder / "run", tmp_path / "whole")
 
 
-def test_a_full_disk_stops_validate_and_keeps_its_rows(disk, train, validate, tmp_path):
+def test_a_full_disk_stops_validate_and_keeps_its_rows(disk, train, measure, tmp_path):
     folder = disk("size=50m")
     train(*ON_DISK)
     used = shutil.disk_usage(folder).used
     disk(f"size={used + 20_000}")
-    _, error = validate("--load_path", "disk/run", status=1)
+    _, error = measure("--load_path", "disk/run", status=1)
     assert "No space left on device" in error and error.count("\n") == 1 and not temporaries(folder)
     kept = rows_of(folder / "run" / "nc_metrics.csv")
     disk("size=50m")
-    validate("--load_path", "disk/run")
+    measure("--load_path", "disk/run")
     assert rows_of(folder / "run" / "nc_metrics.csv")[: len(kept)] == kept
 
 
@@ -368,14 +344,14 @@ def test_a_file_size_limit_stops_the_run(train, tmp_path):
     assert same_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_read_only_folder_is_named(disk, train, validate):
+def test_a_read_only_folder_is_named(disk, train, measure):
     folder = disk("size=50m")
     train(*ON_DISK, "--epochs", 2)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     disk("ro")
-    for script, flags in ((train, [*ON_DISK, "--resume"]), (validate, ["--load_path", "disk/run"])):
+    for script, flags in ((train, [*ON_DISK, "--resume"]), (measure, ["--load_path", "disk/run"])):
         _, error = script(*flags, status=1)
-        assert "Read-only file system: 'disk/run/" in error and error.count("\n") == 1
+        assert re.search("Read-only file system: '.*disk/run/", error) and error.count("\n") == 1
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -433,9 +409,18 @@ DAMAGES = {  # what is done to a checkpoint, and the reason that is given
     "bit_flipped": (flip_a_bit, "truncated or damaged, cannot be read: archive/data/"),
     "no_checkpoint": (lambda path: path.write_text("hello"), "truncated or damaged"),
     "malicious": (lambda path: torch.save({"w": Malicious()}, path), "not a plain checkpoint"),
-    "other_width": (lambda path: other_model(path, width=25), "layers.0.weight is (25, 3072) in the file, (24, 3072)"),
-    "other_depth": (lambda path: other_model(path, depth_relu=2), "layers.2.weight is (24, 24) in the file, missing"),
-    "wrong_k": (lambda path: other_model(path, num_classes=7), "fc.0.weight is (7, 24) in the file, (10, 24)"),
+    "other_width": (
+        lambda path: other_model(path, width=25),
+        "does not fit the model's flags: size mismatch for layers.0.weight",
+    ),
+    "other_depth": (
+        lambda path: other_model(path, depth_relu=2),
+        'does not fit the model\'s flags: Unexpected key(s) in state_dict: "layers.2.weight"',
+    ),
+    "wrong_k": (
+        lambda path: other_model(path, num_classes=7),
+        "does not fit the model's flags: size mismatch for fc.0.weight",
+    ),
     "nan": (lambda path: spoil(path, float("nan")), "holds weights that are not finite"),
     "infinite": (lambda path: spoil(path, float("inf")), "holds weights that are not finite"),
     "a_list": (lambda path: torch.save([1, 2], path), "holds no state_dict"),
@@ -444,12 +429,12 @@ DAMAGES = {  # what is done to a checkpoint, and the reason that is given
 }
 
 
-def test_damaged_checkpoints_are_named_one_by_one_and_the_others_measured(train, validate, tmp_path):
+def test_damaged_checkpoints_are_named_one_by_one_and_the_others_measured(train, measure, tmp_path):
     train(*TINY, "--epochs", len(DAMAGES) + 1, "--save_every", 1, "--save_path", "run")
-    paths = find_checkpoints(tmp_path / "run")
+    paths = Run(tmp_path / "run").checkpoints()
     for epoch, (damage, _) in enumerate(DAMAGES.values(), 1):
         damage(paths[epoch])
-    _, error = validate("--load_path", "run", status=1)
+    _, error = measure("--load_path", "run", status=1)
     lines = error.splitlines()
     assert len(lines) == len(DAMAGES)
     for epoch, (line, (_, reason)) in enumerate(zip(lines, DAMAGES.values(), strict=True), 1):
@@ -476,7 +461,7 @@ def test_a_damaged_last_pt_is_named_and_nothing_is_lost(monkeypatch, tmp_path, d
     assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
 
 
-def test_a_checkpoint_of_a_gpu_loads_on_a_machine_without(train, validate, tmp_path):
+def test_a_checkpoint_of_a_gpu_loads_on_a_machine_without(train, measure, tmp_path):
     """Written here as a GPU writes it: the same storages, said to lie on cuda:0."""
     train(*TINY, "--save_path", "run")
     path = tmp_path / "run" / "epoch_002.pth"
@@ -492,7 +477,7 @@ def test_a_checkpoint_of_a_gpu_loads_on_a_machine_without(train, validate, tmp_p
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(path, weights_only=True)
     assert all(torch.equal(value, expected[key]) for key, value in load_torch(path).items())
-    validate("--load_path", "run")
+    measure("--load_path", "run")
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
@@ -500,20 +485,15 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     train_here(monkeypatch, *TINY, "--save_every", 1, "--save_path", "run")
     before = {path: path.read_bytes() for path in Path("run").glob("*.p*")}
-    real = training.make_step
+    real, calls = training.train_step, iter(range(1, 10**9))
 
-    def make_step(args, split, model, *parts):
-        step, rows_seen = real(args, split, model, *parts), []
+    def train_step(indices, *, model, **parts):
+        row = real(indices, model=model, **parts)
+        if next(calls) == 21 + 21:  # the last step of the fourth epoch: no loss after it
+            model.fc[0].weight.data[0, 0] = float("nan")
+        return row
 
-        def spoiling(rows):
-            step(rows)
-            rows_seen.append(rows)
-            if len(rows_seen) == 21 + 21:  # the last step of the fourth epoch: no loss after it
-                model.fc[0].weight.data[0, 0] = float("nan")
-
-        return spoiling
-
-    monkeypatch.setattr(training, "make_step", make_step)
+    monkeypatch.setattr(training, "train_step", train_step)
     with pytest.raises(UserError, match="the weights are not finite in epoch 4, step 21") as stop:
         train_here(monkeypatch, *TINY, "--save_every", 1, "--epochs", 9, "--save_path", "run", "--resume")
     assert stop.value.status == 1
@@ -630,12 +610,14 @@ def test_damaged_files_of_a_run_are_clean_errors(monkeypatch, tmp_path):
     monkeypatch.setattr(validation, "draw_runs", lambda runs, out: [out / "x"])  # seconds each time
     known, real = {}, validation.load_data
 
+    @functools.wraps(real)
     def load_data(*args, **flags):
         if repr((args, flags)) not in known:
             known[repr((args, flags))] = real(*args, **flags)
         return known[repr((args, flags))]
 
-    monkeypatch.setattr(validation, "load_data", load_data)
+    for script in (training, validation):
+        monkeypatch.setattr(script, "load_data", load_data)
     assert run_here(monkeypatch, training, *FUZZED, "--epochs", 2, "--save_path", "whole") == (0, [])
     assert run_here(monkeypatch, validation, "--load_path", "whole") == (0, [])
     run, statuses = tmp_path / "run", []

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from engine.run import Run
 from tests.conftest import ROOT
-from utils import read_csv, read_log
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -24,26 +24,27 @@ def events(folder):
 
 
 def same(values, rows, column):
-    return values == {row["epoch"]: pytest.approx(row[column], rel=1e-6) for row in rows}
+    """Whether event values are those of a DataFrame's column, to float32."""
+    return values == {row["epoch"]: pytest.approx(row[column], rel=1e-6) for _, row in rows.iterrows()}
 
 
 def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, validate, tmp_path):
     run = tmp_path / "run"
     train(*TINY, "--epochs", 1, "--nc_every", 1, "--tensorboard")
     scalars, heatmaps = events(run / "tensorboard" / "train")
-    assert same(scalars["train/loss"], read_log(run), "loss") and same(scalars["train/lr"], read_log(run), "lr")
-    assert same(scalars["nc/NC2_H"], read_csv(run / "nc_metrics.csv"), "NC2_H") and heatmaps == [1]
+    assert same(scalars["train/loss"], Run(run).log, "loss") and same(scalars["train/lr"], Run(run).log, "lr")
+    assert same(scalars["nc/NC2_H"], Run(run).rows, "NC2_H") and heatmaps == [1]
     assert not {tag for tag in scalars if "epoch" in tag}
 
     train(*TINY, "--epochs", 3, "--nc_every", 0, "--resume", "--tensorboard")  # goes on in the same curves
     scalars, _ = events(run / "tensorboard" / "train")
-    assert same(scalars["train/loss"], read_log(run), "loss") and len(read_log(run)) == 3
+    assert same(scalars["train/loss"], Run(run).log, "loss") and len(Run(run).log) == 3
 
     for flags, epochs in (([], [3]), (["--recompute"], [1, 3])):  # the second call hides what the first one wrote
         validate("--load_path", "run", "--tensorboard", *flags)
         scalars, heatmaps = events(run / "tensorboard" / "validate")
-        rows = [row for row in read_csv(run / "nc_metrics.csv") if row["epoch"] in epochs]
-        assert same(scalars["nc/NC1"], rows, "NC1") and heatmaps == epochs
+        rows = Run(run).rows
+        assert same(scalars["nc/NC1"], rows[rows["epoch"].isin(epochs)], "NC1") and heatmaps == epochs
 
     (run / "tensorboard" / "notes.txt").write_text("mine")
     train(*TINY, "--epochs", 1, "--force")

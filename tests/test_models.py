@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from engine.checkpoints import load_weights
 from models import MODELS, build_model
-from models.classifier import head_weight
-from models.mlp import RevivingReLU
-from utils import UserError, load_weights
+from models.classifier import FeatureReLU, RevivingReLU, head_weight
+from utils import UserError
 
 CONVOLUTIONAL = [name for name in MODELS if name != "MLP"]
 
@@ -121,7 +121,9 @@ def test_released_batch_norm_is_ignored(tmp_path):
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     torch.save(small("MLP").state_dict(), tmp_path / "epoch_001.pth")
-    with pytest.raises(UserError, match=r"epoch_001.pth: does not fit .* layers.0.weight is \(32, 3072\) in the file"):
+    with pytest.raises(
+        UserError, match=r"epoch_001.pth: does not fit .* size mismatch for layers.0.weight: .*\[32, 3072\]"
+    ):
         load_weights(small("MLP", width=64), tmp_path / "epoch_001.pth")
 
 
@@ -188,3 +190,31 @@ def test_a_dead_network_lives_again_only_if_it_is_told_to():
             torch.nn.functional.cross_entropy(model(images)[0], labels).backward()
             optimizer.step()
         assert (model(images)[1] > 0).any(1).all() == revive
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_planes_scale_every_width(name):
+    """The first stage has as many channels as said, the features in proportion; parameter names stay."""
+    default, small = build_model(name, 4), build_model(name, 4, planes=8)
+    assert list(small.state_dict()) == list(default.state_dict())
+    first = [model.state_dict()[next(iter(model.state_dict()))].shape[0] for model in (default, small)]
+    assert first == [24 if name == "densenet_cifar" else 64, 8]
+    scale = 8 / first[0]
+    if "ense" not in name:  # the rounding of a DenseNet's transitions depends on its width
+        assert small.fc[0].in_features == default.fc[0].in_features * scale
+
+
+@pytest.mark.parametrize("name", ["ResNet18", "VGG11", "densenet_cifar"])
+def test_reviving_passes_a_gradient_to_dead_features(name):
+    """With every pre-activation below zero, an ordinary last ReLU passes none to the layers before it."""
+    for revive in (False, True):
+        torch.manual_seed(0)
+        model = build_model(name, 4, planes=8, revive=revive).eval()
+        body = [p for key, p in model.named_parameters() if not key.startswith("fc.")]
+        relu = next(module for module in model.modules() if isinstance(module, FeatureReLU))
+        relu.register_forward_pre_hook(lambda module, inputs: (inputs[0] - 1e3,))
+        _, features = model(torch.rand(2, 3, 32, 32))
+        assert not features.any()
+        features.sum().neg().backward()
+        gradients = [p.grad for p in body if p.grad is not None]
+        assert any(gradient.any() for gradient in gradients) == revive

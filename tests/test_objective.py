@@ -1,11 +1,13 @@
 """The loss that is trained, against literal formulas in float64, and the (UFM) that it stands for."""
 
+import json
 import math
 
 import pytest
 import torch
 
 from datasets import epoch_order
+from nc_theory import UFM
 from objective import Objective
 
 N, K, D, B = 22, 4, 6, 8  # the last batch of an epoch has 6
@@ -20,8 +22,10 @@ def problem():
     return features, labels, head
 
 
-def make(kind="paper", loss="CrossEntropy", sep_decay=True):
-    return Objective(loss, kind, 0.03, 0.002, sep_decay, num_samples=N, num_classes=K, batch_size=B)
+def make(kind="paper", loss="CrossEntropy", sep_decay=True, counts=(7, 6, 5, 4), batch_size=B, **flags):
+    """The objective of N = 22 samples in K = 4 classes at lambda_W = 0.03, lambda_H = 0.002."""
+    decays = {"weight_decay": 0.03, "feature_decay_rate": 0.002} | flags
+    return Objective(list(counts), batch_size, D, loss=loss, objective=kind, sep_decay=sep_decay, **decays)
 
 
 def data_term(loss, weight, feature, label):
@@ -53,11 +57,11 @@ def test_value_is_the_literal_formula(problem, loss, kind, size):
     assert total.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("strength", [0.25, torch.tensor(0.25, dtype=torch.float64)])
-def test_the_strength_of_the_penalties_leaves_the_data_term(problem, strength):
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25, dtype=torch.float64)])
+def test_the_scale_of_the_penalties_leaves_the_data_term(problem, scale):
     features, labels, head = problem
     batch = head(features), features, labels, head
-    (full, data), (weak, same) = make()(*batch), make()(*batch, strength)
+    (full, data), (weak, same) = make()(*batch), make()(*batch, scale)
     assert torch.equal(data, same)
     torch.testing.assert_close(weak - data, 0.25 * (full - data))
 
@@ -101,7 +105,7 @@ def test_effective_decays_make_an_epoch_the_problem(problem, loss, kind):
     """With equal batches, the epoch's mean over the data term's factor is (UFM) at the effective decays."""
     features, labels, head = problem
     features, labels = features[:16], labels[:16]
-    objective = Objective(loss, kind, 0.03, 0.002, True, num_samples=16, num_classes=K, batch_size=B)
+    objective = make(kind, loss, counts=(4, 4, 4, 4))
     losses = [objective(head(h), h, y, head)[0] for h, y in zip(features.split(B), labels.split(B), strict=True)]
     epoch = (
         sum(losses).item() / 2 / {"paper": 1, "CrossEntropy": 1 / 2, "MSE": 1 / K}[loss if kind == "released" else kind]
@@ -114,7 +118,8 @@ def test_effective_decays_make_an_epoch_the_problem(problem, loss, kind):
 
 def test_released_decays_on_the_papers_setting():
     """N = 30,000, batch 256: 118 batches; lambda_H is 59 times smaller than the flag's."""
-    objective = Objective("CrossEntropy", "released", 1e-4, 1e-5, True, 30_000, 10, 256)
+    decays = {"weight_decay": 1e-4, "feature_decay_rate": 1e-5}
+    objective = make("released", counts=[3_000] * 10, batch_size=256, **decays)
     assert objective.effective_decays() == pytest.approx((2e-4, 2e-5 / 118))
 
 
@@ -134,3 +139,26 @@ def test_every_layer_of_a_deep_head_is_penalised():
     total, data = make()(head(features), features, labels, head)
     expected = 0.015 * (head[0].weight.square().sum() + head[1].weight.square().sum())
     assert (total - data).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_problem_is_that_of_the_effective_decays():
+    problem = make("released", batch_size=8).problem()
+    assert (problem.lambda_w, problem.lambda_h) == pytest.approx((0.06, 0.004 / 3))
+    assert problem.class_counts == (7, 6, 5, 4) and problem.loss == "CrossEntropy" and not problem.bias
+    assert make(bias=True).problem().bias and not make(bias=True).nominal_problem().bias
+    assert make("released").nominal_problem().lambda_w == 0.03
+    recorded = json.loads(json.dumps(make().problems()))
+    assert UFM(**recorded["objective"]) == make().problem() and UFM(**recorded["nominal"]) == make().nominal_problem()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"sep_decay": False}, "without --sep_decay no optimum"),
+        ({"depth_linear": 2}, "with --depth_linear > 1 no optimum"),
+        ({"weight_decay": 0.0}, "without a positive --weight_decay"),
+        ({"counts": (3,) * 7}, "as many features as classes, the model has 6"),
+    ],
+)
+def test_a_run_without_a_known_optimum_says_why(flags, words):
+    assert words in make(**flags).problem() and words in make(**flags).problems()["objective"]

@@ -2,13 +2,15 @@
 
 import csv
 import json
+import math
 import statistics
 
+import pandas as pd
 import pytest
 
-from summarize import METRICS, markdown, read_measured, shortfall, summarize, time_to_collapse
-from tests.test_runs import make_run
-from utils import append_line, run_lock, write_csv
+from engine.run import by_setting, read_measured_run, write_table
+from summarize import METRICS, markdown, shortfall, summarize, time_to_collapse
+from tests.test_run import make_run
 
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 1 --batch_size 200 --no-bias --sep_decay".split()
 
@@ -17,11 +19,11 @@ def write_run(folder, *flags, distances, epochs=9, every=4, seconds=2.0):
     """A run of 7 images and batches of 4, measured at epochs 1, 5, ...: there all metrics are `distances`."""
     run = make_run(folder, "--batch_size", "4", "--epochs", "9", *flags)
     for epoch in range(1, epochs + 1):
-        append_line(folder / "train_log.jsonl", {"epoch": epoch, "loss": 1 / epoch, "seconds": seconds})
+        run.append_log({"epoch": epoch, "loss": 1 / epoch, "seconds": seconds})
     if distances:
         rows = [{"epoch": 1 + every * i, **dict.fromkeys(METRICS, value)} for i, value in enumerate(distances)]
-        write_csv(folder / "nc_metrics.csv", rows)
-    return read_measured(run.folder, "objective")
+        write_table(folder / "nc_metrics.csv", pd.DataFrame(rows))
+    return read_measured_run(run.folder, METRICS)
 
 
 def cells(text):
@@ -40,20 +42,21 @@ def test_mean_and_standard_deviation_over_the_seeds(tmp_path):
         write_run(tmp_path / f"{seed}", "--seed", f"{seed}", distances=[2, 1, value], seconds=float(seed))
         for seed, value in values.items()
     ]
-    row = summarize("", runs)
+    table = summarize([("", runs)])
+    row = table.iloc[0]
     assert row["seeds"] == row["runs"] == 3 and row["setting"] == "all runs"
     assert row["NC1"] == pytest.approx(statistics.mean(values.values()))
     assert row["NC1_std"] == pytest.approx(statistics.stdev(values.values()))
     assert (row["seconds"], row["seconds_std"]) == (18.0, 9.0)
-    line = cells(markdown([row], runs))[0][0]
+    line = cells(markdown(table, runs))[0][0]
     assert (line["seeds"], line["NC2_H"], line["time"]) == ("3", "8.5e-4 ± 4e-5", "0:00:18 ± 0:00:09")
-    line = cells(markdown([row], runs, worst=True))[0][0]
+    line = cells(markdown(table, runs, worst=True))[0][0]
     assert (line["NC2_H"], line["time"]) == ("8.5e-4 (8.9e-4)", "0:00:18 (0:00:27)")
     assert row["train_acc1_worst"] == 8.1e-4  # of an accuracy, the lowest is the worst
 
 
 def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
-    text = markdown([summarize("x", [write_run(tmp_path / "a", distances=[2, 2, 36.279])])], [])
+    text = markdown(summarize([("x", [write_run(tmp_path / "a", distances=[2, 2, 36.279])])]), [])
     assert cells(text)[0][0]["NC1"] == "36" and cells(text)[0][0]["test_acc1"] == "36.28"
 
 
@@ -70,24 +73,25 @@ def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
 )
 def test_time_to_collapse_is_from_when_on_the_distances_stay_small(tmp_path, distances, expected):
     """Epoch, ceil(7/4) = 2 steps an epoch, 2 seconds an epoch."""
-    assert time_to_collapse(write_run(tmp_path / "a", distances=distances), 0.05) == expected
+    found = time_to_collapse(write_run(tmp_path / "a", distances=distances), 0.05)
+    assert found == expected or (expected is None and all(map(math.isnan, found)))
 
 
 @pytest.mark.parametrize("name", ["NC2_H", "NC2_WWT", "NC3_WH"])
 def test_time_to_collapse_asks_all_three(tmp_path, name):
     run = write_run(tmp_path / "a", distances=[0.9, 0.04, 0.04])
-    run.rows[1][name] = 0.06
+    run.rows.loc[1, name] = 0.06
     assert time_to_collapse(run, 0.05)[0] == 9
-    run.rows[2][name] = float("nan")
-    assert time_to_collapse(run, 0.05) is None
+    run.rows.loc[2, name] = float("nan")
+    assert math.isnan(time_to_collapse(run, 0.05)[0])
 
 
 def test_time_to_collapse_over_seeds(tmp_path):
     """Median and slowest; not reached where one seed did not; nothing where there is no optimum."""
     ends = {"a": [0.9, 0.9, 0.04], "b": [0.9, 0.04, 0.04], "c": [0.04, 0.04, 0.009]}
     runs = [write_run(tmp_path / name, "--seed", f"{i}", distances=end) for i, (name, end) in enumerate(ends.items())]
-    row = summarize("x", runs)
-    line = cells(markdown([row], runs))[1][0]
+    table = summarize([("x", runs)])
+    line = cells(markdown(table, runs))[1][0]
     assert [line[f"{unit} to 0.05"] for unit in ("epochs", "steps", "time")] == [
         "5 (9)",
         "10 (18)",
@@ -95,15 +99,15 @@ def test_time_to_collapse_over_seeds(tmp_path):
     ]
     assert line["epochs to 0.01"] == "not reached by 2 of 3" and line["steps to 0.01"] == "-"
     run = write_run(tmp_path / "d", distances=[float("nan")] * 3)
-    assert set(cells(markdown([summarize("x", [run])], [run]))[1][0].values()) == {"x", "1", "-"}
+    assert set(cells(markdown(summarize([("x", [run])]), [run]))[1][0].values()) == {"x", "1", "-"}
 
 
 def test_runs_that_do_not_count_are_listed(tmp_path):
     done = write_run(tmp_path / "done", distances=[0.9, 0.9, 0.3])
     cut = write_run(tmp_path / "cut", "--seed", "2", distances=[0.9, 0.8], epochs=6)
     failed = write_run(tmp_path / "failed", "--seed", "3", distances=[0.9], epochs=4)
-    append_line(failed.folder / "train_log.jsonl", {"epoch": 5, "loss": float("nan"), "seconds": 1.0})
-    failed = read_measured(failed.folder, "objective")
+    failed.append_log({"epoch": 5, "loss": float("nan"), "seconds": 1.0})
+    failed = read_measured_run(failed.folder, METRICS)
     unmeasured = write_run(tmp_path / "unmeasured", "--seed", "4", distances=[0.9, 0.8])
     empty = make_run(tmp_path / "empty", "--seed", "5", "--batch_size", "4", "--epochs", "9")
     runs = [done, cut, failed, unmeasured, empty]
@@ -114,14 +118,61 @@ def test_runs_that_do_not_count_are_listed(tmp_path):
         "not measured at its last epoch, 9: run validate_NC_unbalanced.py",
         "unfinished: 0 of 9 epochs",
     ]
-    with run_lock(cut.folder):
-        assert shortfall(cut) == "running: 6 of 9 epochs"
-    row = summarize("x", runs)
+    table = summarize([("x", runs)])
+    row = table.iloc[0]
     assert (row["seeds"], row["runs"], row["NC1"]) == (1, 5, 0.3)
-    text = markdown([row], runs)
+    text = markdown(table, runs)
     assert cells(text)[0][0]["seeds"] == "1 of 5" and f"- {cut.folder}: unfinished: 6 of 9 epochs\n" in text
-    text = markdown([summarize("x", [cut])], [cut])
+    text = markdown(summarize([("x", [cut])]), [cut])
     assert cells(text)[0][0]["seeds"] == "0 of 1" and cells(text)[0][0]["NC1"] == "-"
+
+
+def test_long_labels_are_listed_once_above_the_tables(tmp_path):
+    """Only flags that differ are named; short labels stay in the tables."""
+    profiles = {"a": "500,450,400,350,300,250,200,60,50,40", "b": "100,100,200,200,300,300,400,400,500,500"}
+    runs = [
+        write_run(tmp_path / name, "--class_counts", counts, "--lr", lr, distances=[0.9, 0.9, 0.3])
+        for (name, counts), lr in zip(profiles.items(), ("0.001", "0.002"), strict=True)
+    ]
+    text = markdown(summarize(by_setting(runs)), runs)
+    first, second = "500,450,40...0,60,50,40", "100,100,20...00,500,500"
+    assert text.startswith(f"1. class_counts {first}, lr 0.001\n2. class_counts {second}, lr 0.002\n\n| setting")
+    assert [[line["setting"] for line in table] for table in cells(text)] == [["1", "2"], ["1", "2"]]
+    runs = [write_run(tmp_path / lr, "--lr", lr, distances=[0.9, 0.9, 0.3]) for lr in ("0.001", "0.002")]
+    text = markdown(summarize(by_setting(runs)), runs)
+    assert text.startswith("| setting") and [line["setting"] for line in cells(text)[0]] == ["lr 0.001", "lr 0.002"]
+
+
+def test_accuracies_by_frequency_are_shown_if_there_are_any(tmp_path):
+    runs = [write_run(tmp_path / f"{seed}", "--seed", f"{seed}", distances=[2, 2, seed]) for seed in (1, 3)]
+    assert "few_acc1" not in cells(markdown(summarize([("", runs)]), runs))[0][0]
+    for run in runs:
+        run.rows = run.rows.assign(balanced_acc1=run.rows["NC1"], few_acc1=10 * run.rows["NC1"])
+    table = summarize([("", runs)])
+    line = cells(markdown(table, runs, worst=True))[0][0]
+    assert (line["balanced_acc1"], line["few_acc1"]) == ("2.00 (1.00)", "20.00 (10.00)") and "many_acc1" not in line
+    assert table.loc[0, "few_acc1_std"] == pytest.approx(10 * 2**0.5)
+
+
+def test_without_runs_it_lists_them_with_their_state(run_script, tmp_path):
+    (tmp_path / "model_weights" / "table").mkdir(parents=True)
+    write_run(tmp_path / "model_weights" / "table" / "done", distances=[0.9, 0.9, 0.3])
+    write_run(tmp_path / "model_weights" / "cut", distances=[0.9, 0.25], epochs=6)
+    failed = write_run(tmp_path / "model_weights" / "failed", distances=[0.9], epochs=2)
+    failed.append_log({"epoch": 3, "loss": float("inf"), "seconds": 1.0})
+    make_run(tmp_path / "model_weights" / "new", "--epochs", "9")
+    (tmp_path / "model_weights" / "torn").mkdir()
+    (tmp_path / "model_weights" / "torn" / "config.json").write_text("{")
+    out, _ = run_script("summarize.py")
+    lines = [tuple(line.values()) for line in cells(out)[0]]
+    assert lines == [
+        ("model_weights/cut", "unfinished: 6 of 9 epochs", "5", "0.25"),
+        ("model_weights/failed", "failed: the loss is not finite in epoch 3", "1", "0.9"),
+        ("model_weights/new", "unfinished: 0 of 9 epochs", "0", "-"),
+        ("model_weights/table/done", "finished", "9", "0.3"),
+        ("model_weights/torn", "failed: model_weights/torn/config.json: damaged, not a run's config", "-", "-"),
+    ]
+    assert not (tmp_path / "summary.csv").exists()
 
 
 def test_the_script_on_real_runs(run_script, train, tmp_path):
@@ -148,8 +199,8 @@ def test_wrong_input_is_one_line(run_script, tmp_path):
     (tmp_path / "old" / "nc_metrics.csv").write_text("epoch,NC1\n1,2\n")
     for runs, words in (
         (["nowhere"], "nowhere: no such folder"),
-        (["old"], "no column NC2_H in its rows"),
-        ([], "RUN"),
+        (["old"], "old/nc_metrics.csv: no column NC2_H"),
+        ([], "no run below model_weights/"),
     ):
         _, error = run_script("summarize.py", *runs, status=2)
         assert words in error and error.count("\n") == 1, error

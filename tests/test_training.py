@@ -1,149 +1,131 @@
-"""Parts of the training loop that only a GPU uses in full, and files written beside training, on the CPU."""
+"""The training step and its CUDA graph on the CPU, the log of an epoch, schedules, and last.pt."""
 
 import copy
 import math
 import time
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 
-import utils
-from datasets import Split, epoch_batches
+import engine.checkpoints as checkpoint_files
+from datasets import Split
+from engine.checkpoints import Checkpoints, TrainingState, copy_state, load_torch
+from engine.cuda_graph import GraphedStep
+from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
+from engine.run import Run
+from engine.step_log import STEP_COLUMNS, check_finite, epoch_means
 from models import build_model
 from objective import Objective
-from train_1st_order_unbalanced import (
-    Record,
-    TrainingState,
-    batch_sizes,
-    check_finite,
-    learning_rate,
-    log_line,
-    make_optimizer,
-    make_step,
-    optimizer_tensors,
-    penalty_strength,
-    set_learning_rate,
-)
-from utils import GraphedStep, UserError, Writer, copy_state, load_torch
-
-
-def set_up(optimizer="Adam", **flags):
-    torch.manual_seed(0)
-    split = Split(torch.rand(20, 3, 32, 32), torch.arange(20) % 4, torch.zeros(3))
-    model = build_model("MLP", 4, bias=False, depth_relu=1, width=8)
-    objective = Objective("CrossEntropy", "paper", 1e-3, 1e-3, True, 20, 4, 8)
-    args = SimpleNamespace(
-        precision="fp32", clip_grad_norm=None, optimizer=optimizer, lr=1e-2, adam_beta2=0.9, adam_eps=1e-8,
-        amsgrad=False, batch_size=8, cuda_graph=True, stratified=False,
-    )  # fmt: skip
-    args = SimpleNamespace(**vars(args) | flags)
-    chosen = make_optimizer(args, model, objective, torch.device("cpu"))
-    record = Record(3, "cpu")
-    return model, chosen, record, make_step(args, split, model, objective, chosen, record)
-
+from train_1st_order_unbalanced import train_step
+from utils import UserError
 
 ORDER = torch.randperm(20, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("stratified, sizes", [(False, {8, 4}), (True, {7, 6})])
-def test_the_graphs_are_of_the_sizes_that_an_epoch_has(stratified, sizes):
-    args = SimpleNamespace(batch_size=8, stratified=stratified)
-    assert batch_sizes(args, 20) == {len(rows) for rows in epoch_batches(ORDER, 8, even=stratified)} == sizes
+def build(optimizer="Adam", clip_grad_norm=None, **flags):
+    """A small MLP, its optimizer, and its step(indices) on 20 random images."""
+    torch.manual_seed(0)
+    split = Split(torch.rand(20, 3, 32, 32), torch.arange(20) % 4, torch.zeros(3))
+    model = build_model("MLP", 4, bias=False, depth_relu=1, width=8)
+    decays = {"weight_decay": 1e-3, "feature_decay_rate": 1e-3}
+    objective = Objective([5] * 4, 8, 8, sep_decay=True, **decays)
+    adam = {"adam_beta2": 0.9, "adam_eps": 1e-8, "amsgrad": False} | flags
+    chosen = make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-2, weight_decay=0.0, **adam)
+    step = partial(
+        train_step, split=split, model=model, objective=objective, optimizer=chosen, shifts=None, penalty_scale=1.0,
+        precision="fp32", clip_grad_norm=clip_grad_norm,
+    )  # fmt: skip
+    return model, chosen, step
+
+
+def capture(step, indices):
+    """As the capture of a CUDA graph: it makes steps of its own, and the replay fills a fixed result."""
+    result = torch.empty(len(STEP_COLUMNS), dtype=torch.float64)
+    for _ in range(4):
+        step(indices)
+    return lambda: result.copy_(step(indices))
+
+
+def state_of(model, optimizer):
+    return lambda: [*model.state_dict().values(), *optimizer_tensors(optimizer)]
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
-    """With a capture that runs the step a few times and then calls it again: the warm-up leaves no trace, the buffers
-    of both batch lengths are filled, and the record starts where it was."""
-    model, chosen, record, step = set_up(optimizer)
-    for rows in ORDER.split(8)[:steps_before]:
-        step(rows)
-    record.take()
-    graphed_model, expected_model = model, copy.deepcopy(model)
-
-    def capture(step, rows):
-        for _ in range(4):
-            step(rows)  # more often than there are steps in an epoch
-        return lambda: step(rows)
-
-    state = lambda: [*model.state_dict().values(), *optimizer_tensors(chosen), *record.tensors()]  # noqa: E731
-    before = copy.deepcopy(chosen.state_dict())
-    graphed = GraphedStep(step, [8], state, "cpu", capture)
+    """The steps of the capture leave no trace, and the buffers of both batch lengths are filled."""
+    model, chosen, step = build(optimizer)
+    for indices in ORDER.split(8)[:steps_before]:
+        step(indices)
+    expected_model, before = copy.deepcopy(model), copy.deepcopy(chosen.state_dict())
+    graphed = GraphedStep(step, [8, 4], state_of(model, chosen), "cpu", capture)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected_model.parameters(), strict=True))
     for kept, tensors in chosen.state_dict()["state"].items():
         for name, tensor in tensors.items():
             was = before["state"].get(kept, {}).get(name)
             assert torch.equal(tensor, was if was is not None else torch.zeros_like(tensor))
-    for rows in ORDER.split(8)[:2]:
-        graphed(rows)
-    found = record.take()
+    found = [graphed(indices).clone() for indices in ORDER.split(8)]
 
-    model, _, record, step = set_up(optimizer)
-    for rows in ORDER.split(8)[:steps_before]:
-        step(rows)
-    record.take()
-    for rows in ORDER.split(8)[:2]:
-        step(rows)
-    for name, column in record.take().items():
-        assert torch.equal(column[:2], found[name][:2])
-    for a, b in zip(graphed_model.parameters(), model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_graphed_step_goes_on_from_a_saved_state(tmp_path):
-    """On a GPU the step is captured after last.pt is loaded: weights, optimizer and half a record stay as they are."""
-    batches = ORDER.split(8)
-    model, chosen, record, step = set_up()
-    state = TrainingState(model, chosen, record, steps=2)
-    for rows in batches[:2]:
-        step(rows)
-    with Writer() as writer:
-        state.save(tmp_path, writer)
-    step(batches[2])
-    expected_model, expected = model, record.take()
-
-    model, chosen, record, step = set_up()
-    state = TrainingState(model, chosen, record)
-    state.load(tmp_path / "last.pt", "cpu")
-
-    def capture(step, rows):
-        for _ in range(4):
-            step(rows)
-        return lambda: step(rows)
-
-    tensors = lambda: [*model.state_dict().values(), *optimizer_tensors(chosen), *record.tensors()]  # noqa: E731
-    graphed = GraphedStep(step, [8, 4], tensors, "cpu", capture)
-    graphed(batches[2])
-    assert (state.epoch, state.steps) == (0, 2)
-    assert all(torch.equal(column, expected[name]) for name, column in record.take().items())
+    expected_model, _, step = build(optimizer)
+    for indices in ORDER.split(8)[:steps_before]:
+        step(indices)
+    for row, indices in zip(found, ORDER.split(8), strict=True):
+        assert torch.equal(row, step(indices))
     for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_the_record_holds_a_row_a_step():
-    record = Record(2, "cpu")
-    logits, labels = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 0, 0])
-    record.add(torch.tensor(0.5), torch.tensor(0.25), logits, labels, torch.tensor(7.0))
-    record.add(torch.tensor(1.0), torch.tensor(2.0), logits[:1], labels[:1], torch.tensor(8.0))
-    columns = {name: column.tolist() for name, column in record.take().items()}
-    assert columns == {"size": [3, 1], "loss": [0.5, 1], "data_term": [0.25, 2], "correct": [2, 1], "grad_norm": [7, 8]}
-    record.add(torch.tensor(9.0), torch.tensor(9.0), logits, labels, torch.tensor(9.0))
-    assert record.rows[0].tolist() == [3, 9, 9, 2, 9]
+def test_a_step_returns_what_it_measured():
+    model, _, step = build()
+    images, labels = step.keywords["split"].batch(ORDER[:8])
+    logits, _ = model(images)
+    expected = torch.nn.functional.cross_entropy(logits, labels)
+    correct = (logits.argmax(1) == labels).sum()
+    row = dict(zip(STEP_COLUMNS, step(ORDER[:8]).tolist(), strict=True))
+    assert (row["size"], row["correct"]) == (8, correct) and row["data_term"] == pytest.approx(expected.item())
+    assert row["loss"] > row["data_term"] and row["grad_norm"] > 0
+
+
+def test_a_graphed_step_continues_from_a_saved_state(tmp_path):
+    """On a GPU the step is captured after last.pt is loaded: weights, optimizer and rows stay as they are."""
+    batches = ORDER.split(8)
+
+    def state_in(folder, model, optimizer):
+        state = TrainingState(model, optimizer, torch.zeros(3, len(STEP_COLUMNS), dtype=torch.float64))
+        return state, Checkpoints(Run(folder), state, epochs=9, save_every=1)
+
+    expected_model, chosen, step = build()
+    state, checkpoints = state_in(tmp_path, expected_model, chosen)
+    for number, indices in enumerate(batches[:2]):
+        state.rows[number] = step(indices)
+    state.step = 2
+    with checkpoints:
+        checkpoints.save_state()
+    state.rows[2] = step(batches[2])
+    expected = state.rows
+
+    model, chosen, step = build()
+    state, checkpoints = state_in(tmp_path, model, chosen)
+    checkpoints.load_state("cpu")
+    graphed = GraphedStep(step, [8, 4], state_of(model, chosen), "cpu", capture)
+    state.rows[state.step] = graphed(batches[2])
+    assert (state.epoch, state.step) == (0, 2) and torch.equal(state.rows, expected)
+    for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def log_of(losses, sizes, norms=None):
     columns = {"size": sizes, "loss": losses, "data_term": losses, "correct": [1.0] * len(sizes)}
     columns["grad_norm"] = norms or [1.0] * len(sizes)
-    objective = Objective("CrossEntropy", "paper", 1e-3, 1e-3, True, 20, 4, 8)
-    return log_line(3, 0.1, objective, {name: torch.tensor(c, dtype=torch.float64) for name, c in columns.items()}, 2.0)
+    rows = torch.tensor([columns[name] for name in STEP_COLUMNS], dtype=torch.float64).T
+    return epoch_means(rows, "CrossEntropy", 2.0)
 
 
 def test_the_log_weighs_batches_by_their_size_and_names_the_largest_gradient():
     line = log_of([1.0, 4.0], [8.0, 2.0], norms=[0.5, 3.0])
     assert line["loss"] == line["ce"] == 1.6 and line["train_acc1"] == 20.0 and line["grad_norm_max"] == 3.0
-    assert line["epoch"] == 3 and line["lr"] == 0.1 and line["images_per_second"] == 5.0
+    assert line["images_per_second"] == 5.0 and line["seconds"] == 2.0
 
 
 @pytest.mark.parametrize(
@@ -157,16 +139,19 @@ def test_a_loss_spikes_when_it_more_than_doubles_within_an_epoch(losses, spike):
 def test_a_loss_that_is_not_finite_is_named_by_its_step():
     model = build_model("MLP", 4, depth_relu=1, width=8)
     with pytest.raises(UserError, match="loss is not finite in epoch 3, step 2"):
-        check_finite(3, torch.tensor([1.0, math.inf, math.nan]), model)
-    check_finite(3, torch.ones(3), model)
+        check_finite(torch.tensor([[1.0, 1.0], [1.0, math.inf], [1.0, math.nan]]), model, 3)
+    check_finite(torch.ones(3, 5), model, 3)
     model.fc[0].weight.data[0, 0] = math.nan
     with pytest.raises(UserError, match="weights are not finite in epoch 3, step 3"):
-        check_finite(3, torch.ones(3), model)
+        check_finite(torch.ones(3, 5), model, 3)
+
+
+def schedule(**flags):
+    return Schedule(**{"lr": 8.0, "gamma": 0.5, "patience": 2, "epochs": 6, "decay_type": "step"} | flags)
 
 
 def rates(**flags):
-    args = SimpleNamespace(**{"lr": 8.0, "gamma": 0.5, "patience": 2, "epochs": 6, "warmup_epochs": 0} | flags)
-    return [learning_rate(args, epoch) for epoch in range(1, args.epochs + 1)]
+    return [schedule(**flags).learning_rate(epoch) for epoch in range(1, 7)]
 
 
 def test_learning_rates():
@@ -178,14 +163,14 @@ def test_learning_rates():
 
 
 def test_penalties_rise_to_their_full_size():
-    strengths = [penalty_strength(SimpleNamespace(penalty_warmup_epochs=4), epoch) for epoch in range(1, 7)]
-    assert strengths == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert penalty_strength(SimpleNamespace(penalty_warmup_epochs=0), 1) == 1
+    scales = [schedule(penalty_warmup_epochs=4).penalty_scale(epoch) for epoch in range(1, 7)]
+    assert scales == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert schedule().penalty_scale(1) == 1
 
 
 @pytest.mark.parametrize("decay_type", ["step", "step_3_7"])
 def test_steps_of_the_learning_rate_are_those_of_torch(decay_type):
-    args = SimpleNamespace(lr=0.3, gamma=0.1, patience=3, epochs=12, warmup_epochs=0, decay_type=decay_type)
+    ours = schedule(lr=0.3, gamma=0.1, patience=3, epochs=12, decay_type=decay_type)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     schedulers = torch.optim.lr_scheduler
     scheduler = (
@@ -194,7 +179,7 @@ def test_steps_of_the_learning_rate_are_those_of_torch(decay_type):
         else schedulers.MultiStepLR(optimizer, [3, 7], gamma=0.1)
     )
     for epoch in range(1, 13):
-        assert learning_rate(args, epoch) == pytest.approx(scheduler.get_last_lr()[0])
+        assert ours.learning_rate(epoch) == pytest.approx(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
 
@@ -209,45 +194,60 @@ def test_the_learning_rate_is_set_in_place(kind):
 
 
 def test_adam_takes_its_flags():
-    _, adam, _, _ = set_up(adam_beta2=0.5, adam_eps=0.25, amsgrad=True)
+    _, adam, _ = build(adam_beta2=0.5, adam_eps=0.25, amsgrad=True)
     group = adam.param_groups[0]
     assert (group["betas"], group["eps"], group["amsgrad"], group["fused"]) == ((0.9, 0.5), 0.25, True, True)
 
 
 def test_a_clipped_gradient_is_logged_as_it_was():
-    """SGD's first step has length lr times the clipped norm; the record has the norm before."""
-    model, _, record, step = set_up("SGD", clip_grad_norm=0.01)
+    """SGD's first step has length lr times the clipped norm; the row has the norm before."""
+    model, _, step = build("SGD", clip_grad_norm=0.01)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    step(ORDER[:8])
+    row = step(ORDER[:8])
     moved = sum((a.detach() - b).square().sum() for a, b in zip(model.parameters(), before, strict=True)).sqrt()
-    assert float(moved) == pytest.approx(1e-2 * 0.01, rel=1e-3)
+    assert float(moved) == pytest.approx(1e-2 * 0.01, rel=1e-3)  # weights of order 0.1 in fp32 move by 1e-4
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(record.take()["grad_norm"][0]) > 0.02
+    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(row[STEP_COLUMNS.index("grad_norm")]) > 0.02
 
 
-def test_files_are_written_in_order_while_the_caller_goes_on(tmp_path, monkeypatch):
-    real = utils.save_torch
+def make_checkpoints(folder):
+    model, optimizer, _ = build()
+    state = TrainingState(model, optimizer, torch.zeros(3, len(STEP_COLUMNS)), epoch=5)
+    return Checkpoints(Run(folder), state, epochs=9, save_every=1)
+
+
+def test_files_are_written_in_order_while_training_continues(tmp_path, monkeypatch):
+    real = checkpoint_files.save_torch
 
     def slow(path, state):
         time.sleep(0.2)
         real(path, state)
 
-    monkeypatch.setattr(utils, "save_torch", slow)
-    weights = {"w": torch.zeros(3)}
-    with Writer() as writer:
-        began = time.monotonic()
-        writer.save(tmp_path / "a.pth", copy_state(weights))
-        assert time.monotonic() - began < 0.1
-        weights["w"] += 1  # training goes on; the file has the weights of before
-        writer.save(tmp_path / "b.pth", copy_state(weights))
-        assert (tmp_path / "a.pth").exists()
-    assert load_torch(tmp_path / "a.pth")["w"].tolist() == [0, 0, 0]
-    assert load_torch(tmp_path / "b.pth")["w"].tolist() == [1, 1, 1]
+    monkeypatch.setattr(checkpoint_files, "save_torch", slow)
+    with make_checkpoints(tmp_path) as checkpoints:
+        state, weight = checkpoints.state, checkpoints.state.model.fc[0].weight
+        weight.data.fill_(1)
+        checkpoints.save_weights()
+        assert not (tmp_path / "epoch_005.pth").exists()
+        weight.data.fill_(2)  # training continues; the file has the weights of before
+        state.epoch = 6
+        checkpoints.save_weights()
+        assert (tmp_path / "epoch_005.pth").exists()
+    for epoch, value in ((5, 1), (6, 2)):
+        assert (load_torch(tmp_path / f"epoch_{epoch:03d}.pth")["fc.0.weight"] == value).all()
 
 
-def test_an_error_of_the_writing_thread_comes_up(tmp_path):
-    with pytest.raises(FileNotFoundError), Writer() as writer:
-        writer.save(tmp_path / "nowhere" / "a.pth", {})
+def test_an_error_of_the_writing_thread_is_raised(tmp_path):
+    with pytest.raises(FileNotFoundError), make_checkpoints(tmp_path / "nowhere") as checkpoints:
+        checkpoints.save_weights()
+
+
+def test_the_first_checkpoint_can_be_resumed(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.state.epoch = 1
+    with checkpoints:
+        checkpoints.save_weights()
+    assert load_torch(tmp_path / "last.pt")["epoch"] == 1
 
 
 def test_copy_state_is_deep():

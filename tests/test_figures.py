@@ -2,21 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from args import THEORY_SUFFIXES
-from plot_nc import (
-    FIGURES,
-    KINDS,
+from engine.figures import (
     NC_PANELS,
-    STYLE,
+    STYLE_FILE,
     TRAINING_PANELS,
+    class_accuracy,
     curves,
     draw_runs,
     heatmaps,
@@ -24,11 +26,13 @@ from plot_nc import (
     theorem,
     write_animation,
 )
-from runs import read_run
-from theory import cross_entropy_optimum, minimise, mse_optimum, released_formula
-from utils import UserError, read_csv, write_csv
+from engine.run import FIGURE_KINDS, FIGURES, THEORY_SUFFIXES, Run, read_rows, write_table
+from nc_theory import UFM, released_formula, solve, solve_numerically
+from tests.conftest import ROOT
+from utils import UserError
 
 RECORDED = Path(__file__).parent / "recorded_run"
+COUNTS = [34, 34, 68, 68, 102, 102, 136, 136, 170, 170]
 EPOCHS = [1, 21, 41, 61, 80]
 ROWS = np.genfromtxt(RECORDED / "nc_metrics.csv", delimiter=",", names=True)
 LOG = [json.loads(line) for line in (RECORDED / "train_log.jsonl").read_text().splitlines()]
@@ -37,7 +41,7 @@ LOG = [json.loads(line) for line in (RECORDED / "train_log.jsonl").read_text().s
 @pytest.fixture(autouse=True)
 def style():
     """As the figures are drawn in the end."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE_FILE):
         yield
 
 
@@ -47,7 +51,7 @@ def recorded(folder, factor=1.0, **flags):
     config = json.loads((folder / "config.json").read_text())
     config["flags"] |= flags
     (folder / "config.json").write_text(json.dumps(config))
-    change_rows(folder, lambda name, value: value if name == "epoch" else factor * value)
+    change_rows(folder, lambda column: column if column.name == "epoch" else factor * column)
     lines = [{name: value if name == "epoch" else factor * value for name, value in line.items()} for line in LOG]
     (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for path in (folder / "geometry").iterdir():
@@ -55,9 +59,13 @@ def recorded(folder, factor=1.0, **flags):
     return folder
 
 
+def set_config(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
 def change_rows(folder, change):
-    rows = read_csv(folder / "nc_metrics.csv")
-    write_csv(folder / "nc_metrics.csv", [{name: change(name, value) for name, value in row.items()} for row in rows])
+    write_table(folder / "nc_metrics.csv", read_rows(folder / "nc_metrics.csv").apply(change))
 
 
 def change_geometry(path, change):
@@ -66,7 +74,7 @@ def change_geometry(path, change):
 
 
 def settings_of(*folders, theory="objective", epoch=None):
-    return make_settings([read_run(folder, theory) for folder in folders], epoch)
+    return make_settings([Run(folder, theory) for folder in folders], epoch)
 
 
 def three_seeds(tmp_path, **flags):
@@ -97,9 +105,9 @@ def test_figures_of_a_run(run_script, tmp_path):
     out, _ = run_script("plot_nc.py", "run", "--animate")
     figures = {path.name: path for path in (tmp_path / "run" / "figures").iterdir()}
     assert {f"run/figures/{name}" for name in figures} == set(out.split())
-    stills = [name for name in FIGURES if name != "heatmaps_animation"]
+    stills = ["nc_curves", "theorem", "heatmaps", "training"]
     assert set(figures) == {f"{n}.{kind}" for n in stills for kind in ("pdf", "png")} | {"heatmaps_animation.gif"}
-    assert set(figures) <= {f"{name}.{kind}" for name in FIGURES for kind in KINDS}  # what --force deletes
+    assert set(figures) <= {f"{name}.{kind}" for name in FIGURES for kind in FIGURE_KINDS}  # what --force deletes
     for name in stills:
         pdf = figures[f"{name}.pdf"].read_bytes()
         assert b"/FontFile2" in pdf and b"/Type3" not in pdf
@@ -152,13 +160,14 @@ def test_what_a_folder_lacks_is_left_out(tmp_path):
     bare = recorded(tmp_path / "bare")
     for name in ("config.json", "train_log.jsonl"):
         (bare / name).unlink()
-    assert {path.stem for path in draw_runs([read_run(bare)], bare / "figures")} == {"nc_curves", "theorem", "heatmaps"}
+    assert {path.stem for path in draw_runs([Run(bare)], bare / "figures")} == {"nc_curves", "theorem", "heatmaps"}
     figure = theorem(settings_of(bare))
     assert legend_of(figure) == ["measured at epoch 80", "theory"]  # no penalties known, so no threshold
     assert list(figure.axes[0].lines[1].get_xdata()) == list(geometry(80)["class_counts"])
 
     plain = recorded(tmp_path / "plain")
-    change_rows(plain, lambda name, value: np.nan if name in ("NC2_H", "NC2_WWT", "NC3_WH") else value)
+    unknown = ("NC2_H", "NC2_WWT", "NC3_WH")
+    change_rows(plain, lambda column: column * np.nan if column.name in unknown else column)
     path = plain / "geometry" / "epoch_080.npz"
     change_geometry(path, lambda name, array: None if name.endswith("_theory") else array)
     assert legend_of(theorem(settings_of(plain))) == ["measured at epoch 80"]
@@ -167,7 +176,7 @@ def test_what_a_folder_lacks_is_left_out(tmp_path):
     assert [text.get_text() for text in nc3.texts] == ["no optimum known"] and not nc3.lines
 
     shutil.rmtree(plain / "geometry")
-    assert {path.stem for path in draw_runs([read_run(plain)], plain / "new")} == {"nc_curves", "training"}
+    assert {path.stem for path in draw_runs([Run(plain)], plain / "new")} == {"nc_curves", "training"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -187,13 +196,40 @@ def test_curves_of_a_run_are_its_columns(tmp_path):
     assert legend_of(panels[0]) == [r"tr$(\Sigma_W\Sigma_B^\dagger)/K$"]
 
     loss, accuracy, rate = curves(TRAINING_PANELS, run).axes
-    assert legend_of(loss) == ["objective", "cross entropy"] and legend_of(accuracy) == ["training", "test"]
-    lines = [*loss.lines, accuracy.lines[0], rate.lines[0]]
+    assert legend_of(loss) == ["objective", "cross entropy", "optimum, 0.958"] and legend_of(accuracy) == [
+        "training",
+        "test",
+    ]
+    lines = [*loss.lines[:2], accuracy.lines[0], rate.lines[0]]
     for line, column in zip(lines, ["loss", "ce", "train_acc1", "lr"], strict=True):
         assert list(line.get_xdata()) == list(range(1, 81))
         np.testing.assert_allclose(line.get_ydata(), [entry[column] for entry in LOG], rtol=1e-12)
     np.testing.assert_allclose(accuracy.lines[1].get_ydata(), ROWS["test_acc1"])
     assert accuracy.get_yscale() == "linear" and loss.get_yscale() == rate.get_yscale() == "log"
+
+
+def test_the_loss_ends_at_the_optimum_of_what_was_minimised(tmp_path):
+    """`released` halves the data term, and with it the value of the problem that it stands for."""
+    released = recorded(tmp_path / "released", objective="released")
+    problem = UFM(COUNTS, lambda_w=2 * 0.01, lambda_h=2 * 0.0005 / 10)  # ten batches an epoch
+    line = curves(TRAINING_PANELS, settings_of(released)).axes[0].lines[2]
+    np.testing.assert_allclose(line.get_ydata(), solve(problem).loss / 2, rtol=1e-12)
+    assert line.get_label() == f"optimum, {solve(problem).loss / 2:.4g}"
+
+    settings = settings_of(released, recorded(tmp_path / "paper", objective="paper"))
+    figure = curves(TRAINING_PANELS, settings)
+    assert [line.get_linestyle() for line in figure.axes[0].lines] == ["-", "-", "--", "--"]
+    assert [text.split(", ")[1] for text in legend_of(figure)][1] == "dashed: optimum 0.958"
+    unknown = settings_of(recorded(tmp_path / "plain", sep_decay=False))
+    assert legend_of(curves(TRAINING_PANELS, unknown).axes[0]) == ["objective", "cross entropy"]
+    nominal = recorded(tmp_path / "nominal")
+    (nominal / "nc_metrics.csv").rename(nominal / "nc_metrics_nominal.csv")
+    assert len(curves(TRAINING_PANELS, settings_of(nominal, theory="nominal")).axes[0].lines) == 2
+
+
+def test_the_axes_say_what_is_small(tmp_path):
+    panels = curves(NC_PANELS, settings_of(recorded(tmp_path / "run"))).axes
+    assert [axis.get_ylabel() for axis in panels] == ["variability within classes", *["distance to the theorem"] * 2]
 
 
 def test_seeds_are_mean_and_range(tmp_path):
@@ -215,8 +251,8 @@ def test_seeds_are_mean_and_range(tmp_path):
 
 def test_seeds_are_drawn_where_all_have_a_value(tmp_path):
     folders = three_seeds(tmp_path)
-    rows = read_csv(folders[1] / "nc_metrics.csv")
-    write_csv(folders[1] / "nc_metrics.csv", rows[:3])
+    path = folders[1] / "nc_metrics.csv"
+    write_table(path, read_rows(path)[:3])
     seeds = settings_of(*folders)
     assert list(curves(NC_PANELS, seeds).axes[0].lines[0].get_xdata()) == EPOCHS[:3]
     assert seeds[0].epoch == 41
@@ -284,29 +320,30 @@ def test_the_theorem_is_a_curve_over_n_k(tmp_path):
 
 def test_a_threshold_far_from_the_classes_is_only_said(tmp_path):
     run = recorded(tmp_path / "run")
-    config = json.loads((run / "config.json").read_text()) | {"effective_feature_decay": 5e-6}
-    (run / "config.json").write_text(json.dumps(config))
+    problem = {"class_counts": COUNTS, "lambda_w": 0.01, "lambda_h": 5e-6}
+    set_config(run, problems={"objective": problem, "nominal": problem})
     figure = theorem(settings_of(run))
     assert len(figure.axes[0].lines) == 2 and figure.axes[0].get_xlim()[0] > 10
     assert legend_of(figure)[2] == r"collapse: $n_k\leq0.0578$"
 
 
-@pytest.mark.parametrize("counts", [[34, 34, 68, 68, 102, 102, 136, 136, 170, 170], [102] * 10, [1, 900]])
+@pytest.mark.parametrize("counts", [COUNTS, [102] * 10, [1, 900]])
 @pytest.mark.parametrize(
     ("theory", "loss", "bias", "form"),
     [
-        ("objective", "CrossEntropy", False, cross_entropy_optimum),
-        ("objective", "MSE", False, mse_optimum),
-        ("objective", "CrossEntropy", True, lambda *problem: minimise(*problem, bias=True, starts=1).optimum),
-        ("nominal", "CrossEntropy", True, cross_entropy_optimum),
+        ("objective", "CrossEntropy", False, solve),
+        ("objective", "MSE", False, solve),
+        ("objective", "CrossEntropy", True, lambda problem: solve_numerically(problem, starts=1).optimum),
+        ("nominal", "CrossEntropy", True, solve),
         ("released", "CrossEntropy", False, released_formula),
     ],
 )
 def test_the_curve_meets_the_theory_of_the_classes(tmp_path, theory, loss, bias, form, counts):
     """Whichever theory a run is compared with: at the run's n_k the curve has the values that validate stored."""
     run = recorded(tmp_path / "run", loss=loss, bias=bias)
+    set_config(run, class_counts=counts)
     suffix = THEORY_SUFFIXES[theory]
-    optimum = form(counts, 0.01, 0.0005)
+    optimum = form(UFM(counts, 0.01, 0.0005, loss, bias=bias and theory == "objective"))
     names = ("HTH", "WWT", "WH", "margins", "mean_norms_sq")
     arrays = {name + end: getattr(optimum, name).numpy() for name in names for end in ("", "_theory")}
     np.savez(run / "geometry" / "epoch_080.npz", class_counts=counts, **arrays)
@@ -336,13 +373,50 @@ def test_seeds_are_spread_about_their_mean(tmp_path):
     assert legend_of(figure)[0] == "measured at epoch 80, mean and range over 3 seeds"
 
 
+def test_seeds_with_the_same_result_are_a_point(tmp_path):
+    """The mean of three equal floats may be off by rounding, on either side."""
+    figure = theorem(settings_of(*(recorded(tmp_path / f"{seed}", seed=seed) for seed in (1, 2, 3))))
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), geometry(80)["margins"])
+
+
 def test_settings_in_the_theorem_have_a_row_each(tmp_path):
     settings = settings_of(*three_seeds(tmp_path), recorded(tmp_path / "other", bias=True))
     figure = theorem(settings)
     assert legend_of(figure) == [
-        r"bias False, at epoch 80, 3 seeds, collapse: $n_k\leq5.78$",
-        "bias True, at epoch 80",
+        r"bias off, mean and range over 3 seeds, collapse: $n_k\leq5.78$",
+        "bias on",
     ]
+    assert figure.legends[0].get_title().get_text() == "measured at epoch 80; theory; collapse threshold"
+
+
+def write_accuracies(folder, values, epoch=80):
+    """A class_accuracy.csv in which classes come in no order, and other epochs and splits must be left alone."""
+    rows = [
+        {"epoch": e, "split": split, "class": label, "n_k": COUNTS[label], "accuracy": value + shift}
+        for e, split, shift in ((epoch, "test", 0), (epoch, "train", 50), (41, "test", 30))
+        for label, value in reversed(list(enumerate(values)))
+    ]
+    write_table(folder / "class_accuracy.csv", pd.DataFrame(rows))
+
+
+def test_test_accuracy_of_each_class(tmp_path):
+    """Points are the mean over the seeds, bars their range, and the line is the mean of the classes with equal n_k."""
+    folders = three_seeds(tmp_path)
+    values = np.arange(10.0)
+    assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}
+    for folder, factor in zip(folders, (1, 2, 6), strict=True):
+        write_accuracies(folder, factor * values)
+    figure = class_accuracy(settings_of(*folders))
+    (axis,) = figure.axes
+    points, *_, line = axis.lines
+    np.testing.assert_allclose(points.get_ydata(), 3 * values)
+    np.testing.assert_allclose(line.get_xdata(), COUNTS[::2])
+    np.testing.assert_allclose(line.get_ydata(), 3 * np.array([0.5, 2.5, 4.5, 6.5, 8.5]))
+    ends = np.array([segment[:, 1] for segment in axis.collections[0].get_segments()])
+    np.testing.assert_allclose(ends, np.stack([values, 6 * values], axis=1))
+    assert figure.legends[0].get_title().get_text() == "measured at epoch 80, mean and range over 3 seeds"
+    assert "class_accuracy" in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}
+    assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "61", epoch=61)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -420,7 +494,10 @@ def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
     if several:
         folders += [recorded(tmp_path / f"other{n}", n, lr=n, weight_decay=0.1, loss="MSE") for n in range(2, 6)]
     settings = settings_of(*folders)
+    for folder in folders:
+        write_accuracies(folder, range(10))
     figures = [curves(NC_PANELS, settings), curves(TRAINING_PANELS, settings), theorem(settings)]
+    figures.append(class_accuracy(settings))
     parts = settings[0].geometries[0]
     figures.append(heatmaps(parts, 80, settings[0].note))
     figures.append(heatmaps({name: array for name, array in parts.items() if not name.endswith("_theory")}, 80))
@@ -433,3 +510,18 @@ def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
         assert min(text.get_fontsize() for text in texts(figure)) >= 6.5
         for legend in figure.legends:
             assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes)
+
+
+def test_figures_say_what_is_compared_with_what(tmp_path, monkeypatch):
+    run, titles = recorded(tmp_path / "run"), []
+    (run / "nc_metrics.csv").rename(run / "nc_metrics_bn_nominal.csv")
+    (run / "geometry").rename(run / "geometry_bn_nominal")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: titles.append(figure.get_suptitle()))
+    paths = draw_runs([Run(run, "nominal", "training_set")], tmp_path / "figures")
+    assert len(paths) == len(titles) == 8 and all(path.stem.endswith("_bn_nominal") for path in paths)
+    assert all("theory nominal, training-set BatchNorm statistics" in title for title in titles)
+
+
+def test_training_does_not_load_matplotlib():
+    code = "import sys, train_1st_order_unbalanced; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
