@@ -29,6 +29,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pandas as pd
+import torch
 
 from nc_theory import UFM, released_formula, solve
 from objective import Objective
@@ -276,8 +277,8 @@ class Run:
             self.config |= {"flags": flags | kept, "training_flags": training_flags}
         else:
             self.config = {"flags": flags, "training_flags": training_flags, **facts}
-            self.config["versions"] = {"python": platform.python_version()}
-            self.config["versions"] |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
+            self.config["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+            self.config["versions"] |= {name: version(name) for name in ("torchvision", "numpy")}
             self.config["git_commit"] = git_commit()
         self.flags, self.problems = self.config["flags"], self.config.get("problems", {})
         write_json(self.folder / "config.json", self.config)

@@ -71,6 +71,6 @@ def split_optimum(problem):
     optimum = closed_form(problem)
     if optimum is None and problem.relu and not problem.bias:
         optimum = solve_by_class(problem)
-        if optimum.gap > SPLIT and problem.num_classes <= MOST_CLASSES:
+        if not abs(optimum.gap) <= SPLIT and problem.num_classes <= MOST_CLASSES:
             return None
     return optimum

@@ -22,12 +22,13 @@ def solve_by_class(problem):
         min over z of (n_k/N) l_k(z) + sqrt(lambda_W lambda_H n_k) |z|,
 
     which is solved for all classes at once. It is the minimum of (UFM) if no two gradients at the z_k have a positive
-    inner product; the optimum's `gap` says so.
+    inner product; the optimum's `gap` says so. It is large where the lambdas are so small that rounding prevails.
     """
     counts, parameters = problem.counts.numpy(), problem.loss_parameters
     root_w, root_h = math.sqrt(problem.lambda_w), math.sqrt(problem.lambda_h)
     strengths = np.sqrt(counts) / (counts.sum() * root_w * root_h)  # n_k/N in units of what |z| costs
-    logits = shrunken_minima(parameters, strengths)
+    with np.errstate(all="ignore"):
+        logits = shrunken_minima(parameters, strengths)
     losses, residuals = parameters.losses_and_residuals(logits, np.arange(len(counts)))
     gradients = parameters.gradients(residuals, np.arange(len(counts)))
     norms = np.linalg.norm(logits, axis=1)
@@ -102,8 +103,10 @@ def newton_steps(parameters, strengths, z, labels):
     inner = np.eye(2) - np.einsum("pki,pkj->pij", low_rank, scaled)
     step = -gradients / diagonal
     along = np.einsum("pki,pk->pi", low_rank, step)
-    step += np.einsum("pki,pi->pk", scaled, np.linalg.solve(inner, along[:, :, None])[:, :, 0])
+    determinant = inner[:, 0, 0] * inner[:, 1, 1] - inner[:, 0, 1] ** 2
+    adjugate = inner[:, ::-1, ::-1] * [[1, -1], [-1, 1]]
+    step += np.einsum("pki,pij,pj->pk", scaled, adjugate, along) / determinant[:, None]
     decrease = -(gradients * step).sum(1)
-    uphill = decrease <= 0  # by rounding alone
-    step[uphill], decrease[uphill] = -gradients[uphill], np.square(gradients[uphill]).sum(1)
+    lost = ~((decrease > 0) & np.isfinite(decrease))  # by rounding: go downhill
+    step[lost], decrease[lost] = -gradients[lost], np.square(gradients[lost]).sum(1)
     return step, decrease

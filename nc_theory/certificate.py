@@ -59,7 +59,7 @@ def lower_bound(problem, logits, bias=None):
 
     With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
     s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore moved to the best for the given W H first. The
-    result is -inf if that fails.
+    result is -inf if that fails, and for logits that are not finite.
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
@@ -73,6 +73,8 @@ def lower_bound(problem, logits, bias=None):
         parameters = problem.loss_parameters
         residuals = parameters.losses_and_residuals(logits, labels)[1]
         slopes = parameters.gradients(np.ones_like(residuals), labels)
+    if not np.isfinite(residuals).all():
+        return -math.inf
     slopes = shares[:, None] * slopes
     rest = (slopes * residuals).sum(0)
     if problem.bias and not problem.bias_decay:
@@ -195,7 +197,7 @@ def best_head(problem, weight, means, bias):
     options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
     for _ in range(RERUNS):
         end = minimize(value_and_gradient, x, jac=True, method="L-BFGS-B", options=options)
-        if not end.fun < best * (1 - 1e-15):
+        if not end.fun < best * (1 - 1e-12):
             break
         x, best = end.x, end.fun
     return best

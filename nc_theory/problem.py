@@ -113,7 +113,7 @@ class Optimum:
     @property
     def certified(self):
         """True if the gap proves that this is the minimum, up to a relative error of CERTIFIED."""
-        return self.gap <= CERTIFIED
+        return abs(self.gap) <= CERTIFIED
 
 
 def validate_counts(class_counts):

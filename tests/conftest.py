@@ -1,4 +1,4 @@
-"""Helpers of all tests: the real scripts in processes of their own, what they wrote, and real images if there are any."""
+"""Helpers of all tests: the real scripts in processes of their own, what they wrote, and real images if any."""
 
 import csv
 import itertools

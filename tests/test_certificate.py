@@ -136,6 +136,23 @@ def test_problems_with_a_bias_are_certified(loss, relu, bias_decay):
     assert -1e-12 < optimum.gap <= 1e-7
 
 
+def test_a_free_bias_takes_up_the_logit_adjustment():
+    plain, adjusted = (
+        solve(UFM([10, 30, 80], 5e-3, 5e-4, bias=True, variant=MEMBERS[name])) for name in ("plain", "LA")
+    )
+    assert adjusted.loss == pytest.approx(plain.loss, rel=1e-10) and adjusted.certified
+    shift = adjusted.bias + adjusted.class_counts.log() - plain.bias
+    torch.testing.assert_close(shift, shift.mean().expand(3), rtol=0, atol=1e-5)
+
+
+def test_all_samples_free_collapse_to_the_class_means_that_share_directions():
+    problem = UFM([3, 5, 20, 40], 2e-2, 2e-3, variant=LossVariant(logit_adjustment=2))
+    assert split_optimum(problem) is None
+    found = solve_numerically(problem, level="sample")
+    assert found.within_class_spread < 1e-4 and found.optimum.certified
+    assert found.optimum.loss == pytest.approx(solve(problem).loss, rel=1e-9)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("num_classes", [2, 6, 50])
 def test_the_bound_at_a_closed_form_is_its_loss(loss, num_classes):

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from args import TRAINING_FLAGS, parse_args
 from tests.conftest import ROOT
 from tests.test_args import PAPER
+from tests.test_sweep import wait_for
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.s*") if path.name != "environment.sh")
 
@@ -145,3 +147,114 @@ def test_the_papers_command_is_compared_with_the_recipe(checkout):
         assert plain.objective == recipe.objective == objective and plain.epochs == 4000 and recipe.revive
         for args in (plain, recipe):
             assert (args.weight_decay, args.feature_decay_rate) == (paper.weight_decay, paper.feature_decay_rate)
+
+
+def test_the_table_of_plain_adam(checkout):
+    """In fp32 and bf16, with a bias, and with MSE: the flags of the published runs."""
+    folder, stub = checkout
+    call(folder / "scripts" / "table.sh", "plain", "x", "--count", stub=stub)
+    adam = (
+        "--no-bias --class_counts 100,100,200,200,300,300,400,400,500,500 --depth_relu 6 --width 512 --batch_size 256 "
+        "--weight_decay 0.005 --feature_decay_rate 0.00005 --epochs 1000 --patience 500"
+    )
+    digits = (
+        "--dataset digits --depth_relu 3 --width 256 --batch_size 102 --weight_decay 0.01 --feature_decay_rate 0.0005 "
+        "--clip_grad_norm 1"
+    )
+    wanted = {
+        "adam": adam,
+        "adam_bf16": f"{adam} --precision bf16",
+        "bias": f"{digits} --bias --epochs 1000 --patience 800",
+        "mse": f"{digits} --no-bias --loss MSE --epochs 500 --patience 400",
+    }
+    for args in commands_of(folder / "model_weights" / "plain" / "commands.txt"):
+        flags = wanted.pop(Path(args.save_path).name)
+        other = parse_args(argv=shlex.split(f"--model MLP --sep_decay --lr 0.001 --save_every 100 {flags}"))
+        changed = {name for name in vars(other) if getattr(args, name) != getattr(other, name)}
+        assert changed <= {"data_dir", "save_path", "resume", "given"}
+    assert not wanted
+
+
+def test_the_small_table_takes_digits_where_there_is_no_cifar10(checkout, tmp_path):
+    folder, stub = checkout
+    assert call(folder / "scripts" / "reproduce_small.sh", tmp_path / "nothing", "--count", stub=stub)[0] == "15\n"
+    settings = commands_of(folder / "model_weights" / "small_digits" / "commands.txt")
+    assert {args.dataset for args in settings} == {"digits"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running a table
+# ---------------------------------------------------------------------------------------------------------
+
+# Notes each call in a line. Validating leaves a CSV; training fails in the run $BROKEN, and hangs if $SLOW is set.
+STUB = """#!/usr/bin/env bash
+echo "${*//$'\\n'/ }" >>"${0%/*}/calls"
+for word; do [ "$last" != --save_path ] || run=$word; last=$word; done
+case $1 in
+    train*) [ -z "$SLOW" ] || exec sleep 60; [[ -z $BROKEN || $run != *"$BROKEN" ]] ;;
+    validate*) touch "$run/nc_metrics.csv" ;;
+esac
+"""
+
+
+def test_a_table_is_run_summarised_and_drawn(checkout, tmp_path):
+    """In this order; a run that failed is in the table, and not in the figures."""
+    folder, stub = checkout
+    stub.write_text(STUB)
+    arguments = "plain", tmp_path / "my data", "-j", "1"
+    out, _ = call(folder / "scripts" / "table.sh", *arguments, stub=stub, status=1, BROKEN="bf16")
+    log = folder / "model_weights" / "plain" / "commands.txt.logs" / "2.log"
+    assert out.endswith(f"job 2 failed with exit status 1, {log}: {log.read_text().splitlines()[-1]}\n")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    kinds = [
+        kind for line in calls for kind in ("load_data", "train_", "validate_", "summarize", "plot") if kind in line
+    ]
+    pair = ["train_", "validate_"]
+    assert kinds == ["load_data", *pair, "train_", *pair, *pair, "summarize", "plot"]
+    runs = [f"model_weights/plain/{name}" for name in ("adam", "adam_bf16", "bias", "mse")]
+    assert calls[-2] == f"summarize.py {' '.join(runs)} --worst --out model_weights/plain"
+    assert calls[-1] == f"plot_nc.py {' '.join([runs[0], *runs[2:]])} --out model_weights/plain/figures"
+
+
+def test_a_stopped_table_stops_its_jobs(checkout, tmp_path):
+    """On SIGTERM to the script alone."""
+    folder, stub = checkout
+    stub.write_text(STUB)
+    command = [folder / "scripts" / "table.sh", "plain", "x", "-j", "2"]
+    env = os.environ | {"PYTHON": str(stub), "SLOW": "1"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    calls = tmp_path / "calls"
+    wait_for(lambda: calls.exists() and calls.read_text().count("train") == 2)
+    process.terminate()
+    _, error = process.communicate(timeout=30)  # ends once no process holds the pipes
+    assert process.returncode == 143 and error == "sweep.sh: stopped; run it again to continue\n"
+    assert "summarize" not in calls.read_text()
+
+
+def test_missing_data_stop_a_table_before_its_jobs(checkout, tmp_path):
+    """One line from datasets.py: the data are read by the real Python."""
+    folder, stub = checkout
+    reads = (
+        f'case $2 in *load_data*) PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@" ;; esac'
+    )
+    stub.write_text(f"#!/bin/sh\n{reads}\necho $1 >>{shlex.quote(str(tmp_path / 'calls'))}\n")
+    flags = "--data_dir nowhere --no-download"
+    _, error = call(folder / "scripts" / "reproduce.sh", "mnist", stub=stub, status=2, FLAGS=flags)
+    assert error.startswith("reproduce.sh: error: mnist: ") and error.count("\n") == 1
+    assert "train" not in (tmp_path / "calls").read_text()
+
+
+def test_missing_packages_go_into_a_virtual_environment(checkout, tmp_path):
+    """Made once; the commands are those of its interpreter."""
+    folder, stub = checkout
+    stub.write_text(
+        f'#!/bin/sh\necho "$*" >>"{tmp_path}/calls"\ncase "$*" in\n*--dry-run*) echo Would install torch ;;\n'
+        '"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;\nesac\n'
+    )
+    for _ in range(2):
+        out, error = call(folder / "scripts" / "table.sh", "plain", "x", "--count", stub=stub)
+        assert out == "4\n" and ".venv" in error and error.count("\n") == 1
+    line = (folder / "model_weights" / "plain" / "commands.txt").read_text().splitlines()[0]
+    assert shlex.split(line)[0] == str(folder / ".venv" / "bin" / "python")
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("-m venv .venv") == 1 and calls.count("-m pip install --quiet") == 2

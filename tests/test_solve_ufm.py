@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import solve_ufm
-from nc_theory import LOSSES, UFM, collapse_threshold
+from nc_theory import LOSSES, UFM, LossVariant, collapse_threshold
 from nc_theory import solve as solve_problem
 
 
@@ -38,6 +38,43 @@ def test_problems_without_a_closed_form(solve, flags):
     assert ("bias" in out.splitlines()[0]) == ("--bias" in flags)
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "certified: the closed form is the minimum"),
+        (["--class_weights", 1, "--label_smoothing", 0.1, "--ldam_margin", 0.5], "certified: the closed form is the"),
+        (["--logit_adjustment", 1, "--logit_scaling", 0.2], "certified: no other solution is better by more than"),
+        (["--no_relu", "--label_smoothing", 0.1], "certified: no other solution is better by more than"),
+    ],
+)
+def test_losses_and_what_is_proved(solve, flags, words):
+    out, _ = solve("--class_counts", "10,20,400", *flags)
+    assert words in out.splitlines()[-1]
+
+
+def test_json_of_a_loss(solve):
+    values = [0.5, 1.0, 0.2, 0.3, 0.1]
+    names = "class_weights logit_adjustment logit_scaling ldam_margin label_smoothing".split()
+    flags = [word for name, value in zip(names, values, strict=True) for word in (f"--{name}", value)]
+    out, _ = solve("--json", "--class_counts", "10,20,400", *flags)
+    result = json.loads(out)
+    expected = solve_problem(UFM([10, 20, 400], 5e-3, 5e-5, variant=LossVariant(*values)))
+    for name in ("margins", "mean_norms_sq", "HTH", "WWT", "WH"):
+        np.testing.assert_allclose(result[name], getattr(expected, name), rtol=1e-9)
+    assert result["class_counts"] == [10, 20, 400] and result["certified"] is True
+    assert result["loss"] == pytest.approx(expected.loss, rel=1e-12)
+    assert result["gap"] == pytest.approx(result["loss"] / result["lower_bound"] - 1, abs=1e-15)
+
+
+def test_many_classes(solve):
+    problem = ["--class_counts", ",".join(map(str, range(100, 401)))]
+    problem += ["--weight_decay", 1e-5, "--feature_decay_rate", 1e-7]
+    out, _ = solve(*problem, "--class_weights", 1)
+    assert len(out.splitlines()) == 301 + 4 and "minimised" not in out
+    out, _ = solve(*problem, "--logit_adjustment", 2, "--level", "sample")
+    assert "not certified: another solution may be better by up to" in out
+
+
 def test_json_of_every_sample(solve):
     out, _ = solve("--class_counts", "4,8", "--level", "sample", "--json", "--restarts", 2, "--dim", 3)
     result = json.loads(out)
@@ -52,6 +89,10 @@ def test_json_of_every_sample(solve):
         (["--class_counts", "5"], "two or more whole numbers"),
         (["--weight_decay", 0], "not a number > 0"),
         (["--dim", 2], "d = 2 < K = 10"),
+        (["--class_weights", "nan"], "--class_weights: 'nan' is not a number >= 0"),
+        (["--logit_adjustment", -1], "--logit_adjustment: '-1' is not a number >= 0"),
+        (["--label_smoothing", 1], "--label_smoothing: '1' is not a number >= 0 and < 1"),
+        (["--loss", "MSE", "--ldam_margin", 1], "are for the cross entropy, not for MSE"),
         (["--bias_decay", 1], "--bias_decay: only with --bias"),
         (["--level", "batch"], "invalid choice"),
         (

@@ -1,0 +1,90 @@
+"""The structure of the repository: imports go down only, the train script is short, the library installs alone."""
+
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+ENTRIES = {"train_1st_order_unbalanced", "validate_NC_unbalanced", "solve_ufm", "plot_nc", "summarize"}
+LIBRARY = {"nc_theory", "nc_metrics"}
+SCIENCE = LIBRARY | {"datasets", "models", "objective"}
+OURS = ENTRIES | SCIENCE | {"args", "engine", "utils"}
+
+
+def imports_of(path):
+    """The top-level names of our own modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names & OURS
+
+
+def room(name):
+    return sorted((ROOT / name).glob("*.py")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]
+
+
+@pytest.mark.parametrize(
+    "names, allowed",
+    [
+        ({"utils"}, set()),
+        ({"nc_theory"}, {"nc_theory"}),
+        ({"nc_metrics"}, {"nc_theory"}),
+        ({"datasets", "models", "objective"}, SCIENCE | {"utils"}),
+        ({"engine"}, SCIENCE | {"engine", "utils"}),
+        ({"args"}, SCIENCE | {"engine", "utils"}),
+        (ENTRIES, SCIENCE | {"args", "engine", "utils"}),
+    ],
+    ids=str,
+)
+def test_imports_go_down_only(names, allowed):
+    for path in (path for name in names for path in room(name)):
+        assert imports_of(path) <= allowed, path
+
+
+def test_every_module_belongs_to_a_floor():
+    assert {path.stem for path in ROOT.glob("*.py")} == OURS - {"engine", "models", "nc_theory"}
+
+
+def test_the_train_script_is_a_page_and_loads_no_matplotlib():
+    assert len((ROOT / "train_1st_order_unbalanced.py").read_text().splitlines()) <= 220
+    code = "import sys, train_1st_order_unbalanced; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_wheel_holds_the_library_alone(tmp_path):
+    """Installed into an empty folder, it imports from outside the checkout and solves a problem."""
+    source, wheels, target = (tmp_path / name for name in ("source", "wheels", "target"))
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "nc_metrics.py"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "nc_theory", source / "nc_theory", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", wheels, source]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = wheels.glob("*.whl")
+    install = [*pip, "install", "--quiet", "--no-deps", "--target", target, wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    assert {path.name for path in target.iterdir() if "dist-info" not in path.name} - {"__pycache__"} == {
+        "nc_metrics.py",
+        "nc_theory",
+    }
+    code = (
+        "import nc_metrics, nc_theory\n"
+        "print(nc_metrics.__file__, nc_theory.solve(nc_theory.UFM([20, 50, 80], 5e-3, 5e-5)).method)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(target)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{target}/nc_metrics.py closed form\n"
