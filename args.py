@@ -402,15 +402,20 @@ def parse_args(description=None, argv=None, config=None, folder=None):
     would have trained other weights raise UserError. Where the data lie and which device is used are free.
     """
     parser = make_parser(description)
-    args = parser.parse_args(argv)
+    args = resolve_shares(parser.parse_args(argv))
     if config:
         args = merge_config(parser, argv, args, config, folder)
-    for name in ("patience", "warmup_epochs", "penalty_warmup_epochs"):
-        value = getattr(args, name)
-        if isinstance(value, str):  # a share of the epochs
-            setattr(args, name, max(round(float(value[:-1]) / 100 * args.epochs), int(name == "patience")))
     if message := contradiction(args, parser):
         raise UserError(f"{folder}/config.json and the flags: {message}" if config else message)
+    return args
+
+
+def resolve_shares(args):
+    """Replace each share of the epochs, such as 36%, by the number of epochs that it is; return args."""
+    for name in ("patience", "warmup_epochs", "penalty_warmup_epochs"):
+        value = getattr(args, name)
+        if isinstance(value, str):
+            setattr(args, name, max(round(float(value[:-1]) / 100 * args.epochs), int(name == "patience")))
     return args
 
 
@@ -420,18 +425,19 @@ def merge_config(parser, argv, typed, config, folder):
     data_dir = config["flags"].get("data_dir")
     if isinstance(data_dir, str) and Path(data_dir).is_dir():
         flags["data_dir"] = data_dir
-    words = words_of(parser, flags)
     try:
-        then = parser.parse_args(words)
+        then = parser.parse_args(words_of(parser, flags))
     except UserError as error:
         raise UserError(f"{folder}/config.json: damaged, {error}") from None
-    if any(getattr(typed, name) is not None for name in PROFILE_FLAGS):  # one way to give the counts replaces another
-        words = words_of(parser, {name: value for name, value in flags.items() if name not in PROFILE_FLAGS})
-    args = make_parser().parse_args([*words, *(argv if argv is not None else sys.argv[1:])])
+    replaced = ("imbalance", "n_max") if typed.class_counts else ("class_counts",) if typed.imbalance else ()
+    words = words_of(parser, {name: value for name, value in flags.items() if name not in replaced})
+    args = resolve_shares(make_parser().parse_args([*words, *(argv if argv is not None else sys.argv[1:])]))
     if args.class_counts == config["class_counts"]:  # the same images
         for name in PROFILE_FLAGS:
             setattr(args, name, getattr(then, name))
-    flags_now, flags_then = training_flags(args), training_flags(then)
+    flags_now, flags_then = (
+        training_flags(found) | {name: getattr(found, name) for name in OPTIONAL_FLAGS} for found in (args, then)
+    )
     contradictions = [
         f"--{name} is {value} here and {flags_then.get(name)} there"
         for name, value in flags_now.items()
@@ -443,16 +449,15 @@ def merge_config(parser, argv, typed, config, folder):
 
 
 def words_of(parser, flags):
-    """Return the command line that gives the flags {name: value}."""
+    """Return the command line that gives the flags {name: value}, or that the parser refuses if nothing gives them."""
     words = []
-    for action in parser._actions:
-        value = flags.get(action.dest)
-        if isinstance(action, argparse.BooleanOptionalAction):
-            if isinstance(value, bool):
-                words.append(action.option_strings[not value])
-        elif action.nargs == 0:
-            words += [action.option_strings[0]] * (value is True)
-        elif value is not None:
+    for action in (action for action in parser._actions if action.dest in flags):
+        value = flags[action.dest]
+        if isinstance(action, argparse.BooleanOptionalAction) and isinstance(value, bool):
+            words.append(action.option_strings[not value])
+        elif action.nargs == 0 and isinstance(value, bool):
+            words += [action.option_strings[0]] * value
+        elif value is not None or action.default is not None:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"{action.option_strings[0]}={text}")
     return words

@@ -45,6 +45,13 @@ def nothing():
     pass
 
 
+def without_figures():
+    """Have validate draw no figures, which take longer than all the rest of a small run."""
+    import engine.figures
+
+    engine.figures.draw_runs = lambda runs, folder, *options: [folder / "none.pdf"]
+
+
 class Script:
     """An entry script in a process of its own, which may be waited for, or sent signals while it runs."""
 
@@ -103,6 +110,12 @@ def train(run_script):
 @pytest.fixture
 def validate(run_script):
     return lambda *flags, **options: run_script(VALIDATE, *flags, **options)
+
+
+@pytest.fixture
+def measure(validate):
+    """validate without its figures."""
+    return lambda *flags, **options: validate(*flags, before=without_figures, **options)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from args import make_parser, parse_args, run_folder, run_name
+from args import make_parser, parse_args, run_folder, run_name, training_flags
 from engine.run import CALL_FLAGS
 from tests.conftest import ROOT
 from utils import UserError
@@ -202,12 +202,16 @@ def test_epochs_are_part_of_a_run_only_if_its_learning_rate_depends_on_them():
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("width", "wide"), ("width", 0), ("lr", "x"), ("model", "LeNet"), ("class_counts", [1, 0])]
-)
+    "flag, value",
+    [
+        ("width", "wide"), ("width", 0), ("lr", "x"), ("lr", None), ("model", "LeNet"), ("class_counts", [1, 0]),
+        ("bias", "yes"), ("revive", None), ("no_shuffle", "yes"),
+    ],
+)  # fmt: skip
 def test_a_config_that_no_command_line_gives_is_named(flag, value):
     config = config_of(PAPER)
     config["flags"][flag] = value
-    with pytest.raises(UserError, match=rf"x/config.json: damaged, argument --{flag}: "):
+    with pytest.raises(UserError, match=rf"x/config.json: damaged, argument --{flag}[:/]"):
         adopt("", config)
 
 
@@ -226,6 +230,39 @@ def test_config_and_profiles():
         adopt(counts, config_of("--imbalance exp:5"))
     args = adopt("--class_counts 1,1,1,1,1,1,1,1,1,1", config_of("--imbalance exp:5"))  # the same images
     assert (args.imbalance, args.class_counts) == ("exp:5", None)
+    for text in ("--imbalance exp:5", "--n_max 50", "--imbalance exp:5 --n_max 50"):  # each agrees with the run
+        args = adopt(text, config_of("--imbalance exp:5 --n_max 50"))
+        assert (args.imbalance, args.n_max) == ("exp:5", 50)
+    with pytest.raises(UserError, match="--n_max is 60 here and 50 there"):
+        adopt("--n_max 60", config_of("--imbalance exp:5 --n_max 50"))
+
+
+def test_config_and_shares_of_the_epochs():
+    """A share is the number that it stands for, here and there; the number of epochs may come from the config."""
+    config = config_of("--epochs 250 --patience 36% --penalty_warmup_epochs 20%")
+    for text in ("--epochs 250 --patience 36% --penalty_warmup_epochs 20%", "--patience 36%", "--patience 90", ""):
+        args = adopt(text, config)
+        assert (args.epochs, args.patience, args.penalty_warmup_epochs) == (250, 90, 50)
+    with pytest.raises(UserError, match="--patience is 100 here and 90 there"):
+        adopt("--patience 40%", config)
+
+
+@pytest.mark.parametrize("model", ["MLP", "ResNet18"])
+def test_a_switch_taken_back_contradicts_the_config(model):
+    """Also one that has its place in the run's name only where it is on."""
+    with pytest.raises(UserError, match="--revive is False here and True there"):
+        adopt("--no-revive", config_of(f"--model {model} --revive"))
+    with pytest.raises(UserError, match="--revive is True here and False there"):
+        adopt("--revive", config_of(f"--model {model}"))
+    assert adopt("--no-revive", config_of(f"--model {model}")).revive is False
+    assert adopt("", config_of(f"--model {model} --revive")).revive is True
+
+
+def test_the_recipe_is_resumed_by_the_same_command():
+    recipe = f"@{ROOT}/scripts/collapse.flags --model ResNet18 --planes 8 --seed 3"
+    assert training_flags(adopt(f"{recipe} --resume", config_of(recipe))) == training_flags(parse(recipe))
+    with pytest.raises(UserError, match="--planes is 16 here and 8 there"):
+        adopt("--planes 16", config_of(recipe))
 
 
 def test_parser_leaves_no_flag_without_a_group():

@@ -31,17 +31,10 @@ import validate_NC_unbalanced as validation
 from engine.checkpoints import load_torch
 from engine.run import Run
 from models import build_model
-from tests.conftest import ROOT, TINY, TRAIN, VALIDATE, log_of, rows_of, same_weights, weights
-from tests.test_scripts import NO_FIGURES
+from tests.conftest import ROOT, TINY, TRAIN, VALIDATE, log_of, rows_of, same_weights, weights, without_figures
 from utils import Interrupted, UserError
 
 LONG = [*TINY, "--epochs", 100_000, "--save_every", 2, "--save_path", "run"]
-
-
-@pytest.fixture
-def measure(run_script):
-    """validate without its figures, which take longer than all the rest."""
-    return functools.partial(run_script, VALIDATE, before=NO_FIGURES)
 
 
 def same_runs(a, b):
@@ -175,7 +168,7 @@ def epochs(folder):
 
 def test_validate_stops_at_a_signal_and_keeps_its_rows(start, train, measure, tmp_path):
     train(*TINY, "--epochs", 40, "--save_every", 1, "--save_path", "run")
-    run = start(VALIDATE, "--load_path", "run", before=NO_FIGURES)
+    run = start(VALIDATE, "--load_path", "run", before=without_figures)
     run.wait_for((tmp_path / "run" / "nc_metrics.csv").exists)
     run.signal(signal.SIGTERM)
     _, error = run.wait(128 + signal.SIGTERM)
@@ -245,7 +238,7 @@ def test_two_processes_without_flock(monkeypatch, tmp_path):
 def test_watch_follows_a_run_that_is_killed_and_resumed(start, train, tmp_path):
     flags = [*TINY, "--epochs", 60, "--save_every", 15, "--save_path", "run"]
     run = start(TRAIN, *flags)
-    watch = start(VALIDATE, "--load_path", "run", "--watch", before=NO_FIGURES)
+    watch = start(VALIDATE, "--load_path", "run", "--watch", before=without_figures)
     csv = tmp_path / "run" / "nc_metrics.csv"
     run.wait_for(lambda: epochs(tmp_path))
     run.signal(signal.SIGKILL)
@@ -258,7 +251,7 @@ def test_watch_follows_a_run_that_is_killed_and_resumed(start, train, tmp_path):
 
 def test_watch_ends_with_a_run_that_finishes(start, tmp_path):
     """Also where it began before there was a folder, and where --keep deletes checkpoints."""
-    watch = start(VALIDATE, "--load_path", "run", "--watch", before=NO_FIGURES)
+    watch = start(VALIDATE, "--load_path", "run", "--watch", before=without_figures)
     watch.wait_for(lambda: "waiting for a training run in run; Ctrl-C ends it" in watch.text("stdout"))
     start(TRAIN, *TINY, "--epochs", 40, "--save_every", 1, "--keep", 3, "--nc_every", 3, "--save_path", "run").wait()
     watch.wait()
@@ -268,7 +261,7 @@ def test_watch_ends_with_a_run_that_finishes(start, tmp_path):
 
 def test_watch_waits_until_a_signal(start, train, tmp_path):
     """For a run that never begins, and for the checkpoints of one that has failed."""
-    watch = start(VALIDATE, "--load_path", "run", "--watch", before=NO_FIGURES)
+    watch = start(VALIDATE, "--load_path", "run", "--watch", before=without_figures)
     watch.wait_for(lambda: "waiting for a training run" in watch.text("stdout"))
     train(*TINY, "--lr", 1e30, "--save_path", "run", status=1)
     time.sleep(3)

@@ -41,7 +41,7 @@ def room(name):
         ({"args"}, SCIENCE | {"engine", "utils"}),
         (ENTRIES, SCIENCE | {"args", "engine", "utils"}),
     ],
-    ids=str,
+    ids=["utils", "nc_theory", "nc_metrics", "science", "engine", "args", "entries"],
 )
 def test_imports_go_down_only(names, allowed):
     for path in (path for name in names for path in room(name)):

@@ -200,11 +200,12 @@ def test_planes_scale_every_width(name):
     first = [model.state_dict()[next(iter(model.state_dict()))].shape[0] for model in (default, small)]
     assert first == [24 if name == "densenet_cifar" else 64, 8]
     scale = 8 / first[0]
-    if "ense" not in name:  # the rounding of a DenseNet's transitions depends on its width
-        assert small.fc[0].in_features == default.fc[0].in_features * scale
+    assert small.fc[0].in_features == default.fc[0].in_features * scale
+    logits, features = small(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 4) and features.shape == (2, small.fc[0].in_features)
 
 
-@pytest.mark.parametrize("name", ["ResNet18", "VGG11", "densenet_cifar"])
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_reviving_passes_a_gradient_to_dead_features(name):
     """With every pre-activation below zero, an ordinary last ReLU passes none to the layers before it."""
     for revive in (False, True):

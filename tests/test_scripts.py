@@ -1,6 +1,5 @@
 """The two entry scripts as a user runs them, with tiny budgets, on the CPU."""
 
-import functools
 import math
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from datasets import epoch_order, load_data
 from models import MODELS, build_model
 from nc_theory import UFM, closed_form, solve_numerically
-from tests.conftest import TINY, VALIDATE, config_of, log_of, rows_of, same_weights, weights
+from tests.conftest import TINY, config_of, log_of, rows_of, same_weights, weights
 from tests.test_datasets import write_folder
 
 COLUMNS = (
@@ -18,17 +17,6 @@ COLUMNS = (
     "margin_rel_err norm_rel_err ETF_HTH ETF_WWT SELI_HTH SELI_WWT cv_mean_norms cv_classifier_norms self_duality NC4 "
     "CDNV"
 ).split()
-
-
-NO_FIGURES = functools.partial(
-    exec, "import engine.figures; engine.figures.draw_runs = lambda runs, out: [out / 'figure.png']"
-)
-
-
-@pytest.fixture
-def measure(run_script):
-    """validate without its figures, which take longer than all the rest."""
-    return functools.partial(run_script, VALIDATE, before=NO_FIGURES)
 
 
 def test_files_of_a_run(train, validate, tmp_path):
@@ -269,16 +257,16 @@ def test_theories_have_files_of_their_own(train, measure, tmp_path):
     np.testing.assert_allclose(stored["margins_theory"], expected.margins)
 
 
-def test_without_sep_decay_no_theory(train, validate, tmp_path):
+def test_without_sep_decay_no_theory(train, measure, tmp_path):
     flags = [flag for flag in TINY if flag != "--sep_decay"] + ["--save_path", "run"]
     train(*flags)
-    out, _ = validate(*flags)
+    out, _ = measure(*flags)
     assert "stay empty: without --sep_decay no optimum is known" in out
     row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
     assert {name for name, cell in row.items() if not cell} == {
         "NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"
     }  # fmt: skip
-    validate(*flags, "--theory", "nominal")
+    measure(*flags, "--theory", "nominal")
     assert all(rows_of(tmp_path / "run" / "nc_metrics_nominal.csv")[-1].values())
 
 
@@ -305,7 +293,7 @@ def test_a_deep_head_has_no_theory_but_a_nominal_one(train, measure, tmp_path):
     assert rows_of(tmp_path / "run" / "nc_metrics_nominal.csv")[-1]["NC3_WH"]
 
 
-def test_bare_checkpoints_validate_from_the_flags(train, validate, tmp_path):
+def test_bare_checkpoints_validate_from_the_flags(train, measure, tmp_path):
     """A folder of the released code: epoch_*.pth and nothing else."""
     write_folder(tmp_path / "images", train=6)
     flags = ["--dataset", "imagefolder", "--data_dir", "images", "--model", "ResNet18", "--no-bias", "--sep_decay"]
@@ -313,20 +301,20 @@ def test_bare_checkpoints_validate_from_the_flags(train, validate, tmp_path):
     state = weights(tmp_path / "run" / "epoch_001.pth")
     (tmp_path / "bare").mkdir()
     torch.save(state | {"batch_norm.weight": torch.ones(512)}, tmp_path / "bare" / "epoch_001.pth")
-    validate(*flags, "--load_path", "run")
-    validate(*flags, "--load_path", "bare")
+    measure(*flags, "--load_path", "run")
+    measure(*flags, "--load_path", "bare")
     assert rows_of(tmp_path / "bare" / "nc_metrics.csv") == rows_of(tmp_path / "run" / "nc_metrics.csv")
-    _, error = validate(
+    _, error = measure(
         "--dataset", "imagefolder", "--data_dir", "images", "--load_path", "bare", "--recompute", status=1
     )
     assert "epoch_001.pth: does not fit the model's flags" in error
 
 
-def test_wrong_input_is_one_line(train, validate, tmp_path):
+def test_wrong_input_is_one_line(train, measure, tmp_path):
     (tmp_path / "a_file").write_text("a file")
     for run, flags, status, words in (
-        (validate, ["--load_path", "nowhere"], 2, "nowhere: no such folder"),
-        (validate, ["--load_path", "."], 2, "no epoch_*.pth in it"),
+        (measure, ["--load_path", "nowhere"], 2, "nowhere: no such folder"),
+        (measure, ["--load_path", "."], 2, "no epoch_*.pth in it"),
         (train, ["--dataset", "digits", "--device", "cuda"], 2, "no usable GPU"),
         (train, ["--dataset", "digits", "--gpu_id", "7"], 2, "no usable GPU"),
         (train, ["--dataset", "digits", "--precision", "tf32"], 2, "tf32 needs an NVIDIA GPU"),
@@ -396,10 +384,10 @@ def test_features_that_overflow_are_skipped(train, measure, tmp_path):
     assert [row["epoch"] for row in rows_of(tmp_path / "run" / "nc_metrics.csv")] == ["2"]
 
 
-def test_an_empty_test_set_leaves_its_accuracy_empty(train, validate, tmp_path):
+def test_an_empty_test_set_leaves_its_accuracy_empty(train, measure, tmp_path):
     counts = ["--class_counts", "178,182,177,183,181,182,181,179,174,180"]
     train(*TINY, *counts, "--epochs", 1, "--save_path", "run")
-    validate("--load_path", "run")
+    measure("--load_path", "run")
     row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
     empty = ["test_acc1", "balanced_acc1", "many_acc1", "medium_acc1", "few_acc1"]
     assert [name for name, cell in row.items() if not cell] == empty
@@ -417,12 +405,12 @@ def test_watch_measures_a_finished_run_and_ends(train, measure, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["MLP", "ResNet18"])
-def test_real_cifar10_images(train, validate, real_images, tmp_path, model):
+def test_real_cifar10_images(train, measure, real_images, tmp_path, model):
     flags = ["--dataset", "cifar10", "--data_dir", real_images, "--model", model, "--width", 64, "--no-bias"]
     flags += ["--sep_decay", "--class_counts", "5,5,6,6,7,7,8,8,9,9", "--epochs", 2, "--lr", 0.001]
     flags += ["--save_every", 2, "--save_path", "run", "--data_augmentation"]
     out, _ = train(*flags)
     assert "70 training images in 10 classes, 5 to 9 each; 200 test images" in out
-    validate(*flags)
+    measure(*flags)
     rows = rows_of(tmp_path / "run" / "nc_metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"] and all(rows[-1].values())

@@ -1,4 +1,4 @@
-"""The training step and its CUDA graph on the CPU, the log of an epoch, schedules, and last.pt."""
+"""The training step and its CUDA graph on the CPU, the log of an epoch, schedules, last.pt, and class accuracies."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ import engine.checkpoints as checkpoint_files
 from datasets import Split
 from engine.checkpoints import Checkpoints, TrainingState, copy_state, load_torch
 from engine.cuda_graph import GraphedStep
+from engine.measurement import ClassAccuracy
 from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
 from engine.run import Run
 from engine.step_log import STEP_COLUMNS, check_finite, epoch_means
@@ -256,3 +257,38 @@ def test_copy_state_is_deep():
     state["a"][0] += 1
     state["a"][1]["b"] += 1
     assert copied["a"][0].tolist() == [0, 0] and copied["a"][1]["b"].tolist() == [0] and copied["c"] == [1, "x"]
+
+
+def class_accuracy(labels, predicted):
+    """The ClassAccuracy of a split with these labels (N,) and predictions (N,) of 5 classes, in two batches."""
+    split = Split(torch.zeros(len(labels), 3, 32, 32), torch.tensor(labels), torch.zeros(3))
+    accuracy = ClassAccuracy(split, "test")
+    for rows in torch.arange(len(labels)).tensor_split(2):
+        accuracy.update(torch.eye(5)[torch.tensor(predicted)[rows]], split.labels[rows])
+    return accuracy
+
+
+def test_class_accuracies_by_hand():
+    """The test set has no image of class 4; by n_k the classes are 1, 2 | 4 | 0, 3, where the tie keeps its order."""
+    accuracy = class_accuracy([0, 3, 1, 3, 2, 0, 0, 3, 1, 2, 3, 0, 3], [0, 3, 1, 4, 2, 0, 1, 0, 1, 1, 2, 0, 2])
+    counts = [10, 50, 30, 10, 20]
+    assert accuracy.overall() == pytest.approx(100 * 7 / 13)
+    nan = pytest.approx(math.nan, nan_ok=True)
+    assert accuracy.rows(counts) == [
+        {"split": "test", "class": 0, "n_k": 10, "accuracy": 75},
+        {"split": "test", "class": 1, "n_k": 50, "accuracy": 100},
+        {"split": "test", "class": 2, "n_k": 30, "accuracy": 50},
+        {"split": "test", "class": 3, "n_k": 10, "accuracy": 20},
+        {"split": "test", "class": 4, "n_k": 20, "accuracy": nan},
+    ]
+    expected = {"balanced_acc1": (75 + 100 + 50 + 20) / 4, "many_acc1": 75, "medium_acc1": nan, "few_acc1": 47.5}
+    assert accuracy.by_frequency(counts) == expected
+    few_first = {"many_acc1": 47.5, "medium_acc1": 50, "few_acc1": 100}  # the order of n_k decides, not the label
+    assert accuracy.by_frequency([50, 10, 30, 40, 20]) == expected | few_first
+
+
+def test_class_accuracies_of_an_empty_split():
+    split = Split(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), torch.zeros(3))
+    accuracy = ClassAccuracy(split, "test")
+    assert math.isnan(accuracy.overall())
+    assert all(math.isnan(value) for value in accuracy.by_frequency([3, 2, 1]).values())
