@@ -78,7 +78,7 @@ def train(args, run, data, model, device):
         checkpoints.load_state(device)
     elif args.init_from:
         load_weights(model, args.init_from, device)
-    if args.force:
+    if not args.resume:
         run.delete()  # only now that everything the new run needs is there
     run.repair(state.epoch)
     if state.epoch < args.epochs:

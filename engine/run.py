@@ -228,7 +228,7 @@ class Run:
 
     def check_startable(self, resume, force):
         """Raise UserError if the folder holds results and neither --resume nor --force says what to do with them."""
-        holds_results = bool(self.checkpoints()) or self.last.exists() or (self.folder / "nc_metrics.csv").exists()
+        holds_results = bool(self.checkpoints()) or any(path.exists() for path in (self.last, *self.tables()))
         if resume and holds_results and not self.config:
             raise UserError(
                 f"{self.folder} holds a run without its config.json: it cannot be resumed; give --save_path"
