@@ -341,7 +341,7 @@ def read_config(path):
         for problem in config["problems"].values():
             if not isinstance(problem, str):
                 UFM(**problem)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise UserError(f"{path}: damaged, not a run's config") from None
     return config
 
