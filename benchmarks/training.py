@@ -99,7 +99,7 @@ def share_of_ceiling(training):
     """
     args, device, samples = training.args, training.device, len(training.split)
     flops = 2 * samples * (2 * 3072 * args.width + 3 * (args.depth_relu * args.width**2 + 10 * args.width))
-    size = 4096 if device.type == "cuda" else 2048
+    size = args.width * (4 if device.type == "cuda" else 2)
     a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
     works = {"epoch": partial(training.run, len(training.batches(1))), "product": lambda: a @ b}
     times = {name: statistics.median(spent) for name, spent in time_in_turn(works, 3, device).items()}
