@@ -331,7 +331,8 @@ def read_config(path):
         return {}
     try:
         config = json.loads(path.read_text())
-        if not (isinstance(config["flags"], dict) and isinstance(config["class_counts"], list)):
+        dicts = (config["flags"], config.get("training_flags", {}))
+        if not (all(isinstance(entry, dict) for entry in dicts) and isinstance(config["class_counts"], list)):
             raise TypeError
         if "problems" not in config:  # written by an earlier version
             flags = config["flags"]
@@ -339,8 +340,9 @@ def read_config(path):
             objective = from_flags(Objective, flags, **facts)
             config |= {"problems": objective.problems(), "data_factor": objective.data_factor}
         for problem in config["problems"].values():
-            if not isinstance(problem, str):
-                UFM(**problem)
+            if not isinstance(problem, str) and UFM(**problem).class_counts != tuple(config["class_counts"]):
+                raise ValueError
+        math.isfinite(config.get("data_factor", 1))  # raises TypeError unless it is a number
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise UserError(f"{path}: damaged, not a run's config") from None
     return config

@@ -47,7 +47,7 @@ class UFM:
         object.__setattr__(self, "class_counts", counts)
         for name in ("lambda_w", "lambda_h", "bias_decay"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        if isinstance(self.variant, dict):
+        if not isinstance(self.variant, LossVariant):
             object.__setattr__(self, "variant", LossVariant(**self.variant))
         for name, value in (("lambda_W", self.lambda_w), ("lambda_H", self.lambda_h)):
             if not 0 < value < math.inf:

@@ -2,11 +2,12 @@
 
 import argparse
 import json
+import re
 import shlex
 
 import pytest
 
-from args import make_parser, parse_args, run_folder, run_name, training_flags
+from args import make_parser, notes, parse_args, run_folder, run_name, training_flags
 from engine.run import CALL_FLAGS
 from tests.conftest import ROOT
 from utils import UserError
@@ -297,6 +298,18 @@ def test_shares_of_the_epochs():
     assert (args.patience, args.penalty_warmup_epochs, args.warmup_epochs) == (90, 50, 1)
     assert parse("--epochs 3 --patience 1%").patience == 1
     assert run_name(args) == run_name(parse("--epochs 250 --patience 90 --penalty_warmup_epochs 50 --warmup_epochs 1"))
+
+
+def test_flags_without_effect_are_noted():
+    found = notes(parse("--watch --batch_size 500 --objective released"), num_images=499)
+    assert [re.search(r"--\w+", note)[0] for note in found] == ["--watch", "--batch_size", "--sep_decay"]
+    assert notes(parse("--sep_decay --objective released --batch_size 500"), num_images=500) == []
+
+
+def test_the_hash_of_a_run_is_that_of_earlier_versions():
+    """It finds the folders that they made."""
+    assert run_name(parse(PAPER)).endswith("_133af656")
+    assert run_name(parse("--model ResNet18 --imbalance exp:5")).endswith("_923e1437")
 
 
 def test_a_run_name_is_part_of_the_folder(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ The table in docs/faults.md says which test shows what.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import io
@@ -31,6 +32,7 @@ import validate_NC_unbalanced as validation
 from engine.checkpoints import load_torch
 from engine.run import Run
 from models import build_model
+from nc_theory import UFM
 from tests.conftest import ROOT, TINY, TRAIN, VALIDATE, log_of, rows_of, same_weights, weights, without_figures
 from utils import Interrupted, UserError
 
@@ -89,14 +91,14 @@ def test_every_test_in_the_docs_is_there():
     ],
 )
 def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, number, flags):
-    """Eight kills each, most by SIGKILL; last.pt is written so often that many fall into its writing."""
+    """Thirteen kills each, most by SIGKILL; last.pt is written so often that many fall into its writing."""
     flags = [*TINY, "--epochs", 12, "--save_every", 3, *flags]
     often = functools.partial(exec, "import engine.checkpoints\nengine.checkpoints.RESUME_SECONDS = 0.02")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(TRAIN, *flags, "--save_path", whole).wait()
     seconds = (whole / "last.pt").stat().st_mtime - (whole / "config.json").stat().st_mtime
     moments, kills = random.Random(number), 0
-    while kills < 8:
+    while kills < 13:
         run = start(TRAIN, *flags, "--save_path", cut, "--resume", before=often)
         if kills % 4:  # the others also before the first step
             run.wait_for(lambda run=run: "disk" in run.text("stdout"))
@@ -220,19 +222,25 @@ def test_two_processes_in_one_folder(start, train, tmp_path):
     train(*TINY, "--epochs", 1, "--save_path", "run", "--resume")
 
 
-def test_two_processes_without_flock(monkeypatch, tmp_path):
-    """On a file system without flock, as some network ones, the lock is a file that exists or not."""
+def without_flock():
+    """Make flock fail as on file systems that have none, such as some network ones."""
 
     def flock(file, operation):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(fcntl, "flock", flock)
-    refused = pytest.raises(UserError, match="another process is training there")
-    with pytest.warns(UserWarning, match="flock not supported"):
-        with Run(tmp_path).lock(), refused, Run(tmp_path).lock():
-            pass
-        with Run(tmp_path).lock():
-            pass
+    fcntl.flock = flock
+
+
+def test_two_processes_without_flock(start, train, tmp_path):
+    """There the lock is a file that names its holder: it is free if the process of that machine is gone."""
+    run = start(TRAIN, *LONG, before=without_flock)
+    run.wait_for(lambda: epochs(tmp_path))
+    _, error = train(*LONG, "--resume", status=2, before=without_flock)
+    assert "run: another process is training there" in error
+    run.signal(signal.SIGKILL)
+    run.wait(-signal.SIGKILL)
+    assert "flock not supported" in run.text("stderr")
+    train(*TINY, "--epochs", 1, "--save_path", "run", "--resume", before=without_flock)
 
 
 def test_watch_follows_a_run_that_is_killed_and_resumed(start, train, tmp_path):
@@ -491,6 +499,29 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
         train_here(monkeypatch, *TINY, "--save_every", 1, "--epochs", 9, "--save_path", "run", "--resume")
     assert stop.value.status == 1
     assert epochs(tmp_path) == [1, 2, 3] and all(path.read_bytes() == before[path] for path in before)
+
+
+PROBLEM = dataclasses.asdict(UFM([3, 4], 0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"flags": 5}, {"class_counts": "34"}, {"class_counts": [3, 5]}, {"training_flags": [1]}, {"data_factor": "1"},
+        {"data_factor": None}, {"problems": []}, {"problems": {"objective": None}}, {"problems": {"objective": {}}},
+        {"problems": {"objective": PROBLEM | {"variant": None}}}, {"problems": {"objective": PROBLEM | {"loss": 5}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_entry_of_a_config_is_named(tmp_path, entries):
+    config = {"flags": {}, "class_counts": [3, 4], "training_flags": {}, "data_factor": 1}
+    config["problems"] = {"objective": PROBLEM, "nominal": "none"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert Run(tmp_path).problem == UFM([3, 4], 0.1, 0.2)
+    path.write_text(json.dumps(config | entries))
+    with pytest.raises(UserError, match=r"config\.json: damaged, not a run's config"):
+        Run(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def same(values, rows, column):
     return values == {row["epoch"]: pytest.approx(row[column], rel=1e-6) for _, row in rows.iterrows()}
 
 
-def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, validate, tmp_path):
+def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, measure, tmp_path):
     run = tmp_path / "run"
     train(*TINY, "--epochs", 1, "--nc_every", 1, "--tensorboard")
     scalars, heatmaps = events(run / "tensorboard" / "train")
@@ -41,7 +41,7 @@ def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, validate, t
     assert same(scalars["train/loss"], Run(run).log, "loss") and len(Run(run).log) == 3
 
     for flags, epochs in (([], [3]), (["--recompute"], [1, 3])):  # the second call hides what the first one wrote
-        validate("--load_path", "run", "--tensorboard", *flags)
+        measure("--load_path", "run", "--tensorboard", *flags)
         scalars, heatmaps = events(run / "tensorboard" / "validate")
         rows = Run(run).rows
         assert same(scalars["nc/NC1"], rows[rows["epoch"].isin(epochs)], "NC1") and heatmaps == epochs
@@ -51,9 +51,9 @@ def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, validate, t
     assert [path.name for path in (run / "tensorboard").rglob("*") if path.is_file()] == ["notes.txt"]
 
 
-def test_columns_without_a_value_are_left_out(train, validate, tmp_path):
+def test_columns_without_a_value_are_left_out(train, measure, tmp_path):
     train(*TINY, "--epochs", 1, "--depth_linear", 2)
-    validate("--load_path", "run", "--tensorboard")
+    measure("--load_path", "run", "--tensorboard")
     scalars, heatmaps = events(tmp_path / "run" / "tensorboard" / "validate")
     assert "nc/NC1" in scalars and "nc/NC2_H" not in scalars and heatmaps == [1]
 
@@ -71,7 +71,7 @@ def test_a_missing_package_is_one_line_before_any_work(run_script, tmp_path, fla
     run_script(tmp_path / "without.py", *TINY, "--epochs", 1)
 
 
-def test_wandb_offline(train, validate, tmp_path):
+def test_wandb_offline(train, tmp_path):
     pytest.importorskip("wandb")
     train(*TINY, "--epochs", 2, "--wandb", "True")
     folder = next((tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -129,18 +129,19 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_channels_last_gives_the_same(name):
+    """In float64: in fp32, what rounding does to the features of a deep network depends on the processor."""
     torch.manual_seed(0)
-    model, images = small(name).eval(), torch.randn(2, 3, 32, 32)
+    model, images = small(name, planes=8).double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = model(images)[1]
     model.to(memory_format=torch.channels_last)
     found = model(images.contiguous(memory_format=torch.channels_last))[1]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["MLP", "ResNet18"])
 def test_bf16_leaves_head_and_features_in_fp32(name):
     torch.manual_seed(0)
-    model, images = small(name), torch.randn(2, 3, 32, 32)
+    model, images = small(name, planes=8), torch.randn(2, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, features = model(images)
     assert logits.dtype == features.dtype == torch.float32

@@ -54,10 +54,10 @@ def test_the_theory_example_runs(run_script, tmp_path):
     assert "closed form" in run_example(example, run_script, tmp_path)
 
 
-def test_the_tutorial_runs(train, validate, run_script, tmp_path):
+def test_the_tutorial_runs(train, measure, run_script, tmp_path):
     flags = [*TINY, "--save_path", "model_weights/quickstart"]
     train(*flags)
-    validate(*flags)
+    measure(*flags)
     (code,) = python_examples("docs/tutorial.md")
     ours, csv = re.search(r"NC1: (\S+), in nc_metrics.csv: (\S+)", run_example(code, run_script, tmp_path)).groups()
     assert float(ours) == pytest.approx(float(csv), rel=1e-4)

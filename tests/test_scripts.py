@@ -182,6 +182,11 @@ def test_a_flag_has_its_effect(train, tmp_path, flags):
     assert not same_weights(tmp_path / "plain" / "epoch_001.pth", tmp_path / "flag" / "epoch_001.pth")
 
 
+def test_bf16_on_a_cpu_says_what_it_costs(train, tmp_path):
+    out, _ = train(*TINY, "--epochs", 1, "--precision", "bf16", "--save_path", "run")
+    assert re.search(r"bf16 \(on this CPU a bf16 product is \d+\.\d times (as fast as|slower than) one in fp32\)", out)
+
+
 def test_same_flags_same_weights_and_rows(train, measure, tmp_path):
     for name in "ab":
         train(*TINY, "--save_path", name)

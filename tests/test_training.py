@@ -2,7 +2,7 @@
 
 import copy
 import math
-import time
+import threading
 from functools import partial
 
 import pytest
@@ -218,10 +218,10 @@ def make_checkpoints(folder):
 
 
 def test_files_are_written_in_order_while_training_continues(tmp_path, monkeypatch):
-    real = checkpoint_files.save_torch
+    real, released = checkpoint_files.save_torch, threading.Event()
 
     def slow(path, state):
-        time.sleep(0.2)
+        assert released.wait(60)
         real(path, state)
 
     monkeypatch.setattr(checkpoint_files, "save_torch", slow)
@@ -231,6 +231,7 @@ def test_files_are_written_in_order_while_training_continues(tmp_path, monkeypat
         checkpoints.save_weights()
         assert not (tmp_path / "epoch_005.pth").exists()
         weight.data.fill_(2)  # training continues; the file has the weights of before
+        released.set()
         state.epoch = 6
         checkpoints.save_weights()
         assert (tmp_path / "epoch_005.pth").exists()
