@@ -21,7 +21,7 @@ class Images(Dataset):
 
     def __init__(self, split):
         low, high = split.images.min(), split.images.max()
-        pixels = ((split.images - low) * (255 / (high - low))).byte().cpu()
+        pixels = ((split.images - low) * (255 / (high - low))).round().byte().cpu()
         self.pixels, self.labels = pixels.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.tolist()
         mean, std = (-low / (high - low)).item(), (1 / (high - low)).item()
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)])
