@@ -34,9 +34,10 @@ WATCH_SECONDS = 2  # between looks at the folder with --watch
 def main():
     args = parse_args(__doc__.split("\n")[0])
     folder = Path(args.load_path) if args.load_path else run_folder(args)
-    if args.watch:
-        wait_for_run(folder)
     run = Run(folder, args.theory, args.bn_statistics)
+    if args.watch and not run.config:
+        wait_for_run(folder)
+        run = Run(folder, args.theory, args.bn_statistics)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; train with the same flags first, or give --load_path")
     if run.config:
@@ -55,7 +56,7 @@ def main():
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
     model = model.to(device, memory_format=model.memory_format)
     data = data.to(device, model.memory_format)
-    if not run.problems:  # bare checkpoints, or a run of an earlier version
+    if not run.problems:  # a folder of bare checkpoints
         objective = from_flags(
             Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features
         )
@@ -108,8 +109,7 @@ def read_ahead(checkpoints, device):
 
 def wait_for_run(folder):
     """Wait until training has written the config.json of the run in `folder`."""
-    if not (folder / "config.json").exists():
-        print(f"waiting for a training run in {folder}; Ctrl-C ends it", flush=True)
+    print(f"waiting for a training run in {folder}; Ctrl-C ends it", flush=True)
     while not (folder / "config.json").exists():
         time.sleep(WATCH_SECONDS)
 

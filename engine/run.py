@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nc_theory import UFM, released_formula, solve
+from nc_theory import UFM, closed_form, released_formula, solve
 from objective import Objective
 from utils import FAILED_WORK, UserError, atomic_write, from_flags, remove_temporaries, write_json
 
@@ -119,9 +119,11 @@ class Run:
         return ", ".join(filter(None, (theory, batch_norm)))
 
     def theory_summary(self):
-        """Return what the theory says of the run, in one line."""
-        if (optimum := self.optimum) is None:
+        """Return what the theory says of the run, in one line; only a closed form, which takes no time, is computed."""
+        if self.problem is None:
             return self.no_optimum
+        if (optimum := closed_form(self.problem)) is None:
+            return "no closed form: measuring finds the optimum by minimisation"
         least = optimum.loss * self.config.get("data_factor", 1)
         collapsed = ", ".join(map(str, (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()))
         classes = f"classes {collapsed} collapse to zero" if collapsed else "no class collapses"
@@ -361,8 +363,7 @@ def read_log_lines(path):
 
 def read_log(path):
     """Return a train_log.jsonl as a DataFrame of numbers."""
-    table = pd.DataFrame(read_log_lines(path), columns=None)
-    return table.apply(pd.to_numeric, errors="coerce")
+    return pd.DataFrame(read_log_lines(path)).apply(pd.to_numeric, errors="coerce")
 
 
 def read_rows(path):
@@ -377,7 +378,7 @@ def read_rows(path):
         if len({len(cells) for cells in csv.reader(io.StringIO(text))}) > 1:
             raise ValueError  # pandas would fill a row that was cut off with empty cells
         table = pd.read_csv(io.StringIO(text))
-        numbers = table.drop(columns=[name for name in ("split",) if name in table])
+        numbers = table.drop(columns="split", errors="ignore")
         numbers = numbers.astype({name: float for name in numbers if name not in ("epoch", "class", "n_k")})
         if table["epoch"].dtype != int:
             raise ValueError

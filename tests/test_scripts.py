@@ -11,7 +11,7 @@ import torch
 from datasets import epoch_order, load_data
 from engine.measurement import features, load_run
 from models import MODELS, build_model
-from nc_theory import UFM, closed_form, solve_numerically
+from nc_theory import UFM, closed_form, solve, solve_numerically
 from tests.conftest import TINY, TRAIN, config_of, log_of, rows_of, same_weights, weights
 from tests.test_datasets import write_folder
 from utils import UserError
@@ -258,6 +258,18 @@ def test_done_rows_are_kept_and_damaged_checkpoints_named(train, measure, tmp_pa
     _, error = measure("--load_path", "run", status=1)
     assert "epoch_002.pth: truncated or damaged" in error and error.count("\n") == 1
     assert [row["epoch"] for row in rows_of(tmp_path / "run" / "nc_metrics.csv")] == ["1", "3"]
+
+
+def test_training_says_what_the_theory_says(train, tmp_path):
+    """From the closed form alone: with a bias, where there is none, training does not wait for a minimisation."""
+    expected = solve(UFM([34, 34, 68, 68, 102, 102, 136, 136, 170, 170], 1e-4, 1e-5))
+    out, _ = train(*TINY, "--epochs", 1, "--save_path", "run")
+    assert f"least loss {expected.loss:.6f}; margins {expected.margins.min():.3f} to" in out
+    assert "no class collapses" in out
+    out, _ = train(*TINY, "--epochs", 1, "--weight_decay", 1, "--feature_decay_rate", 1, "--save_path", "collapsed")
+    assert "classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 collapse to zero" in out
+    out, _ = train(*TINY, "--bias", "--epochs", 1, "--save_path", "bias")
+    assert "theory     no closed form: measuring finds the optimum by minimisation" in out
 
 
 def test_theories_have_files_of_their_own(train, measure, tmp_path):
