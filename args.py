@@ -26,7 +26,16 @@ TRAINING_FLAGS = (
     "adam_beta2 adam_eps amsgrad warmup_epochs penalty_warmup_epochs clip_grad_norm precision seed init_from"
 ).split()
 MLP_FLAGS = ["depth_relu", "width", "revive"]  # change the weights of an MLP only
-OPTIONAL_FLAGS = ["planes", "revive"]  # part of the name only if given: names of older runs stay what they were
+LOSS_FLAGS = ["class_weights", "logit_adjustment", "logit_scaling", "ldam_margin", "label_smoothing"]
+OPTIONAL_FLAGS = {  # with their defaults; part of the name only if given: names of older runs stay what they were
+    "planes": None,
+    "revive": False,
+    "feature_relu": True,
+    **dict.fromkeys(LOSS_FLAGS, 0.0),
+    "penalty_start": 1.0,
+    "penalty_hold_epochs": 0,
+    "penalty_fall_epochs": 0,
+}
 PROFILE_FLAGS = ("imbalance", "n_max", "class_counts")  # three ways to say how many images each class has
 
 
@@ -161,6 +170,47 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if "default" in action.help else super()._get_help_string(action)
 
 
+def add_loss_flags(add):
+    """Add the flags of `nc_theory.LossVariant`, variants of the cross entropy against class imbalance."""
+    not_negative = bounded(float, 0)
+    add(
+        "--class_weights",
+        type=not_negative,
+        default=0.0,
+        metavar="E",
+        help="weights n_k^-E of the classes, with a mean of 1 over the samples; 1: inverse frequency; 0: off",
+    )
+    add(
+        "--logit_adjustment",
+        type=not_negative,
+        default=0.0,
+        metavar="TAU",
+        help="add TAU log(n_j/N) to the logits (LA: Menon et al. 2021); 0: off",
+    )
+    add(
+        "--logit_scaling",
+        type=not_negative,
+        default=0.0,
+        metavar="GAMMA",
+        help="multiply the logits by (n_j/n_max)^GAMMA (CDT: Ye et al. 2020; with LA, VS: Kini et al. 2021); 0: off",
+    )
+    add(
+        "--ldam_margin",
+        type=not_negative,
+        default=0.0,
+        metavar="C",
+        help="subtract C (n_min/n_k)^(1/4) from the logit of the sample's class (LDAM: Cao et al. 2019, here without "
+        "normalised features and their scale of 30); 0: off",
+    )
+    add(
+        "--label_smoothing",
+        type=bounded(float, 0, high=1, below=True),
+        default=0.0,
+        metavar="EPS",
+        help="share of the label that is spread over all classes (Szegedy et al. 2016); 0: off",
+    )
+
+
 def make_parser(description=None):
     """Return the parser of both entry scripts."""
     parser = Parser(
@@ -221,9 +271,16 @@ def make_parser(description=None):
     )
     add("--depth_linear", type=layers, default=1, metavar="N", help="number of linear layers in the head")
     add("--bias", action=yes_no, default=True, help="bias in the head (default: on)")
+    add(
+        "--feature_relu",
+        action=yes_no,
+        default=True,
+        help="MLP: a ReLU makes the features non-negative; without it they are free (default: on)",
+    )
 
     add = parser.add_argument_group("objective").add_argument
     add("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss of a sample")
+    add_loss_flags(add)
     add(
         "--objective",
         choices=["paper", "released"],
@@ -280,6 +337,27 @@ def make_parser(description=None):
         default=0,
         metavar="N",
         help="epochs in which the penalties of --sep_decay rise linearly from zero; 0: none",
+    )
+    add(
+        "--penalty_start",
+        type=positive,
+        default=1.0,
+        metavar="X",
+        help="factor of the penalties of --sep_decay at the start, which falls to 1 as the next two flags say; 1: off",
+    )
+    add(
+        "--penalty_hold_epochs",
+        type=epochs_or_share(0),
+        default=0,
+        metavar="N",
+        help="epochs, from the first, in which the penalties are --penalty_start times their value",
+    )
+    add(
+        "--penalty_fall_epochs",
+        type=epochs_or_share(0),
+        default=0,
+        metavar="N",
+        help="epochs after these in which the factor falls geometrically to 1",
     )
     add(
         "--adam_beta2",
@@ -412,7 +490,7 @@ def parse_args(description=None, argv=None, config=None, folder=None):
 
 def resolve_shares(args):
     """Replace each share of the epochs, such as 36%, by the number of epochs that it is; return args."""
-    for name in ("patience", "warmup_epochs", "penalty_warmup_epochs"):
+    for name in ("patience", "warmup_epochs", "penalty_warmup_epochs", "penalty_hold_epochs", "penalty_fall_epochs"):
         value = getattr(args, name)
         if isinstance(value, str):
             setattr(args, name, max(round(float(value[:-1]) / 100 * args.epochs), int(name == "patience")))
@@ -475,6 +553,19 @@ def contradiction(args, parser):
         return "--planes: not with --model MLP, whose layers have --width units"
     if args.planes and args.planes % 2 and "dense" in args.model.lower():
         return f"--planes {args.planes}: {args.model} needs an even number, twice its growth rate"
+    if not args.feature_relu and args.model != "MLP":
+        return f"--no-feature_relu: only with --model MLP; the features of {args.model} come from ReLUs by construction"
+    for name in (name for name in LOSS_FLAGS if getattr(args, name)):
+        if args.loss != "CrossEntropy":
+            return f"--{name}: only with --loss CrossEntropy, of which it is a variant"
+        if args.objective == "released":
+            return f"--{name}: not with --objective released, which is what the paper's code minimises"
+    if not args.feature_relu and args.objective == "released":
+        return "--no-feature_relu: not with --objective released, which is what the paper's code minimises"
+    if args.penalty_start != 1 and not args.penalty_fall_epochs:
+        return "--penalty_start: give --penalty_fall_epochs, in which the penalties reach their value"
+    if args.penalty_hold_epochs + args.penalty_fall_epochs >= args.epochs and args.penalty_start != 1:
+        return "--penalty_hold_epochs and --penalty_fall_epochs: give less than --epochs together"
     for name in ("adam_beta2", "adam_eps", "amsgrad"):
         if args.optimizer != "Adam" and getattr(args, name) != parser.get_default(name):
             return f"--{name}: only with --optimizer Adam"
@@ -499,8 +590,10 @@ def notes(args, num_images):
         found.append(
             f"--batch_size {args.batch_size} is more than the {num_images} images: every step takes all of them"
         )
-    if (args.penalty_warmup_epochs or args.objective == "released") and not args.sep_decay:
-        found.append("without --sep_decay, --objective and --penalty_warmup_epochs have no effect on the penalties")
+    if (args.penalty_warmup_epochs or args.penalty_start != 1 or args.objective == "released") and not args.sep_decay:
+        found.append("without --sep_decay, --objective and the schedules of the penalties have no effect on them")
+    if args.revive and not args.feature_relu:
+        found.append("--revive has no effect with --no-feature_relu")
     return found
 
 
@@ -518,7 +611,7 @@ def training_flags(args):
         names += ["data_dir"]  # which images they are
     if args.decay_type == "cosine":
         names += ["epochs"]  # the learning rate of each epoch depends on how many there will be
-    names += [name for name in OPTIONAL_FLAGS if getattr(args, name)]
+    names += [name for name, default in OPTIONAL_FLAGS.items() if getattr(args, name) != default]
     flags = {name: getattr(args, name) for name in names}
     if not args.class_counts:
         flags["imbalance"] = args.imbalance or ("paper" if SOURCES[args.dataset].paper_counts else "all")

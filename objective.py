@@ -2,16 +2,19 @@
 
     min_{W, H >= 0}  (1/N) sum_i loss(W h_i, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
 
-where loss is the cross entropy, or |W h - e_y|^2 / 2 for MSE (arXiv 2401.02058, section 3). This file alone knows how
-the flags become the lambdas of (UFM).
+where loss is the cross entropy or a variant of it (`nc_theory.LossVariant`), or |W h - e_y|^2 / 2 for MSE (arXiv
+2401.02058, section 3). This file alone knows how the flags become the lambdas of (UFM).
 """
 
+import dataclasses
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch.nn import functional as F
 
-from nc_theory import UFM
+from nc_theory import UFM, LossVariant, VariantLoss
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class Objective:
     feature_decay_rate: float = 1e-5  # lambda_H
     bias: bool = False
     depth_linear: int = 1
+    feature_relu: bool = True  # H >= 0
+    class_weights: float = 0.0
+    logit_adjustment: float = 0.0
+    logit_scaling: float = 0.0
+    ldam_margin: float = 0.0
+    label_smoothing: float = 0.0
 
     def __call__(self, logits, features, labels, head, penalty_scale=1.0):
         """Return (the loss to minimise, the data term) of a batch, both scalars.
@@ -45,8 +54,10 @@ class Objective:
         logits: (B, K). features: (B, d). labels: (B,). head: the layers of `model.fc`. penalty_scale: a number or
         scalar tensor that multiplies both penalties.
         """
-        if self.loss == "CrossEntropy":
+        if self.loss == "CrossEntropy" and self.variant.is_plain:
             data = F.cross_entropy(logits, labels)
+        elif self.loss == "CrossEntropy":
+            data = self.variant_loss.to(logits)(logits, labels).mean()
         else:
             data = 0.5 * (logits - F.one_hot(labels, len(self.class_counts))).square().sum(1).mean()
         total = self.data_factor * data
@@ -56,6 +67,15 @@ class Objective:
             penalty = penalty + 0.5 * self.feature_decay_rate * share * features.square().sum()
             total = total + penalty_scale * penalty
         return total, data
+
+    @cached_property
+    def variant(self):
+        """The `LossVariant` of the cross entropy that the flags describe."""
+        return LossVariant(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LossVariant)})
+
+    @cached_property
+    def variant_loss(self):
+        return VariantLoss(self.variant, self.class_counts, torch.float64)
 
     @property
     def num_samples(self):
@@ -93,7 +113,7 @@ class Objective:
         return self._problem(self.effective_decays(), self.bias)
 
     def nominal_problem(self):
-        """Return the `UFM` without bias at the flags' own lambdas, whatever is trained, or why there is none."""
+        """Return the `UFM` without bias at the flags' own lambdas, or a sentence that says why there is none."""
         return self._problem((self.weight_decay, self.feature_decay_rate), False)
 
     def _problem(self, decays, bias):
@@ -101,9 +121,10 @@ class Objective:
             return "without a positive --weight_decay and --feature_decay_rate there is no optimum"
         if self.feature_dim < len(self.class_counts):
             return f"the theory needs as many features as classes, the model has {self.feature_dim}"
-        return UFM(tuple(self.class_counts), *decays, loss=self.loss, bias=bias)
+        counts = tuple(self.class_counts)
+        return UFM(counts, *decays, loss=self.loss, relu=self.feature_relu, bias=bias, variant=self.variant)
 
     def problems(self):
         """Return what config.json records: {objective, nominal: the fields of the problem, or why there is none}."""
         named = {"objective": self.problem(), "nominal": self.nominal_problem()}
-        return {name: asdict(entry) if isinstance(entry, UFM) else entry for name, entry in named.items()}
+        return {name: dataclasses.asdict(entry) if isinstance(entry, UFM) else entry for name, entry in named.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from args import Help, Parser, bounded, class_count_list
+from args import Help, Parser, add_loss_flags, bounded, class_count_list
 from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
 from nc_theory import (
     LOSSES,
@@ -85,20 +85,10 @@ def make_parser():
     add("--weight_decay", type=positive, default=5e-3, metavar="X", help="lambda_W")
     add("--feature_decay_rate", type=positive, default=5e-5, metavar="X", help="lambda_H")
     add("--loss", choices=LOSSES, default="CrossEntropy", help="loss of a sample")
-    add("--class_weights", type=not_negative, default=0.0, metavar="E", help="class weights n_k^-E in the loss")
-    add("--logit_adjustment", type=not_negative, default=0.0, metavar="TAU", help="TAU log(n_j/N) added to the logits")
-    add("--logit_scaling", type=not_negative, default=0.0, metavar="GAMMA", help="(n_j/n_max)^GAMMA times the logits")
-    add("--ldam_margin", type=not_negative, default=0.0, metavar="C", help="C (n_min/n_k)^(1/4) off the own logit")
-    add(
-        "--label_smoothing",
-        type=bounded(float, 0, high=1, below=True),
-        default=0.0,
-        metavar="EPS",
-        help="share of the label that is spread over all classes",
-    )
+    add_loss_flags(add)
     add("--bias", action="store_true", help="a bias in the head (default: off)")
     add("--bias_decay", type=not_negative, default=0.0, metavar="X", help="lambda_b, factor of |b|^2 / 2")
-    add("--no_relu", action="store_true", help="features of any sign (default: off, H >= 0)")
+    add("--no_relu", "--no-feature_relu", action="store_true", help="features of any sign (default: off, H >= 0)")
     add(
         "--dim",
         type=bounded(int, 1),

@@ -86,7 +86,6 @@ def train(args, run, data, model, device):
     announce(args, run, data, model, device, checkpoints)
     if state.epoch >= args.epochs:
         return
-
     schedule = from_flags(Schedule, vars(args))
     penalty_scale = torch.ones((), device=device)
     labels = data.train.labels.cpu() if args.stratified else None
@@ -109,13 +108,15 @@ def train(args, run, data, model, device):
         try:
             for epoch in range(state.epoch + 1, args.epochs + 1):
                 lr = set_learning_rate(optimizer, schedule.learning_rate(epoch))
-                penalty_scale.fill_(schedule.penalty_scale(epoch))
+                scale = schedule.penalty_scale(epoch)
+                penalty_scale.fill_(scale)
                 order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle, labels=labels)
                 if shifts is not None:
                     shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
                 batches = epoch_batches(order.to(device), args.batch_size, even=args.stratified)
                 rows = train_one_epoch(step, batches, state, checkpoints, stop)
-                line = {"epoch": epoch, "lr": float(f"{lr:.7g}"), **epoch_means(rows, args.loss, state.seconds)}
+                line = {"epoch": epoch, "lr": float(f"{lr:.7g}"), "penalty_scale": float(f"{scale:.7g}")}
+                line |= epoch_means(rows, args.loss, state.seconds)
                 run.append_log(line)
                 check_finite(rows, model, epoch)
                 for logger in loggers:

@@ -20,6 +20,9 @@ class Schedule:
     gamma: float
     warmup_epochs: int = 0
     penalty_warmup_epochs: int = 0
+    penalty_start: float = 1.0
+    penalty_hold_epochs: int = 0
+    penalty_fall_epochs: int = 0
 
     def learning_rate(self, epoch):
         """Return the learning rate of an epoch."""
@@ -35,8 +38,17 @@ class Schedule:
         return self.lr * self.gamma ** sum(done >= milestone for milestone in milestones)
 
     def penalty_scale(self, epoch):
-        """Return the factor of both penalties in an epoch; it ends at 1."""
-        return min(1.0, (epoch - 1) / self.penalty_warmup_epochs) if self.penalty_warmup_epochs else 1.0
+        """Return the factor of both penalties in an epoch; it ends at 1.
+
+        After `penalty_hold_epochs` at `penalty_start`, it falls geometrically in `penalty_fall_epochs`. In the warm-up
+        it rises linearly from zero, whatever it would be otherwise.
+        """
+        done = epoch - 1
+        scale = 1.0
+        if self.penalty_start != 1:
+            left = 1 - (done - self.penalty_hold_epochs) / self.penalty_fall_epochs
+            scale = self.penalty_start ** min(1.0, max(0.0, left))
+        return scale * min(1.0, done / self.penalty_warmup_epochs) if self.penalty_warmup_epochs else scale
 
 
 def make_optimizer(parameters, *, optimizer, lr, weight_decay, adam_beta2, adam_eps, amsgrad, for_cuda_graph=False):

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from nc_theory import UFM, closed_form, released_formula, solve
+from nc_theory import UFM, closed_form, has_released_formula, released_formula, solve
 from objective import Objective
 from utils import FAILED_WORK, UserError, atomic_write, from_flags, remove_temporaries, write_json
 
@@ -88,7 +88,11 @@ class Run:
             local = CALL_FLAGS | {"save_every", "nc_every"}
             flags = {name: value for name, value in self.flags.items() if name not in local}
         flags = flags | {"epochs": self.flags.get("epochs")}
-        return {name: value for name, value in flags.items() if name != "seed" and value not in (None, False, 0)}
+        return {
+            name: value
+            for name, value in flags.items()
+            if name != "seed" and (value not in (None, False, 0) or name == "feature_relu")  # on by default
+        }
 
     @property
     def problem(self):
@@ -100,8 +104,8 @@ class Run:
     def no_optimum(self):
         """Why there is no optimum to compare with, in one sentence; None if there is one."""
         entry = self.problems.get("objective" if self.theory == "objective" else "nominal")
-        if self.theory == "released" and isinstance(entry, dict) and entry["loss"] != "CrossEntropy":
-            return "the released formula is for the cross entropy only"
+        if self.theory == "released" and isinstance(entry, dict) and not has_released_formula(UFM(**entry)):
+            return "the released formula is for the cross entropy with ReLU features only"
         return entry if isinstance(entry, str) else None
 
     @cached_property

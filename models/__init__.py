@@ -21,11 +21,25 @@ MODELS = {
 }
 
 
-def build_model(model, num_classes, *, bias=True, depth_linear=1, depth_relu=6, width=1024, planes=None, revive=False):
+def build_model(
+    model,
+    num_classes,
+    *,
+    bias=True,
+    depth_linear=1,
+    depth_relu=6,
+    width=1024,
+    feature_relu=True,
+    planes=None,
+    revive=False,
+):
     """Return a model with fresh weights, by its name in MODELS; parameters are named as the flags that set them.
 
-    num_classes: K. bias, depth_linear: of the head. depth_relu, width: of the MLP. planes: channels of the first stage
-    of a convolutional model (a DenseNet: twice its growth rate); None is the model's own default.
+    num_classes: K. bias, depth_linear: of the head. depth_relu, width, feature_relu: of the MLP. planes: channels of
+    the first stage of a convolutional model (a DenseNet: twice its growth rate); None is the model's own default.
     """
-    own = {"depth_relu": depth_relu, "width": width} if model == "MLP" else {"planes": planes} if planes else {}
+    if model == "MLP":
+        own = {"depth_relu": depth_relu, "width": width, "feature_relu": feature_relu}
+    else:
+        own = {"planes": planes} if planes else {}
     return MODELS[model](num_classes=num_classes, bias=bias, depth_linear=depth_linear, revive=revive, **own)

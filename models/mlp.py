@@ -9,12 +9,13 @@ from models.classifier import Classifier, FeatureReLU, linear_head
 class MLP(Classifier):
     """`depth_relu` ReLU layers, one more whose output is the features, and a linear head, all `width` wide.
 
-    revive: let a gradient raise features at zero (`RevivingReLU`).
+    feature_relu: without it, the last layer is linear and the features are free. revive: let a gradient raise features
+    at zero (`RevivingReLU`).
     """
 
     memory_format = torch.contiguous_format
 
-    def __init__(self, *, depth_relu, width, depth_linear, num_classes, bias, revive=False):
+    def __init__(self, *, depth_relu, width, depth_linear, num_classes, bias, feature_relu=True, revive=False):
         super().__init__()
         layers = [nn.Linear(3 * 32 * 32, width), nn.ReLU()]
         for _ in range(depth_relu - 1):
@@ -22,7 +23,7 @@ class MLP(Classifier):
         self.layers = nn.Sequential(*layers)
         self.intermediate_layer = nn.Linear(width, width)
         self.fc = linear_head(width, num_classes, depth_linear, bias)
-        self.feature_relu = FeatureReLU(revive)
+        self.feature_relu = FeatureReLU(revive) if feature_relu else nn.Identity()
 
     def embed(self, images):
         return self.feature_relu(self.intermediate_layer(self.layers(images.flatten(1))))

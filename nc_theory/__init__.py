@@ -14,6 +14,7 @@ from nc_theory.closed_form import (
     closed_form,
     collapse_count,
     collapse_threshold,
+    has_released_formula,
     released_formula,
     suggest_lambdas,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "closed_form",
     "collapse_count",
     "collapse_threshold",
+    "has_released_formula",
     "lower_bound",
     "optimality_gap",
     "polar",

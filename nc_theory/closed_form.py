@@ -59,12 +59,17 @@ def released_formula(problem):
         M_k = log((K-1) (2 sqrt(n_k) / (N lambda_W sqrt((K-1)/K)) - 1))
 
     They do not depend on lambda_H and are not the minimiser of any (UFM). `loss` is the value of (UFM) at this
-    geometry, `lower_bound` the minimum where it is known. Raises ValueError for any other loss than the cross entropy.
+    geometry, `lower_bound` the minimum where it is known. Raises ValueError unless `has_released_formula`.
     """
-    if problem.loss != "CrossEntropy" or not problem.variant.is_plain:
-        raise ValueError("the released formula is for the cross entropy only")
+    if not has_released_formula(problem):
+        raise ValueError("the released formula is for the cross entropy with ReLU features only")
     optimum = cross_entropy_geometry(problem, released_margins(problem, problem.counts), "released formula")
     return replace(optimum, lower_bound=closed_form(problem).loss if has_closed_form(problem) else -math.inf)
+
+
+def has_released_formula(problem):
+    """Return True for the cross entropy itself with ReLU features, for which the released formula was written."""
+    return problem.loss == "CrossEntropy" and problem.variant.is_plain and problem.relu
 
 
 def class_curve(problem, sizes, formula="exact"):

@@ -59,6 +59,13 @@ def test_the_papers_command():
         ("--optimizer SGD --amsgrad", ["--amsgrad", "--optimizer Adam"]),
         ("--model MLP --planes 8", ["--planes", "--width"]),
         ("--model DenseNet121 --planes 7", ["--planes 7", "even"]),
+        ("--model VGG11 --no-feature_relu", ["--no-feature_relu", "only with --model MLP"]),
+        ("--no-feature_relu --objective released", ["--no-feature_relu", "--objective released"]),
+        ("--logit_adjustment 1 --objective released", ["--logit_adjustment", "--objective released"]),
+        ("--label_smoothing 0.1 --loss MSE", ["--label_smoothing", "only with --loss CrossEntropy"]),
+        ("--label_smoothing 1", ["--label_smoothing", ">= 0 and < 1"]),
+        ("--penalty_start 5", ["--penalty_start", "--penalty_fall_epochs"]),
+        ("--penalty_start 5 --penalty_hold_epochs 60% --penalty_fall_epochs 40%", ["less than --epochs together"]),
         ("--stratified --no_shuffle", ["--stratified and --no_shuffle"]),
         ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
         ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),
@@ -89,7 +96,9 @@ def test_a_wrong_flag_is_one_line_and_exit_2(flags, words):
 
 NUMBERS = (
     "n_max depth_relu width planes depth_linear weight_decay feature_decay_rate epochs batch_size lr patience gamma "
-    "clip_grad_norm adam_beta2 adam_eps warmup_epochs penalty_warmup_epochs seed gpu_id save_every keep nc_every"
+    "clip_grad_norm adam_beta2 adam_eps warmup_epochs penalty_warmup_epochs seed gpu_id save_every keep nc_every "
+    "class_weights logit_adjustment logit_scaling ldam_margin label_smoothing penalty_start penalty_hold_epochs "
+    "penalty_fall_epochs"
 ).split()
 
 
@@ -129,16 +138,18 @@ def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
         "warmup_epochs": "5", "penalty_warmup_epochs": "5", "stratified": "", "revive": "",
         "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "planes": "8", "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
+        "class_weights": "1", "logit_adjustment": "1", "logit_scaling": "1", "ldam_margin": "1",
+        "label_smoothing": "0.5", "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
     }  # fmt: skip
-    conv = {"planes": "--model VGG19 "}
-    names = {run_name(parse())} | {run_name(parse(f"{conv.get(f, '')}--{f} {v}")) for f, v in values.items()}
-    names |= {run_name(parse("--no-bias")), run_name(parse("--imbalance exp:5 --n_max 50"))}
-    assert len(names) == len(values) + 3
+    needed = {"planes": "--model VGG19 ", "penalty_start": "--penalty_fall_epochs 7 "}
+    names = {run_name(parse())} | {run_name(parse(f"{needed.get(f, '')}--{f} {v}")) for f, v in values.items()}
+    names |= {run_name(parse(flags)) for flags in ("--no-bias", "--no-feature_relu", "--imbalance exp:5 --n_max 50")}
+    assert len(names) == len(values) + 4
     same = (
         "--epochs 5 --save_every 3 --nc_every 7 --device cpu --data_dir x --recompute --watch --theory nominal --resume"
     )
     assert run_name(parse(same)) == run_name(parse())
-    covered = {*values, "bias", "n_max", "epochs", "save_every", "nc_every", "run_name", *CALL_FLAGS}
+    covered = {*values, "bias", "feature_relu", "n_max", "epochs", "save_every", "nc_every", "run_name", *CALL_FLAGS}
     assert covered == {action.dest for action in make_parser()._actions} - {"help"}
 
 

@@ -137,8 +137,9 @@ def train_here(monkeypatch, *flags):
 def test_a_run_stopped_at_any_step_ends_as_an_uncut_one(monkeypatch, tmp_path, call):
     """In the middle of an epoch, after its last step, and in the first and last batch of its measurement."""
     monkeypatch.chdir(tmp_path)
-    flags = [*TINY, "--save_every", 1, "--nc_every", 1]
+    flags = [*TINY, "--epochs", 3, "--save_every", 1, "--nc_every", 1, "--penalty_start", 4, "--penalty_fall_epochs", 2]
     train_here(monkeypatch, *flags, "--save_path", "whole")
+    assert [line["penalty_scale"] for line in log_of(tmp_path / "whole")] == [4, 2, 1]
     stop_at(monkeypatch, call)
     with pytest.raises(Interrupted):
         train_here(monkeypatch, *flags, "--save_path", "cut")

@@ -173,6 +173,13 @@ def test_learning_rate_schedules(train, tmp_path):
         ["--imbalance", "balanced"],
         ["--bias"],
         ["--depth_linear", 2],
+        ["--no-feature_relu"],
+        ["--penalty_start", 5, "--penalty_fall_epochs", 1, "--epochs", 2],
+        ["--class_weights", 1],
+        ["--logit_adjustment", 1],
+        ["--logit_scaling", 0.3],
+        ["--ldam_margin", 0.5],
+        ["--label_smoothing", 0.1],
     ],
     ids=lambda flags: flags[0],
 )

@@ -211,7 +211,7 @@ def test_further_errors():
         UFM([5, 6], 1e-3, 1e-3, bias=True, bias_decay=-1.0)
     with pytest.raises(ValueError, match="loss must be one of CrossEntropy, MSE"):
         UFM([5, 6], 1e-3, 1e-3, loss="Hinge")
-    with pytest.raises(ValueError, match="cross entropy only"):
+    with pytest.raises(ValueError, match="cross entropy with ReLU features only"):
         released_formula(UFM([5, 6], 1e-3, 1e-3, loss="MSE"))
 
 

@@ -169,6 +169,14 @@ def test_penalties_rise_to_their_full_size():
     assert schedule().penalty_scale(1) == 1
 
 
+def test_penalties_fall_to_their_full_size():
+    falling = {"penalty_start": 9.0, "penalty_hold_epochs": 2, "penalty_fall_epochs": 2}
+    scales = [schedule(**falling).penalty_scale(epoch) for epoch in range(1, 7)]
+    assert scales == pytest.approx([9, 9, 9, 3, 1, 1], rel=1e-15) and scales[4:] == [1, 1]
+    warmed = [schedule(penalty_warmup_epochs=2, **falling).penalty_scale(epoch) for epoch in range(1, 7)]
+    assert warmed == pytest.approx([0, 4.5, 9, 3, 1, 1], rel=1e-15)
+
+
 @pytest.mark.parametrize("decay_type", ["step", "step_3_7"])
 def test_steps_of_the_learning_rate_are_those_of_torch(decay_type):
     ours = schedule(lr=0.3, gamma=0.1, patience=3, epochs=12, decay_type=decay_type)
