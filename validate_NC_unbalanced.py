@@ -25,6 +25,7 @@ from engine.measurement import Measurement
 from engine.run import Run
 from models import build_model
 from nc_metrics import THEORY_COLUMNS
+from nc_theory import GAP_COLUMNS
 from objective import Objective
 from utils import FAILED_WORK, Progress, UserError, from_flags, run_script
 
@@ -62,7 +63,7 @@ def main():
         )
         run.problems = objective.problems()
     if run.optimum is None:
-        print(f"columns {', '.join(THEORY_COLUMNS)} stay empty: {run.no_optimum}")
+        print(f"columns {', '.join([*THEORY_COLUMNS, *GAP_COLUMNS])} stay empty: {run.no_optimum}")
 
     with open_loggers(vars(args), folder, "validate", first_epoch=0 if args.recompute else None) as loggers:
         failed = measure_all(args, run, Measurement(run, model, data, args.precision), device, loggers)
@@ -134,7 +135,24 @@ def print_table(run):
     print()
     for name, value in row.drop("epoch").items():
         print(f"{name:>20}  {'-' if math.isnan(value) else f'{value:.4g}'}")
+    if run.optimum and row.get("optimality_gap", math.nan) >= 0:
+        print(f"\n{explain_gap(row, run.optimum.certified)}")
     print(f"\nrows in    {run.csv}")
+
+
+def explain_gap(row, certified):
+    """Return in words how far a row is from the optimum, and why."""
+    reasons = {
+        "gap_within": "the features of a class are not equal",
+        "gap_head": "the head is not the best one for the class means",
+        "gap_means": "the class means are not the best ones",
+    }
+    largest = max(reasons, key=lambda name: row[name])
+    above = f"{'' if certified else 'at most '}{row['optimality_gap']:.1e} above"
+    lines = [f"The objective is {above} the least that any network can reach, relative to it:"]
+    for name, reason in reasons.items():
+        lines.append(f"{row[name]:9.1e}  {reason}{' (the largest part)' if name == largest else ''}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

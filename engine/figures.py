@@ -1,7 +1,7 @@
 """Figures of runs, drawn from their rows, geometry, log and config alone.
 
 nc_curves           NC1, NC2 and NC3 against the epoch, the optimizer step, or minutes of training
-training            loss, accuracy and learning rate against the same
+training            loss, accuracy, learning rate and optimality gap against the same
 theorem             margins and class-mean norms against n_k, on the curve of the theorem
 class_accuracy      test accuracy of each class against n_k
 heatmaps            H^T H, W W^T and W H beside the theorem's, and the differences
@@ -43,6 +43,12 @@ TRAINING_PANELS = [
     ("loss", "", "log", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
     ("accuracy", "%", "linear", {"train_acc1": "training", "test_acc1": "test"}),
     ("optimizer", "", "log", {"lr": "learning rate"}),
+    (
+        "optimality gap",
+        "relative to the optimum",
+        "log",
+        {"gap_within": "within classes", "gap_head": "head", "gap_means": "class means"},
+    ),
 ]
 ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
 CLASS_VALUES = {"margins": r"margin $M_k$", "mean_norms_sq": r"class-mean norm $\|\mu_k\|^2$"}
@@ -189,9 +195,12 @@ def style_of(index):
 def curves(panels, settings, x="epoch"):
     """Draw columns of the rows or the log against `x`: mean (geometric on a log axis) and range over the seeds.
 
-    One setting has an axis for each of `panels`; several have an axis for each column that any of them has.
+    One setting has an axis for each of `panels` of which it has a column; several have an axis for each column that any
+    of them has.
     """
-    several = len(settings) > 1
+    several, run = len(settings) > 1, settings[0].runs[0]
+    if not several:
+        panels = [panel for panel in panels if not panel[3].keys().isdisjoint([*run.rows, *run.log])]
     if several:
         panels = [
             (f"{title}, {label}", ylabel, scale, {column: None})
@@ -199,9 +208,10 @@ def curves(panels, settings, x="epoch"):
             for column, label in columns.items()
             if any(len(setting.series(column, x)[0]) for setting in settings)
         ]
-    num_rows = -(-len(panels) // 3)
+    num_columns = 2 if len(panels) == 4 else 3
+    num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(TEXT_WIDTH, 2.2 * num_rows))
-    axes = figure.subplots(num_rows, 3, squeeze=False).ravel()
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, (title, ylabel, scale, columns) in zip(axes, panels, strict=False):
         axis.set(title=title, xlabel=ABSCISSAE[x], ylabel=ylabel, yscale=scale)
         for position, (column, label) in enumerate(columns.items()):
@@ -308,32 +318,32 @@ def plot_theorem(axes, setting, style, colour):
 
     threshold = collapse_count(run.problem) if run.problem and run.theory != "released" else None
     near = threshold is not None and min(counts) / 10 < threshold < 2 * max(counts)
-    sizes, theory = theory_curve(setting, [*counts, threshold] if near else counts)
+    sizes, theory, line = theory_values(setting, [*counts, threshold] if near else counts)
     for axis, values in zip(axes, theory, strict=True):
-        axis.plot(sizes, values, color=colour)
+        axis.plot(sizes, values, color=colour, **line)
         if near:
             axis.axvline(threshold, color=colour, linestyle=":")
-    drawn["theory"] = Line2D([], [], color=colour)
+    drawn["theory"] = Line2D([], [], color=colour, **line)
     if threshold is not None:
         largest = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
         drawn[rf"collapse: $n_k\leq{largest}$"] = Line2D([], [], color=colour, linestyle=":" if near else "none")
     return drawn
 
 
-def theory_curve(setting, span):
-    """Return sizes n (P,) of a class, and the theory's margins and squared norms (2, P) there.
+def theory_values(setting, span):
+    """Return sizes n (P,) of a class, the theory's margins and squared norms (2, P) there, and how to draw them.
 
-    A closed form is evaluated from the least to the largest of `span` and a little further, since a class depends on
-    the others only through K and N. Where there is none, as with a bias, the values are those of the classes.
+    A closed form is a curve from the least to the largest of `span` and a little further, since a class depends on the
+    others only through K and N. Where there is none, as with a bias, the values are those of the classes: points.
     """
     geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
     sizes = np.geomspace(max(1, 0.9 * min(span)), min(1.05 * max(span), counts.sum()), 100)
     formula = "released" if run.theory == "released" else "exact"
     curve = class_curve(run.problem, sizes, formula) if run.problem else None
     if curve is not None:
-        return sizes, curve
-    order = np.argsort(counts, kind="stable")
-    return counts[order], [geometry[f"{name}_theory"][order] for name in CLASS_VALUES]
+        return sizes, curve, {}
+    points = {"linestyle": "none", "marker": "_", "markersize": 10, "zorder": 1}
+    return counts, [geometry[f"{name}_theory"] for name in CLASS_VALUES], points
 
 
 def class_accuracy(settings):

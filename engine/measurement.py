@@ -1,8 +1,10 @@
 """A model at an epoch -> a row of metrics, its geometry, and its accuracy class by class."""
 
 import contextlib
+import math
 
 import torch
+from torch.nn import functional as F
 
 from datasets import load_data
 from engine.batch_norm import training_set_statistics
@@ -12,6 +14,8 @@ from engine.run import Run
 from models import build_model
 from models.classifier import head_weight
 from nc_metrics import ClassStatistics, geometry, nc_metrics
+from nc_theory import GAP_COLUMNS, optimality_gap
+from nc_theory.losses import losses_and_gradients
 from utils import FAILED_WORK, UserError, from_flags
 
 BATCH = 512  # images of a forward pass
@@ -57,7 +61,8 @@ class Measurement:
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
-        weight = head_weight(self.model)
+        weight, bias = head_weight(self.model).double(), self.model.fc[-1].bias
+        loss = 0.0
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
         passes = self.forward(self.data.train)
         if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
@@ -69,6 +74,9 @@ class Measurement:
             raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
         for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
             statistics.update_within(features, labels, logits.argmax(1))
+            if optimum:
+                logits = F.linear(features.double(), weight, None if bias is None else bias.double()).cpu().numpy()
+                loss += losses_and_gradients(optimum.problem, logits, labels.cpu().numpy())[0].sum()
         for logits, _, labels in self.forward(self.data.test):
             test.update(logits, labels)
         row = {
@@ -76,7 +84,11 @@ class Measurement:
             "test_acc1": test.overall(),
             **test.by_frequency(self.data.class_counts),
             **nc_metrics(statistics, weight, optimum),
+            **dict.fromkeys(GAP_COLUMNS, math.nan),
         }
+        if optimum:
+            loss, scatter = loss / len(self.data.train), statistics.within_sums.sum()
+            row |= optimality_gap(optimum, weight, statistics.means, loss, scatter, bias)
         parts = geometry(statistics.means, weight)
         if optimum:
             parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}

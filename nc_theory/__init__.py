@@ -8,7 +8,7 @@ print(optimum.margins, optimum.gap)
 """
 
 from nc_theory.by_class import solve_by_class
-from nc_theory.certificate import lower_bound, optimality_gap, polar
+from nc_theory.certificate import GAP_COLUMNS, lower_bound, optimality_gap, polar
 from nc_theory.closed_form import (
     class_curve,
     closed_form,
@@ -25,6 +25,7 @@ from nc_theory.problem import CERTIFIED, LOSSES, UFM, Optimum, class_margins, va
 
 __all__ = [
     "CERTIFIED",
+    "GAP_COLUMNS",
     "LOSSES",
     "MOST_CLASSES",
     "UFM",

@@ -16,6 +16,7 @@ from scipy.special import xlog1py, xlogy
 
 from nc_theory.losses import losses_and_gradients
 
+GAP_COLUMNS = ("optimality_gap", "gap_within", "gap_head", "gap_means")  # of `optimality_gap`
 ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
 ROUNDING = 1e-8  # an eigenvector with no entry below -ROUNDING may be non-negative
 TINY = 1e-14  # a probability that comes out as small as -TINY is zero
@@ -165,9 +166,8 @@ def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
     collapsed = counts / counts.sum() @ losses + head_penalty + mean_penalty
     within = float(data_loss) - counts / counts.sum() @ losses + 0.5 * problem.lambda_h * float(within_sum)
     best = min(collapsed, best_head(problem, weight, means, offset) + mean_penalty)
-    parts = {"gap_within": within, "gap_head": collapsed - best, "gap_means": best - bound}
-    relative = {name: float(part / bound) if bound > 0 else math.nan for name, part in parts.items()}
-    return {"optimality_gap": sum(relative.values()), **relative}
+    parts = [float(part / bound) if bound > 0 else math.nan for part in (within, collapsed - best, best - bound)]
+    return dict(zip(GAP_COLUMNS, [sum(parts), *parts], strict=True))
 
 
 def best_head(problem, weight, means, bias):

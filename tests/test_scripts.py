@@ -11,15 +11,16 @@ import torch
 from datasets import epoch_order, load_data
 from engine.measurement import features, load_run
 from models import MODELS, build_model
-from nc_theory import UFM, closed_form, solve, solve_numerically
+from nc_theory import GAP_COLUMNS, UFM, closed_form, solve, solve_numerically
+from objective import Objective
 from tests.conftest import TINY, TRAIN, config_of, log_of, rows_of, same_weights, weights
 from tests.test_datasets import write_folder
-from utils import UserError
+from utils import UserError, from_flags
 
 COLUMNS = (
     "epoch train_acc1 test_acc1 balanced_acc1 many_acc1 medium_acc1 few_acc1 NC1 NC0 NC2_H NC2_WWT NC2_W NC3_WH "
     "margin_rel_err norm_rel_err ETF_HTH ETF_WWT SELI_HTH SELI_WWT cv_mean_norms cv_classifier_norms self_duality NC4 "
-    "CDNV"
+    "CDNV optimality_gap gap_within gap_head gap_means"
 ).split()
 
 
@@ -37,7 +38,7 @@ def test_files_of_a_run(train, validate, tmp_path):
     assert config["flags"]["width"] == 24 and config["versions"]["torch"] == torch.__version__
     log = log_of(folder, drop=())
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
-    wanted = "epoch lr loss ce train_acc1 grad_norm_max loss_spike seconds images_per_second".split()
+    wanted = "epoch lr penalty_scale loss ce train_acc1 grad_norm_max loss_spike seconds images_per_second".split()
     assert list(log[0]) == wanted and log[4]["loss"] < log[0]["loss"]
     assert set(weights(folder / "epoch_001.pth")) == set(model.state_dict())
 
@@ -301,7 +302,7 @@ def test_without_sep_decay_no_theory(train, measure, tmp_path):
     assert "stay empty: without --sep_decay no optimum is known" in out
     row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
     assert {name for name, cell in row.items() if not cell} == {
-        "NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"
+        "NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err", *GAP_COLUMNS
     }  # fmt: skip
     measure(*flags, "--theory", "nominal")
     assert all(rows_of(tmp_path / "run" / "nc_metrics_nominal.csv")[-1].values())
@@ -318,6 +319,30 @@ def test_a_run_with_bias_meets_its_own_optimum(train, measure, tmp_path, loss):
     np.testing.assert_allclose(stored["margins_theory"], expected.margins, rtol=1e-5)
     without_bias = closed_form(UFM(stored["class_counts"], 1e-4, 1e-5, loss=loss))
     assert not np.allclose(stored["margins_theory"], without_bias.margins, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--bias"], ["--loss", "MSE"], ["--logit_adjustment", 1, "--class_weights", 0.5], ["--no-feature_relu"]],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, flags):
+    """The objective in float64 over all images in one batch, over the optimum, less one; and its parts in words."""
+    flags = [*TINY, "--weight_decay", 0.01, "--feature_decay_rate", 0.0005, *flags, "--save_path", "run"]
+    train(*flags)
+    out, _ = measure(*flags)
+    row = {name: float(cell) for name, cell in rows_of(tmp_path / "run" / "nc_metrics.csv")[-1].items()}
+    config, data, model = load_run(tmp_path / "run")
+    objective = from_flags(Objective, config["flags"], class_counts=data.class_counts, feature_dim=24)
+    with torch.inference_mode():
+        total = objective(*model.double()(data.train.images.double()), data.train.labels, model.fc)[0].item()
+    bound = solve(objective.problem()).lower_bound
+    assert row["optimality_gap"] == pytest.approx(total / bound - 1, rel=1e-4)
+    parts = [row[name] for name in GAP_COLUMNS[1:]]
+    assert sum(parts) == pytest.approx(row["optimality_gap"]) and min(parts) >= -1e-9
+    assert f"The objective is {row['optimality_gap']:.1e} above the least that any network can reach" in out
+    largest = f"{max(parts):9.1e}  the"
+    assert next(line for line in out.splitlines() if line.endswith("(the largest part)")).startswith(largest)
 
 
 def test_a_deep_head_has_no_theory_but_a_nominal_one(train, measure, tmp_path):
