@@ -17,7 +17,7 @@ from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, Run, by_setting, read_measu
 from utils import UserError, atomic_write, duration, run_script
 
 METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
-ACCURACIES = "balanced_acc1 many_acc1 medium_acc1 few_acc1".split()  # shown if there are any
+FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split()  # shown if there are any
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # the distances that are at most a threshold once a run has collapsed
 THRESHOLDS = (0.05, 0.01)
 UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # of the time to collapse
@@ -138,7 +138,7 @@ def summarize(groups):
     """Return a DataFrame with a row for each (label, runs) of `by_setting`, over the runs that count."""
     counted = [(number, run) for number, (_, runs) in enumerate(groups) for run in runs if not shortfall(run)]
     results = pd.DataFrame([result(run) | {"setting": number} for number, run in counted])
-    finals = [*METRICS, *results.columns.intersection(ACCURACIES), "seconds"]
+    finals = [*METRICS, *results.columns.intersection(FURTHER), "seconds"]
     times = [f"{unit}_to_{threshold}" for threshold in THRESHOLDS for unit in UNITS]
     seeds = results.reindex(columns=["setting", *finals, *times]).astype(float).groupby("setting")
     mean, std, low, high, median = (getattr(seeds, f)(skipna=False) for f in ("mean", "std", "min", "max", "median"))
@@ -169,7 +169,7 @@ def markdown(table, runs, worst=False):
         names = [str(number) for number, _ in enumerate(names, 1)]
     seeds = [f"{row['seeds']}" if row["seeds"] == row["runs"] else f"{row['seeds']} of {row['runs']}" for row in rows]
     metrics, collapse = {"setting": names, "seeds": seeds}, {"setting": names, "seeds": seeds}
-    for name in [*table.columns.intersection([*METRICS, *ACCURACIES]), "seconds"]:
+    for name in [*table.columns.intersection([*METRICS, *FURTHER]), "seconds"]:
         metrics[UNITS.get(name, name)] = [cell(row, name, "worst" if worst else "std") for row in rows]
     for threshold in THRESHOLDS:
         for unit, head in UNITS.items():

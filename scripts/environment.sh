@@ -41,14 +41,16 @@ def main():
 utils.run_script(main)'
 
 run_table() { # run_table [OPTION of sweep.sh]...: train and measure the runs, then write the table and the figures
-    local status=0 sweep run python flags measured=()
+    local status=0 sweep run python flags measured=() bn=()
     cd "$root"
     scripts/sweep.sh "$@" --count scripts/sweep.sh >/dev/null # stop here if an option is wrong
     use_python requirements.txt
     mkdir -p "${runs[@]}"
     printf -v python %q "$PYTHON"
+    [[ ${run_flags[0]} != *'--bn_statistics training_set'* ]] || bn=(--bn_statistics training_set)
     for flags in "${run_flags[@]//\\,/,}"; do # commas need no quoting
-        echo "$python train_1st_order_unbalanced.py$flags && $python validate_NC_unbalanced.py$flags"
+        echo "$python train_1st_order_unbalanced.py$flags && $python validate_NC_unbalanced.py$flags" \
+            ${bn:+"&& $python validate_NC_unbalanced.py$flags --bn_statistics running"}
     done >"$out/commands.txt"
     [[ " $* " != *" --count "* ]] || exec scripts/sweep.sh "$@" "$out/commands.txt"
     eval '"$PYTHON" -c "$read_data"' "${0##*/} ${run_flags[0]}" # download or decode the images once, not in every job
@@ -57,8 +59,9 @@ run_table() { # run_table [OPTION of sweep.sh]...: train and measure the runs, t
     trap 'kill $sweep; wait $sweep; exit 143' INT TERM HUP
     wait $sweep || status=$?
     [ $status -le 1 ] || exit $status # the sweep was stopped
-    "$PYTHON" summarize.py "${runs[@]}" --worst --out "$out"
+    [ ! "${bn-}" ] || "$PYTHON" summarize.py "${runs[@]}" --worst --out "${out}_running"
+    "$PYTHON" summarize.py "${runs[@]}" --worst --out "$out" "${bn[@]}"
     for run in "${runs[@]}"; do [ ! -e "$run/nc_metrics.csv" ] || measured+=("$run"); done
-    [ ${#measured[@]} -eq 0 ] || "$PYTHON" plot_nc.py "${measured[@]}" "${plot_flags[@]}" --out "$out/figures"
+    [ ${#measured[@]} -eq 0 ] || "$PYTHON" plot_nc.py "${measured[@]}" "${plot_flags[@]}" "${bn[@]}" --out "$out/figures"
     exit $status
 }

@@ -46,10 +46,12 @@ COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "NC2_H": ("NC2_H", number),
     "NC2_WWT": ("NC2_WWT", number),
     "NC3_WH": ("NC3_WH", number),
+    "optimality gap": ("optimality_gap", number),
     "margins": ("margin_rel_err", percent),
     "norms": ("norm_rel_err", percent),
     "train": ("train_acc1", "{:.4g} %".format),
     "test": ("test_acc1", "{:.1f} %".format),
+    "test, few": ("few_acc1", "{:.1f} %".format),
     "steps to 0.01": ("step_to_0.01", "{:,.0f}".format),
     "minutes": ("seconds", minutes),
     "minutes to 0.05": ("seconds_to_0.05", minutes),
@@ -69,6 +71,7 @@ class Table:
     figures: dict = None  # file name in docs/figures: figure of plot_nc.py
     runs: str = "*"  # of which runs the figures are
     x: str = "epoch"  # the x axis of the figures
+    bn_statistics: str = "running"
 
 
 TABLES = {
@@ -146,7 +149,8 @@ def take_over(folder, root):
     if table is None or not (folder / "summary.csv").exists():
         raise UserError(f"{folder}: not a folder that scripts/table.sh has written for {', '.join(TABLES)}")
     shutil.copyfile(folder / "summary.csv", root / "results" / f"{folder.resolve().name}.csv")
-    runs = [Run(path.parent) for path in sorted(folder.glob(f"{table.runs}/nc_metrics.csv"))]
+    folders = [path.parent for path in sorted(folder.glob(f"{table.runs}/nc_metrics.csv"))]
+    runs = [Run(path, bn_statistics=table.bn_statistics) for path in folders]
     names = list(table.rows)
     runs.sort(key=lambda run: names.index(run_name(run.folder)))
     for run in runs:
@@ -154,7 +158,7 @@ def take_over(folder, root):
     with tempfile.TemporaryDirectory() as drawn:
         for name, figure in (table.figures or {}).items():
             draw_runs(runs, Path(drawn), x=table.x)
-            shutil.copyfile(Path(drawn) / f"{figure}.png", root / "docs" / "figures" / f"{name}.png")
+            shutil.copyfile(Path(drawn) / f"{figure}{runs[0].suffix}.png", root / "docs" / "figures" / f"{name}.png")
 
 
 def redraw(text, results):
