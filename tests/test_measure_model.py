@@ -1,5 +1,7 @@
 """measure_model.py as it is called, its values against features collected by hand and SciPy."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 from tests.conftest import TINY, rows_of
 from tests.test_nc_metrics import full_nc1
+from tests.test_readme import python_examples
 
 SCRIPT = "measure_model.py"
 OWN = """
@@ -162,3 +165,25 @@ def test_a_damaged_image_is_named(run_script, images, tmp_path):
     _, error = run_script(SCRIPT, *flags, status=2)
     damaged.unlink()
     assert "data/test/class1/9.png: not a readable image" in error and len(error.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# docs/measuring.md
+# ---------------------------------------------------------------------------------------------------------
+
+DATA, *EXAMPLES = python_examples("docs/measuring.md")
+TITLES = "torchvision optimum test timm transformers lightning torchmetrics".split()
+
+
+@pytest.mark.parametrize("title, code", zip(TITLES, EXAMPLES, strict=True), ids=TITLES)
+def test_the_examples_of_the_docs_run(title, code, capsys, monkeypatch, tmp_path):
+    if title not in ("optimum", "test"):
+        pytest.importorskip(title, reason=f"{title} is not installed")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for part in [DATA, *(EXAMPLES[: EXAMPLES.index(code)] if title in ("optimum", "test") else [])]:
+        exec(part, namespace)
+    capsys.readouterr()
+    exec(code, namespace)
+    out = capsys.readouterr().out
+    assert re.search(r"\d\.\d", out) and ("nan" in out) == (title == "torchvision"), out  # there, no optimum is given
