@@ -168,9 +168,8 @@ class Images(Dataset):
 
 def measure(model, loaders, layers, num_classes):
     """Return a row of metrics for each layer and split, as a DataFrame; ValueError as `layer_statistics`."""
-    device = next(model.parameters()).device
     if "head" in layers:
-        head = head_input(model, next(iter(loaders["train"]))[0].to(device))
+        head = head_input(model, next(iter(loaders["train"]))[0])
         print(f"head: the input of {head}")
         layers = list(dict.fromkeys(head if name == "head" else name for name in layers))
     train = layer_statistics(model, loaders["train"], layers, num_classes)

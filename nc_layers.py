@@ -56,22 +56,19 @@ def layer_statistics(
     if reference is None and isinstance(loader, Iterator):
         raise ValueError("the loader can be read once only, and two passes are needed: give a DataLoader or a list")
     modules = find_layers(model, layers)
-    if device is None:
-        device = next((parameter.device for parameter in model.parameters()), "cpu")
-    if reference is None:
-        statistics = {name: ClassStatistics(num_classes, between) for name in modules}
-    else:
-        statistics = {name: reference[name].for_other_samples() for name in modules}
-    with undisturbed(model), torch.no_grad(), Recorder(model, modules, features) as recorder:
+    with undisturbed(model), torch.no_grad(), Recorder(model, modules, features, device) as recorder:
         if reference is None:
-            for name, h, labels, _ in recorder.batches(loader, device):
+            statistics = {name: ClassStatistics(num_classes, between) for name in modules}
+            for name, h, labels, _ in recorder.batches(loader):
                 statistics[name].update(h, labels)
-        for name, h, labels, logits in recorder.batches(loader, device):
+        else:
+            statistics = {name: reference[name].for_other_samples() for name in modules}
+        for name, h, labels, logits in recorder.batches(loader):
             comparable = logits.shape == (len(labels), num_classes)
             statistics[name].update_within(h, labels, logits.argmax(1) if comparable else None)
-    for name, found in statistics.items():
+    for found in statistics.values():
         if reference is None and not torch.equal(found.counts, found.within_counts):
-            raise ValueError(f"layer {name!r}: the second pass over the loader has other samples than the first")
+            raise ValueError("the second pass over the loader has other samples than the first")
     return statistics
 
 
@@ -88,8 +85,9 @@ def find_layers(model, layers):
 class Recorder:
     """Reads, inside its `with` block, the features of modules {name: module} whenever the model is called."""
 
-    def __init__(self, model, modules, features=average):
+    def __init__(self, model, modules, features=average, device=None):
         self.model, self.modules, self.features = model, modules, features
+        self.device = device or next((parameter.device for parameter in model.parameters()), "cpu")
         self.inputs, self.outputs, self.last = {}, {}, None  # last: the Linear layer that was called last
 
     def __enter__(self):
@@ -116,13 +114,13 @@ class Recorder:
         output = first(output)
         return (output if output.ndim == 2 else self.features(output)).clone()
 
-    def call(self, inputs, device):
+    def call(self, inputs):
         """Return the model's output for inputs, a tensor or a dict of keyword arguments."""
         if isinstance(inputs, Mapping):
-            return self.model(**{name: value.to(device) for name, value in inputs.items()})
-        return self.model(inputs.to(device))
+            return self.model(**{name: value.to(self.device) for name, value in inputs.items()})
+        return self.model(inputs.to(self.device))
 
-    def batches(self, loader, device):
+    def batches(self, loader):
         """Yield (layer, features (B, d), labels (B,), logits) for each layer of each batch; ValueError as above."""
         number = None
         for number, batch in enumerate(loader):
@@ -130,7 +128,7 @@ class Recorder:
                 keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
                 raise ValueError(f"the loader yields a {type(batch).__name__}{keys}, wanted pairs (inputs, labels)")
             self.outputs.clear()
-            output = self.call(batch[0], device)
+            output = self.call(batch[0])
             for name, module in self.modules.items():
                 if name not in self.outputs:
                     raise ValueError(f"layer {name!r} is not called when the model runs")
@@ -139,7 +137,7 @@ class Recorder:
                 if not h.isfinite().all():
                     raise ValueError(f"layer {name!r}: the features of batch {number} are not finite")
                 labels, logits = torch.as_tensor(batch[1]), first(getattr(output, "logits", output))
-                yield name, h, labels.to(device), logits
+                yield name, h, labels.to(h.device), logits
         if number is None:
             raise ValueError("the loader yields no batch")
 
@@ -159,18 +157,18 @@ def head_input(model, inputs=None):
 
     This is what timm's `get_classifier` or Hugging Face's `get_output_embeddings` returns, or the attribute fc,
     classifier, head, heads or score: all of it if it is linear, else the last Linear layer in it. Of other models it is
-    the Linear layer that is called last on `inputs`, a batch on the model's device. Raises ValueError without such a
+    the Linear layer that is called last on `inputs`, a batch of a loader. Raises ValueError without such a
     layer.
     """
     names = {module: name for name, module in model.named_modules()}
     getters = [getattr(model, name, lambda: None) for name in ("get_classifier", "get_output_embeddings")]
     for head in [getter() for getter in getters] + [getattr(model, name, None) for name in HEADS]:
-        linear = [module for module in head.modules() if isinstance(module, nn.Linear)] if head in names else []
-        if linear:
+        inside = head.modules() if isinstance(head, nn.Module) else ()
+        if linear := [module for module in inside if isinstance(module, nn.Linear)]:
             return names[head if linear_layers(head) else linear[-1]]
     if inputs is not None:
         with undisturbed(model), torch.no_grad(), Recorder(model, {}) as recorder:
-            recorder.call(inputs, inputs.device)
+            recorder.call(inputs)
         if recorder.last is not None:
             return names[recorder.last]
     raise ValueError(
