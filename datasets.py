@@ -88,16 +88,26 @@ def read_imagefolder(name, data_dir, download):
 def read_folder(root):
     """Images of <root>/{train,test}/<class>/*, classes and files in sorted order."""
     try:
-        train_classes, train_files, train_labels = list_split(root / "train")
-        test_classes, test_files, test_labels = list_split(root / "test")
-        if train_classes != test_classes:
-            odd = sorted(set(train_classes) ^ set(test_classes))[0]
-            raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
-        if len(train_classes) < 2:
-            raise UserError(f"{root}/train: one class only; a classifier needs two or more")
+        _, splits = list_folder(root)
+        (train_files, train_labels), (test_files, test_labels) = splits["train"], splits["test"]
         return decode(root, "train", train_files), train_labels, decode(root, "test", test_files), test_labels
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def list_folder(root):
+    """Return (classes, {split: (files (N,), labels (N,))}) of <root>/{train,test}/<class>/*.
+
+    Raises UserError for classes that differ between the splits, or fewer than two.
+    """
+    train_classes, *train = list_split(root / "train")
+    test_classes, *test = list_split(root / "test")
+    if train_classes != test_classes:
+        odd = sorted(set(train_classes) ^ set(test_classes))[0]
+        raise UserError(f"{root}: train and test have different classes; {odd!r} is in only one of them")
+    if len(train_classes) < 2:
+        raise UserError(f"{root}/train: one class only; a classifier needs two or more")
+    return train_classes, {"train": train, "test": test}
 
 
 def list_split(folder):

@@ -1,16 +1,16 @@
 """Neural-collapse metrics of last-layer features and a linear head, as pure functions of tensors.
 
 Class statistics are gathered from batches of features (B, d) and labels (B,). The measures then need only the K class
-means and the head's matrix W (K, d). No d x d matrix is formed anywhere. All results are float64.
+means and the head's matrix W (K, d), if there is one. No d x d matrix is formed anywhere. All results are float64.
 
     statistics = ClassStatistics(num_classes)
     for features, labels in batches: statistics.update(features, labels)            # first pass: class means
-    for features, labels in batches: statistics.update_within(features, labels)     # second pass: NC1, CDNV, NC4
+    for features, labels in batches: statistics.update_within(features, labels)     # second pass: NC1 and others
     row = nc_metrics(statistics, weight, optimum)
 
-One pass is enough for all columns but NC1, CDNV and NC4, which are NaN without the second. Throughout, mu_k is the mean
-of class k, mu_G the mean of all samples, H = [mu_1 ... mu_K] (d, K), and the distance of two matrices is
-dist(A, B) = |A/|A| - B/|B|| in Frobenius norms.
+One pass is enough for all columns but NC1, CDNV, NC4 and NCM_acc1, which are NaN without the second. Throughout, mu_k
+is the mean of class k, mu_G the mean of all samples, H = [mu_1 ... mu_K] (d, K), and the distance of two matrices is
+dist(A, B) = |A/|A| - B/|B|| in Frobenius norms. `nc_layers` gathers the statistics of the layers of a model.
 """
 
 import math
@@ -21,21 +21,30 @@ import torch
 from nc_theory import class_margins, self_duality, seli
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
+BETWEEN = ("classes", "means", "samples")
+TILE = 2**24  # entries of a K x K matrix that are worked on at a time
 
 
 class ClassStatistics:
     """Counts, means and within-class scatter of features, class by class, on the device of the features.
 
     Features may be tensors of any float type, on any device, or NumPy arrays. No autograd graph is kept.
+
+    between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. Raises ValueError for
+    a name that is not in BETWEEN.
     """
 
-    def __init__(self, num_classes):
-        self.num_classes = num_classes
+    def __init__(self, num_classes, between="classes"):
+        if between not in BETWEEN:
+            raise ValueError(f"between is {between!r}, wanted one of {', '.join(BETWEEN)}")
+        self.num_classes, self.between = num_classes, between
         self.counts = None  # (K,) samples of each class
         self.sums = None  # (K, d) sums of their features
         self.negatives = None  # () entries of the features that are below zero
+        self.within_counts = None  # (K,) samples of each class in the second pass
         self.within_sums = None  # (K,) sums of |h_i - mu_k|^2
         self.projected_sum = 0.0  # sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
+        self.hits = 0.0  # samples whose nearest class mean is that of their own class
         self.disagreements = 0.0  # samples whose nearest class mean is not the predicted class
         self.basis = None  # (d, r) B with pinv(Sigma_B) = B B^T
 
@@ -54,7 +63,7 @@ class ClassStatistics:
         self.negatives += (features < 0).sum()
 
     def update_within(self, features, labels, predictions=None):
-        """Add a batch to the second pass, over the same samples as the first.
+        """Add a batch to the second pass, over the same samples as the first (or see `for_other_samples`).
 
         predictions: the classes (B,) that the head predicts, needed for NC4. Raises ValueError as `update`, and for
         a class without samples in the first pass.
@@ -62,21 +71,29 @@ class ClassStatistics:
         features, labels = self.validate_batch(features, labels)
         if self.basis is None:
             self.centres = self.means  # those of the whole first pass, divided once
-            self.basis = between_class_basis(self.centres, self.counts)
-            self.within_sums = torch.zeros_like(self.counts)
+            self.basis = between_class_basis(self.centres, self.counts, self.between)
+            self.within_counts, self.within_sums = torch.zeros_like(self.counts), torch.zeros_like(self.counts)
             self.half_norms_sq = 0.5 * self.centres.square().sum(1)
         features = features.double()
         centred = features - self.centres[labels]
+        self.within_counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         self.within_sums.index_add_(0, labels, centred.square().sum(1))
         self.projected_sum += (centred @ self.basis).square().sum()
+        nearest = (features @ self.centres.T - self.half_norms_sq).argmax(1)
+        self.hits += (nearest == labels).sum()
         if predictions is not None:
             predictions = torch.as_tensor(predictions, device=features.device)
             if predictions.shape != labels.shape:
                 raise ValueError(f"predictions have shape {tuple(predictions.shape)}, wanted {tuple(labels.shape)}")
-            nearest = (features @ self.centres.T - self.half_norms_sq).argmax(1)
             self.disagreements += (nearest != predictions).sum()
         else:
             self.disagreements = math.nan
+
+    def for_other_samples(self):
+        """Return statistics with these class means, for a second pass over other samples, such as a test set."""
+        other = ClassStatistics(self.num_classes, self.between)
+        other.counts, other.sums, other.negatives = self.counts, self.sums, self.negatives
+        return other
 
     def validate_batch(self, features, labels):
         """Return a batch as detached tensors on the features' device; ValueError if it does not fit."""
@@ -119,14 +136,21 @@ class ClassStatistics:
         return math.nan if self.sums is None else float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
 
 
-def between_class_basis(means, counts):
-    """Return B (d, r) with pinv(Sigma_B) = B B^T, Sigma_B = (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T of rank r < K.
+def between_class_basis(means, counts, between="classes"):
+    """Return B (d, r) with pinv(Sigma_B) = B B^T, Sigma_B the covariance of class means (K, d), of rank r < K.
+
+    between: how the classes are weighted, and what they are centred at; all three agree for balanced classes.
+        classes  (1/K) sum_k (mu_k - mu_G)(mu_k - mu_G)^T, as in tding1/Neural-Collapse and Dang et al. (2024)
+        means    the same with the mean of the class means for mu_G, as in rhubarbwu/neural-collapse
+        samples  sum_k (n_k/N) (mu_k - mu_G)(mu_k - mu_G)^T, the part of the total covariance between classes
 
     B is made from the singular vectors of the centred means (K, d). Eigenvalues of Sigma_B below d eps times the
     largest are taken as zero, as by SciPy's pinv of the d x d matrix.
     """
-    centred = means - counts @ means / counts.sum()
-    _, singular, vectors = torch.linalg.svd(centred / math.sqrt(len(means)), full_matrices=False)
+    shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
+    centred = means - (uniform if between == "means" else shares) @ means
+    weights = shares if between == "samples" else uniform
+    _, singular, vectors = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False)
     eigenvalues = singular.square()
     kept = eigenvalues > eigenvalues[0] * means.shape[1] * torch.finfo(torch.float64).eps
     return (vectors[kept] / singular[kept, None]).T
@@ -139,7 +163,9 @@ def between_class_basis(means, counts):
 
 def distance(a, b):
     """Return dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN if one of them is zero."""
-    return (a / a.norm() - b / b.norm()).norm().item()
+    norms, rows = (a.norm(), b.norm()), max(1, TILE // a.shape[1])
+    tiles = zip(a.split(rows), b.split(rows), strict=True)
+    return torch.stack([(x / norms[0] - y / norms[1]).norm() for x, y in tiles]).norm().item()
 
 
 def geometry(means, weight):
@@ -174,12 +200,13 @@ def largest_relative_error(measured, expected):
     return (measured[nonzero] / expected[nonzero] - 1).abs().max().item() if nonzero.any() else math.nan
 
 
-def nc_metrics(statistics, weight, optimum=None):
-    """Return a row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d).
+def nc_metrics(statistics, weight=None, optimum=None):
+    """Return a row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d), if any.
 
-    optimum: a `nc_theory.Optimum` to compare with; without one, the columns that need it are NaN. The paper is Dang,
-    Tran, Nguyen, Ho (ICML 2024, arXiv 2401.02058). The columns below are zero in perfect collapse to the optimum of the
-    cross entropy. Margins and norms are compared for the classes that the optimum does not collapse.
+    weight: W; without one, the columns that need it are absent. optimum: a `nc_theory.Optimum` to compare with; without
+    one, the columns that need it are NaN. The paper is Dang, Tran, Nguyen, Ho (ICML 2024, arXiv 2401.02058). The
+    columns below are zero in perfect collapse to the optimum of the cross entropy. Margins and norms are compared for
+    the classes that the optimum does not collapse.
 
     NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
     NC0             |sum_k w_k| / |W|, w_k the rows of W: zero at a stationary point of the cross entropy with weight
@@ -194,27 +221,40 @@ def nc_metrics(statistics, weight, optimum=None):
 
     Further columns are those of `other_geometries` and `classical_metrics`.
 
+    In Sigma_B of NC1 every class counts the same, 1/K, and is centred at mu_G, the mean of all samples, in which a
+    class counts n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
+    well, and between="means" centres them at the mean of the class means. No other column depends on this.
+
     Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
     class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
     """
-    means = statistics.means
-    weight = validate_weight(weight, means)
-    parts = geometry(means, weight)
-    if optimum is None:
-        duality = self_duality(statistics.counts.cpu())
-    else:
+    means, counts = statistics.means, statistics.counts
+    if optimum is not None:
         validate_optimum(optimum, statistics)
-        duality = optimum.duality
-    row = {"NC1": nc1(statistics), "NC0": (weight.sum(0).norm() / weight.norm()).item()}
-    row |= dict.fromkeys(("NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "margin_rel_err", "norm_rel_err"), math.nan)
+    row = {"NC1": nc1(statistics)}
+    if weight is not None:
+        weight = validate_weight(weight, means)
+        row["NC0"] = (weight.sum(0).norm() / weight.norm()).item()
+    row |= distances_to_optimum(means, weight, counts, optimum)
+    return row | other_geometries(means, weight, counts) | classical_metrics(statistics, weight)
+
+
+def distances_to_optimum(means, weight, counts, optimum):
+    """Return the columns NC2_H to norm_rel_err of `nc_metrics`, {column: float}, without those that need a head."""
+    row = dict.fromkeys(("NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "margin_rel_err", "norm_rel_err"), math.nan)
+    if optimum is not None:
+        row["NC2_H"] = distance((means @ means.T).cpu(), optimum.HTH)
+        row["norm_rel_err"] = largest_relative_error(means.square().sum(1).cpu(), optimum.mean_norms_sq)
+    if weight is None:
+        return {name: row[name] for name in ("NC2_H", "norm_rel_err")}
+    duality = self_duality(counts.cpu()) if optimum is None else optimum.duality
     row["NC2_W"] = distance(weight, duality.to(means.device) @ means)
     if optimum is not None:
-        row["NC2_H"] = distance(parts["HTH"], optimum.HTH)
-        row["NC2_WWT"] = distance(parts["WWT"], optimum.WWT)
-        row["NC3_WH"] = distance(parts["WH"], optimum.WH)
-        row["margin_rel_err"] = largest_relative_error(parts["margins"], optimum.margins)
-        row["norm_rel_err"] = largest_relative_error(parts["mean_norms_sq"], optimum.mean_norms_sq)
-    return row | other_geometries(means, weight, statistics.counts) | classical_metrics(statistics, weight)
+        logits = (weight @ means.T).cpu()
+        row["NC2_WWT"] = distance((weight @ weight.T).cpu(), optimum.WWT)
+        row["NC3_WH"] = distance(logits, optimum.WH)
+        row["margin_rel_err"] = largest_relative_error(class_margins(logits), optimum.margins)
+    return row
 
 
 def validate_optimum(optimum, statistics):
@@ -236,12 +276,12 @@ def validate_optimum(optimum, statistics):
 def nc1(statistics):
     """Return trace(Sigma_W pinv(Sigma_B)) / K, with Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
 
-    Papyan, Han and Donoho (2020), section 2. It is computed in the span of the centred class means from centred
-    features, and so exact and never negative. NaN without the second pass.
+    Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed in the span of the
+    centred class means from centred features, and so exact and never negative. NaN without the second pass.
     """
     if statistics.basis is None:
         return math.nan
-    return float(statistics.projected_sum / statistics.counts.sum() / statistics.num_classes)
+    return float(statistics.projected_sum / statistics.within_counts.sum() / statistics.num_classes)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -250,7 +290,7 @@ def nc1(statistics):
 
 
 def other_geometries(means, weight, counts):
-    """Return how far H^T H and W W^T are from the simplex ETF and from SELI, {column: float}.
+    """Return how far H^T H and, with a head, W W^T are from the simplex ETF and from SELI, {column: float}.
 
     ETF_HTH, ETF_WWT    dist to I - 11^T/K, the geometry of balanced classes (Papyan, Han, Donoho, 2020)
     SELI_HTH, SELI_WWT  dist to `nc_theory.seli`, that of imbalanced classes without ReLU (Thrampoulidis et al., 2022)
@@ -258,16 +298,12 @@ def other_geometries(means, weight, counts):
     The class means of both geometries sum to zero, which those of non-negative features cannot. H is therefore
     centred at the mean of the class means first.
     """
-    centred = means - means.mean(0)
-    gram, weights = (centred @ centred.T).cpu(), (weight @ weight.T).cpu()
-    etf = torch.eye(len(means), dtype=torch.float64) - 1 / len(means)
-    seli_gram, seli_weights = seli(counts)
-    return {
-        "ETF_HTH": distance(gram, etf),
-        "ETF_WWT": distance(weights, etf),
-        "SELI_HTH": distance(gram, seli_gram),
-        "SELI_WWT": distance(weights, seli_weights),
-    }
+    etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
+    rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
+    row = {f"ETF_{name}": distance((a @ a.T).cpu(), etf) for name, a in rows.items()}
+    del etf  # K x K, as are the two matrices of SELI
+    seli_of = dict(zip(("HTH", "WWT"), seli(counts), strict=True))
+    return row | {f"SELI_{name}": distance((a @ a.T).cpu(), seli_of[name]) for name, a in rows.items()}
 
 
 def classical_metrics(statistics, weight):
@@ -276,31 +312,51 @@ def classical_metrics(statistics, weight):
     cv_mean_norms        std / mean over classes of |mu_k - mu_G| (Papyan, Han, Donoho, 2020, figure 2)
     cv_classifier_norms  std / mean over classes of |w_k| (ibid.)
     self_duality         |W/|W| - M/|M||, rows of M: mu_k - mu_G (ibid., NC3)
-    NC4                  share of samples whose nearest class mean is not the predicted class (ibid., NC4)
+    NC4                  share of samples whose nearest class mean is not the predicted class (ibid., NC4); NaN if no
+                         predictions were given
     CDNV                 mean over pairs k != l of (v_k + v_l) / (2 |mu_k - mu_l|^2), v_k the mean of |h - mu_k|^2
                          (Galanti, Gyoergy, Hutter, 2022, definition 1)
+    GNC2                 mean over pairs k != l of log(1 / |u_k - u_l|^2), u_k the direction of mu_k from the mean of
+                         the class means: the smaller, the more evenly the directions are spread over the sphere, also
+                         of K > d + 1 classes, for which there is no simplex ETF. For K <= d + 1 the ETF has the least
+                         value, -log(2K / (K - 1)) (Liu, Yu, Weller, Schoelkopf, 2023, arXiv 2303.06484; twice the
+                         number of Wu and Papyan, 2024, arXiv 2405.17767, who do not square the distance)
+    NCM_acc1             accuracy in percent of the classifier that takes the nearest class mean (Mensink et al., 2013;
+                         of a hidden layer: Galanti, Gyoergy, Hutter, 2022)
     """
     means, counts = statistics.means, statistics.counts
     centred = means - counts @ means / counts.sum()
-    second_pass = statistics.basis is not None
-    variances = statistics.within_sums / counts if second_pass else torch.full_like(counts, math.nan)
-    pairs = torch.triu_indices(len(means), len(means), offset=1, device=means.device)
-    separations = squared_distances(means)[pairs[0], pairs[1]]
-    return {
-        "cv_mean_norms": coefficient_of_variation(centred.norm(dim=1)),
-        "cv_classifier_norms": coefficient_of_variation(weight.norm(dim=1)),
-        "self_duality": distance(weight, centred),
-        "NC4": float(statistics.disagreements / counts.sum()) if second_pass else math.nan,
-        "CDNV": ((variances[pairs[0]] + variances[pairs[1]]) / (2 * separations)).mean().item(),
-    }
+    from_centre = means - means.mean(0)
+    row = {"cv_mean_norms": coefficient_of_variation(centred.norm(dim=1))}
+    if weight is not None:
+        row["cv_classifier_norms"] = coefficient_of_variation(weight.norm(dim=1))
+        row["self_duality"] = distance(weight, centred)
+    row |= dict.fromkeys(("NC4", "CDNV", "GNC2", "NCM_acc1"), math.nan)
+    directions = from_centre / from_centre.norm(dim=1, keepdim=True)
+    row["GNC2"] = mean_over_pairs(directions, lambda distances_sq, rows: -distances_sq.log())
+    if statistics.basis is not None:
+        total, variances = statistics.within_counts.sum(), statistics.within_sums / statistics.within_counts
+        row["NC4"] = float(statistics.disagreements / total)
+        row["NCM_acc1"] = float(100 * statistics.hits / total)
+        row["CDNV"] = mean_over_pairs(
+            from_centre, lambda distances_sq, rows: (variances[rows, None] + variances) / (2 * distances_sq)
+        )
+    return row
 
 
-def squared_distances(means):
-    """Return |mu_k - mu_l|^2 (K, K), from the Gram matrix of the centred means."""
-    centred = means - means.mean(0)
-    gram = centred @ centred.T
-    norms_sq = gram.diag()
-    return (norms_sq[:, None] + norms_sq - 2 * gram).clamp(min=0)
+def mean_over_pairs(points, measure):
+    """Return the mean over pairs k != l of measure(|p_k - p_l|^2, rows), of points (K, d) around the origin.
+
+    measure: a function of the squared distances (T, K) of a tile, and of the slice of the K classes that are its rows.
+    """
+    norms_sq, total, step = points.square().sum(1), 0.0, max(1, TILE // len(points))
+    for start in range(0, len(points), step):
+        rows = slice(start, start + step)
+        distances_sq = (norms_sq[rows, None] + norms_sq - 2 * (points[rows] @ points.T)).clamp(min=0)
+        values = measure(distances_sq, rows)
+        values[:, rows].fill_diagonal_(0)  # k = l
+        total += values.sum()
+    return float(total / (len(points) * (len(points) - 1)))
 
 
 def coefficient_of_variation(values):

@@ -16,11 +16,29 @@ def seli(class_counts):
     Z = (I - 11^T/K) Y (K, N), Y one-hot, and its SVD Z = V S U^T, the features have the Gram matrix U S U^T, and
     W W^T = V S V^T. Eigenvectors of K x K matrices give the same: with D = diag(n), the class means have
     H^T H = D^(-1/2) (D^(1/2) (I - 11^T/K) D^(1/2))^(1/2) D^(-1/2), and W W^T = ((I - 11^T/K) D (I - 11^T/K))^(1/2).
+
+    Both matrices are unchanged if classes of equal counts trade places. The eigenvectors that tell such classes apart
+    are known, so that the eigenvalue problem is as large as the number of distinct counts, at most sqrt(2 N).
     """
-    roots = torch.as_tensor(class_counts, dtype=torch.float64).cpu().sqrt()
-    centring = torch.eye(len(roots), dtype=torch.float64) - 1 / len(roots)
-    gram = square_root(roots[:, None] * centring * roots) / roots[:, None] / roots
-    return gram, square_root(centring * roots.square() @ centring)
+    counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
+    distinct, groups, sizes = counts.unique(return_inverse=True, return_counts=True)
+    sizes, roots = sizes.double(), counts.sqrt()
+    centring = torch.eye(len(sizes), dtype=torch.float64) - sizes.outer(sizes).sqrt() / len(counts)
+    gram = distinct.sqrt()[:, None] * centring * distinct.sqrt()
+    gram = root_of_all_classes(gram, distinct, groups, sizes).div_(roots[:, None]).div_(roots)
+    return gram, root_of_all_classes(centring * distinct @ centring, distinct, groups, sizes)
+
+
+def root_of_all_classes(matrix, distinct, groups, sizes):
+    """Return the square root (K, K) of a matrix that is known on groups of classes of equal counts.
+
+    matrix: (G, G), its restriction to the span of the normalised indicators of the groups. Across that span it
+    multiplies by the count. distinct: (G,) counts. groups: (K,) group of each class. sizes: (G,) classes of each group.
+    """
+    block = (square_root(matrix) - distinct.sqrt().diag()) / sizes.outer(sizes).sqrt()
+    root = block[groups][:, groups]
+    root.diagonal().add_(distinct.sqrt()[groups])
+    return root
 
 
 def square_root(matrix):

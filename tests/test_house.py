@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-ENTRIES = {"train_1st_order_unbalanced", "validate_NC_unbalanced", "solve_ufm", "plot_nc", "summarize"}
-LIBRARY = {"nc_theory", "nc_metrics"}
+ENTRIES = set("train_1st_order_unbalanced validate_NC_unbalanced measure_model solve_ufm plot_nc summarize".split())
+LIBRARY = {"nc_theory", "nc_metrics", "nc_layers", "nc_torchmetrics"}
 SCIENCE = LIBRARY | {"datasets", "models", "objective"}
 OURS = ENTRIES | SCIENCE | {"args", "engine", "utils"}
 
@@ -36,12 +36,13 @@ def room(name):
         ({"utils"}, set()),
         ({"nc_theory"}, {"nc_theory"}),
         ({"nc_metrics"}, {"nc_theory"}),
+        ({"nc_layers", "nc_torchmetrics"}, {"nc_theory", "nc_metrics"}),
         ({"datasets", "models", "objective"}, SCIENCE | {"utils"}),
         ({"engine"}, SCIENCE | {"engine", "utils"}),
         ({"args"}, SCIENCE | {"engine", "utils"}),
         (ENTRIES, SCIENCE | {"args", "engine", "utils"}),
     ],
-    ids=["utils", "nc_theory", "nc_metrics", "science", "engine", "args", "entries"],
+    ids=["utils", "nc_theory", "nc_metrics", "nc_layers", "science", "engine", "args", "entries"],
 )
 def test_imports_go_down_only(names, allowed):
     for path in (path for name in names for path in room(name)):
@@ -62,7 +63,8 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     """Installed into an empty folder, it imports from outside the checkout and solves a problem."""
     source, wheels, target = (tmp_path / name for name in ("source", "wheels", "target"))
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "nc_metrics.py"):
+    modules = {f"{name}.py" for name in LIBRARY - {"nc_theory"}}
+    for name in ("pyproject.toml", "README.md", "LICENSE", *modules):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "nc_theory", source / "nc_theory", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -72,11 +74,11 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     install = [*pip, "install", "--quiet", "--no-deps", "--target", target, wheel]
     subprocess.run(install, check=True, capture_output=True)
     assert {path.name for path in target.iterdir() if "dist-info" not in path.name} - {"__pycache__"} == {
-        "nc_metrics.py",
         "nc_theory",
+        *modules,
     }
     code = (
-        "import nc_metrics, nc_theory\n"
+        "import nc_layers, nc_metrics, nc_theory\n"
         "print(nc_metrics.__file__, nc_theory.solve(nc_theory.UFM([20, 50, 80], 5e-3, 5e-5)).method)"
     )
     done = subprocess.run(

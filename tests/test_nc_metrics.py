@@ -29,11 +29,11 @@ def samples(counts, dim, noise=0.3, seed=0, rank=None):
     return features, labels, random.standard_normal((len(counts), dim))
 
 
-def statistics_of(features, labels, num_classes, predictions=None, batch=7, dtype=torch.float64):
+def statistics_of(features, labels, num_classes, predictions=None, batch=7, dtype=torch.float64, **options):
     """ClassStatistics of arrays, in two passes over batches."""
     features, labels = torch.from_numpy(features).to(dtype), torch.from_numpy(labels)
     predictions = labels if predictions is None else torch.from_numpy(predictions)
-    statistics = ClassStatistics(num_classes)
+    statistics = ClassStatistics(num_classes, **options)
     for h, y in zip(features.split(batch), labels.split(batch), strict=True):
         statistics.update(h, y)
     for h, y, p in zip(features.split(batch), labels.split(batch), predictions.split(batch), strict=True):
@@ -211,6 +211,13 @@ def test_classical_columns(case):
     assert row["NC4"] == pytest.approx(np.mean(np.array(nearest) != predictions), rel=1e-12)
     assert 0 < row["NC4"] < 1
     assert row["CDNV"] == pytest.approx(cdnv, rel=1e-10)
+    assert row["NCM_acc1"] == pytest.approx(100 * np.mean(np.array(nearest) == labels), rel=1e-12)
+
+    average = [sum(m[j] for m in means) / 4 for j in range(7)]
+    directions = [[x - y for x, y in zip(m, average, strict=True)] for m in means]
+    directions = [[x / math.sqrt(dot(u, u)) for x in u] for u in directions]
+    gnc2 = sum(math.log(1 / distance_sq(directions[k], directions[m])) for k, m in pairs) / len(pairs)
+    assert row["GNC2"] == pytest.approx(gnc2, rel=1e-10)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -273,15 +280,86 @@ def test_batches_do_not_matter():
         assert row == pytest.approx(rows[0], rel=1e-9, nan_ok=True)
 
 
-def test_one_pass_gives_all_but_three_columns():
+def test_one_pass_gives_all_but_four_columns():
     features, labels, weight = samples([5, 16, 27], 8)
     optimum = solve(UFM([5, 16, 27], 1e-3, 1e-3, loss="MSE"))
     both = nc_metrics(statistics_of(features, labels, 3), torch.from_numpy(weight), optimum)
     statistics = ClassStatistics(3)
     statistics.update(torch.from_numpy(features), torch.from_numpy(labels))
     one = nc_metrics(statistics, torch.from_numpy(weight), optimum)
-    assert {name for name, value in one.items() if math.isnan(value)} == {"NC1", "NC4", "CDNV"}
+    assert {name for name, value in one.items() if math.isnan(value)} == {"NC1", "NC4", "CDNV", "NCM_acc1"}
     assert all(one[name] == pytest.approx(both[name], rel=1e-12) for name in one if not math.isnan(one[name]))
+
+
+@pytest.mark.parametrize("between", ["classes", "means", "samples"])
+def test_nc1_in_each_convention(between):
+    """Sigma_B as a sum over the classes: weighted by 1/K or n_k/N, around the mean of the samples or of the classes."""
+    counts = [4, 9, 6, 33]
+    features, labels, _ = samples(counts, 7)
+    means = geometry_means(features, labels)
+    centre = means.mean(0) if between == "means" else features.mean(0)
+    sigma_w, sigma_b = np.zeros((7, 7)), np.zeros((7, 7))
+    for h, y in zip(features, labels, strict=True):
+        sigma_w += np.outer(h - means[y], h - means[y]) / 52
+    for mean, count in zip(means, counts, strict=True):
+        sigma_b += np.outer(mean - centre, mean - centre) * (count / 52 if between == "samples" else 1 / 4)
+    statistics = statistics_of(features, labels, 4, between=between)
+    expected = np.trace(sigma_w @ scipy.linalg.pinv(sigma_b)) / 4
+    assert nc_metrics(statistics)["NC1"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_conventions_of_nc1_agree_for_balanced_classes_only():
+    for counts, same in (([8, 8, 8], True), ([4, 8, 16], False)):
+        features, labels, _ = samples(counts, 7)
+        found = {
+            nc_metrics(statistics_of(features, labels, 3, between=b))["NC1"] for b in ("classes", "means", "samples")
+        }
+        assert (max(found) / min(found) < 1 + 1e-9) == same
+    with pytest.raises(ValueError, match="between is 'sample', wanted one of classes, means, samples"):
+        ClassStatistics(3, between="sample")
+
+
+def test_without_a_head_its_columns_are_absent(case):
+    _, features, labels, predictions, *_, optimum, row = case
+    headless = nc_metrics(statistics_of(features, labels, 4, predictions), optimum=optimum)
+    assert headless.items() <= row.items()
+    assert row.keys() - headless.keys() == set(
+        "NC0 NC2_WWT NC2_W NC3_WH margin_rel_err ETF_WWT SELI_WWT cv_classifier_norms self_duality".split()
+    )
+
+
+def test_gnc2_is_least_for_the_etf():
+    etf = torch.eye(5, dtype=torch.float64) - 1 / 5
+    labels = np.arange(5).repeat(3)
+    found = [
+        nc_metrics(statistics_of(np.stack(means)[labels], labels, 5))["GNC2"]
+        for means in (etf.numpy() * 7 + 2, samples([1] * 5, 5)[0], samples([1] * 5, 5, seed=1)[0])
+    ]
+    assert found[0] == pytest.approx(-math.log(2 * 5 / 4), rel=1e-12) and found[0] < min(found[1:])
+
+
+def test_other_samples_are_measured_against_these_class_means(case):
+    """Test features: NC1, CDNV and accuracy around the training means; the geometry stays that of the means."""
+    _, features, labels, _, means, weight, optimum, row = case
+    other, other_labels, _ = samples([5, 6, 7, 8], 7, noise=2.0, seed=0)
+    statistics = statistics_of(features, labels, 4).for_other_samples()
+    statistics.update_within(torch.from_numpy(other), torch.from_numpy(other_labels))
+    found = nc_metrics(statistics, weight, optimum)
+    means, total_mean = np.array(means), features.mean(0)
+    sigma_w = (other - means[other_labels]).T @ (other - means[other_labels]) / 26
+    sigma_b = (means - total_mean).T @ (means - total_mean) / 4
+    assert found["NC1"] == pytest.approx(np.trace(sigma_w @ scipy.linalg.pinv(sigma_b)) / 4, rel=1e-9)
+    nearest = ((other[:, None] - means) ** 2).sum(2).argmin(1)
+    assert found["NCM_acc1"] == pytest.approx(100 * np.mean(nearest == other_labels))
+    assert {name for name in row if found[name] == row[name]} == row.keys() - {"NC1", "NC4", "CDNV", "NCM_acc1"}
+
+
+def test_tiles_do_not_matter(case, monkeypatch):
+    _, features, labels, predictions, _, weight, optimum, row = case
+    for tile in (1, 8, 12):
+        monkeypatch.setattr("nc_metrics.TILE", tile)
+        found = nc_metrics(statistics_of(features, labels, 4, predictions), weight, optimum)
+        assert found == pytest.approx(row, rel=1e-12)
 
 
 def test_columns_and_their_order(case):
@@ -290,7 +368,7 @@ def test_columns_and_their_order(case):
         list(row)
         == (
             "NC1 NC0 NC2_H NC2_WWT NC2_W NC3_WH margin_rel_err norm_rel_err ETF_HTH ETF_WWT SELI_HTH SELI_WWT "
-            "cv_mean_norms cv_classifier_norms self_duality NC4 CDNV"
+            "cv_mean_norms cv_classifier_norms self_duality NC4 CDNV GNC2 NCM_acc1"
         ).split()
     )
 
@@ -329,7 +407,7 @@ def test_no_autograd_graph_is_kept():
         statistics.update(batch, labels)
         statistics.update_within(batch, labels, labels)
     assert len(saved) == outside  # nothing is kept for a backward pass
-    for name in "sums counts negatives within_sums projected_sum disagreements".split():
+    for name in "sums counts negatives within_counts within_sums projected_sum hits disagreements".split():
         assert getattr(statistics, name).grad_fn is None and not getattr(statistics, name).requires_grad, name
     row = nc_metrics(statistics, torch.rand(3, 4, requires_grad=True))
     assert all(type(value) is float for value in row.values())

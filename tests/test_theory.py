@@ -305,6 +305,20 @@ def test_the_duality_ignores_directions_that_the_features_leave_empty():
     torch.testing.assert_close(found.duality @ found.HTH, found.WH, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("counts", [[5, 5, 5, 2, 2, 9], [1, 2, 3, 4, 7], [400, 1, 1, 1]])
+def test_seli_by_groups_of_equal_counts_is_that_of_all_classes(counts):
+    """Against eigenvectors of the K x K matrices themselves, clipped where LAPACK's zero is negative."""
+
+    def root(matrix):
+        values, vectors = np.linalg.eigh(matrix)
+        return (vectors * np.where(values > 1e-12 * values.max(), values, 0) ** 0.5) @ vectors.T
+
+    d, centring = np.diag(counts) ** 0.5, np.eye(len(counts)) - 1 / len(counts)
+    gram, weights = seli(counts)
+    np.testing.assert_allclose(gram, np.linalg.inv(d) @ root(d @ centring @ d) @ np.linalg.inv(d), atol=1e-12)
+    np.testing.assert_allclose(weights, root(centring @ d @ d @ centring), atol=1e-11)
+
+
 def test_seli_of_balanced_classes_is_the_etf():
     gram, weights = seli([7] * 5)
     etf = torch.eye(5, dtype=torch.float64) - 1 / 5

@@ -1,0 +1,206 @@
+"""Measure neural collapse in any layers of a model of torchvision, of timm or your own, on a folder of images.
+
+    python measure_model.py --model torchvision:resnet18 --weights FILE --data_dir DIR --layers layer3,layer4,head
+    python measure_model.py --model timm:vit_tiny_patch16_224 --weights FILE --data_dir DIR --layers blocks.5,norm,head
+    python measure_model.py --model my_models.py:build --size 32 --data_dir DIR --layers body.2,head
+    python measure_model.py --run model_weights/RUN --layers layer3,layer4,head
+
+Writes layers.csv, layers.pdf and layers.png into --out, and prints a table. The rows are those of `nc_metrics`, for
+each layer on the training images and on the test images; test features are measured against the training means, so that
+only NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules()`; `head` is the classifier,
+measured at its input.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pandas as pd
+from matplotlib import style
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import models, transforms
+
+from args import Help, Parser, bounded
+from datasets import list_folder
+from engine.checkpoints import load_weights
+from engine.distributed import pick_device
+from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
+from engine.measurement import BATCH, load_run
+from engine.run import write_table
+from nc_layers import head_input, head_weight, layer_statistics, linear_layers
+from nc_metrics import nc_metrics
+from utils import UserError, atomic_write, from_flags, message_of, run_script
+
+PANELS = {"NC1": "log", "CDNV": "log", "NCM_acc1": "linear"}  # columns of the figure and their axes
+LABELS = {"NC1": "NC1", "CDNV": "CDNV", "NCM_acc1": "nearest class mean, accuracy (%)"}
+
+
+def main():
+    args = make_parser().parse_args()
+    device = pick_device(args.device, 0)
+    if args.run:
+        model, loaders, num_classes = load_trained_run(args)
+    else:
+        model, loaders, num_classes = load_model_and_images(args)
+    try:
+        table = measure(model.to(device), loaders, args.layers, num_classes)
+    except ValueError as error:
+        raise UserError(error) from None
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_table(args.out / "layers.csv", table)
+    draw(table, args.out)
+    print(table[["layer", "split", "d", *PANELS]].to_string(index=False, float_format="{:.4g}".format))
+    print(f"all columns in {args.out / 'layers.csv'}, figure in {args.out / 'layers.pdf'} and .png")
+
+
+def make_parser():
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--model", metavar="MODEL", help="torchvision:NAME, timm:NAME, or FILE.py:FUNCTION that returns a model")
+    what("--run", type=Path, metavar="RUN", help="folder of a run trained here, measured at its last checkpoint")
+    add(
+        "--layers",
+        required=True,
+        type=lambda text: text.split(","),
+        metavar="L,L,...",
+        help="layers, in order of depth",
+    )
+    add("--weights", type=Path, metavar="FILE", help="state dict of --model (default: random weights)")
+    add(
+        "--data_dir", type=Path, metavar="DIR", help="images as train/<class>/* and test/<class>/* (default: the run's)"
+    )
+    add(
+        "--size", type=bounded(int, 1), metavar="N", help="images of N x N pixels (default: the model's own transforms)"
+    )
+    add("--batch_size", type=bounded(int, 1), default=64, metavar="N", help="images of a forward pass")
+    add("--workers", type=bounded(int, 0), default=0, metavar="N", help="processes that decode images")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
+    add("--out", type=Path, default="layers", metavar="DIR", help="folder for the table and the figure")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model and its images
+# ---------------------------------------------------------------------------------------------------------
+
+
+def load_trained_run(args):
+    """Return (model, {split: loader}, K) of --run."""
+    _, data, model = load_run(args.run, data_dir=args.data_dir)
+    splits = {"train": data.train, "test": data.test}
+    loaders = {name: [*zip(s.images.split(BATCH), s.labels.split(BATCH), strict=True)] for name, s in splits.items()}
+    return model, loaders, data.num_classes
+
+
+def load_model_and_images(args):
+    """Return (model, {split: loader}, K) of --model, --weights and --data_dir."""
+    if not args.data_dir:
+        raise UserError("--model needs --data_dir, a folder with train/<class>/* and test/<class>/*")
+    classes, splits = list_folder(args.data_dir)
+    model, transform = build(args.model, len(classes))
+    if args.weights:
+        load_weights(model, args.weights)
+    else:
+        print("random weights: give --weights FILE to measure trained ones")
+    if args.size:
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+        resize = transforms.Resize((args.size, args.size), antialias=True)
+        transform = transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    if transform is None:
+        raise UserError(f"{args.model} has no transforms of its own: give --size")
+    options = {"batch_size": args.batch_size, "num_workers": args.workers}
+    loaders = {name: DataLoader(Images(*split, transform), **options) for name, split in splits.items()}
+    return model, loaders, len(classes)
+
+
+def build(name, num_classes):
+    """Return (model, transform of an image) of a --model with fresh weights; the transform is None if it has none."""
+    source, _, name_in_source = name.rpartition(":")
+    try:
+        if source == "torchvision":
+            transform = models.get_model_weights(name_in_source).DEFAULT.transforms()
+            return models.get_model(name_in_source, num_classes=num_classes), transform
+        if source == "timm":
+            import timm
+
+            model = timm.create_model(name_in_source, num_classes=num_classes)
+            return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"--model {name}: {message_of(error)}") from None
+    return from_flags(load_function(source, name_in_source), {"num_classes": num_classes}), None
+
+
+def load_function(path, name):
+    """Return a function of a Python file; UserError if there is no such file or function."""
+    if not (path.endswith(".py") and Path(path).is_file()):
+        raise UserError(f"--model {path}:{name}: wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION of a file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise UserError(f"--model {path}:{name}: the file has no function {name}")
+    return getattr(module, name)
+
+
+class Images(Dataset):
+    """Image files (N,) and labels (N,) as pairs (transformed image, label)."""
+
+    def __init__(self, files, labels, transform):
+        self.files, self.labels, self.transform = files, labels, transform
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        try:
+            with Image.open(self.files[index]) as image:
+                return self.transform(image.convert("RGB")), self.labels[index]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.files[index]}: not a readable image ({message_of(error)})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows and figure
+# ---------------------------------------------------------------------------------------------------------
+
+
+def measure(model, loaders, layers, num_classes):
+    """Return a row of metrics for each layer and split, as a DataFrame; ValueError as `layer_statistics`."""
+    if "head" in layers:
+        head = head_input(model, next(iter(loaders["train"]))[0])
+        print(f"head: the input of {head}")
+        layers = list(dict.fromkeys(head if name == "head" else name for name in layers))
+    train = layer_statistics(model, loaders["train"], layers, num_classes)
+    statistics = {"train": train}
+    if len(loaders["test"]):
+        statistics["test"] = layer_statistics(model, loaders["test"], layers, num_classes, reference=train)
+    rows = []
+    for layer in layers:
+        module, means = model.get_submodule(layer), train[layer].means
+        weight = head_weight(module) if linear_layers(module) else None
+        if weight is not None and weight.shape != means.shape:  # a hidden layer, or the head of other classes
+            weight = None
+        for split, of_split in statistics.items():
+            rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})
+    return pd.DataFrame(rows).dropna(axis="columns", how="all")
+
+
+@style.context(STYLE_FILE)
+def draw(table, folder):
+    """Draw NC1, CDNV and nearest-class-mean accuracy against depth as layers.pdf and layers.png in `folder`."""
+    figure = Figure(figsize=(TEXT_WIDTH, 2.4))
+    for axis, (column, scale) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for (split, rows), colour, marker in zip(table.groupby("split", sort=False), COLOURS, "os", strict=False):
+            axis.plot(rows["layer"], rows[column], color=colour, marker=marker, label=split)
+        axis.set(yscale=scale, title=LABELS[column])
+        axis.tick_params("x", rotation=45)
+    axis.legend()
+    for kind in ("pdf", "png"):
+        with atomic_write(folder / f"layers.{kind}") as file:
+            figure.savefig(file, format=kind)
+
+
+if __name__ == "__main__":
+    run_script(main)

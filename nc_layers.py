@@ -1,0 +1,210 @@
+"""Class statistics of any layers of any PyTorch model, over any loader of pairs (inputs, labels).
+
+    head = head_input(model)                                      # such as "fc"
+    statistics = layer_statistics(model, loader, ["layer3", "layer4", head], num_classes=10)
+    rows = {layer: nc_metrics(of_layer) for layer, of_layer in statistics.items()}
+    row = nc_metrics(statistics[head], head_weight(model.get_submodule(head)))
+
+The model may be one of torchvision, timm or Hugging Face, or your own. Features are read by forward hooks, batch by
+batch, in two passes over the loader, and are not kept: memory does not depend on the number of samples.
+"""
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from nc_metrics import ClassStatistics
+
+HEADS = ("fc", "classifier", "head", "heads", "score")  # names of classifiers in torchvision, timm and Hugging Face
+
+
+def average(outputs):
+    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, H, W), also in 3-D."""
+    positions = 1 if outputs.ndim == 3 else tuple(range(2, outputs.ndim))
+    return outputs.mean(positions, dtype=torch.promote_types(outputs.dtype, torch.float32))
+
+
+def layer_statistics(
+    model, loader, layers, num_classes, device=None, *, features=average, between="classes", reference=None
+):
+    """Return {layer: ClassStatistics} of a model's layers after both passes, for `nc_metrics`.
+
+    loader: yields pairs (inputs, labels), twice the same samples: no random augmentation, no drop_last. inputs are a
+        tensor, or a dict of the keyword arguments that the model takes; labels (B,) are integers in 0..num_classes-1.
+    layers: dotted names, as in `model.named_modules()`. A layer is measured at its output, but the head at its input,
+        the features that it classifies. The head is the Linear layer that is called last, or a chain of Linear layers
+        that ends with it.
+    device: where inputs are moved to; by default where the model is.
+    features: a function from outputs that are not (B, d) to features (B, d). The default averages over tokens
+        (B, T, d), the class token included, and over positions (B, d, H, W). Layers that put the channels last, as
+        those of a Swin transformer do, need another one.
+    between: as in `ClassStatistics`.
+    reference: the result of an earlier call. Its class means are used, and the loader is read once: give the result
+        on the training set to measure test samples against the training means.
+
+    NC4 compares with the predictions of the model, if its output, or the output's `logits`, is (B, num_classes). The
+    model runs in eval mode without gradients; its training modes, hooks and buffers are then as before, also after an
+    exception.
+
+    Raises ValueError for unknown layers, a layer that is not called, batches that are not pairs, features that are not
+    finite, labels out of range, a class without samples, and a loader that is empty or cannot be read twice.
+    """
+    if reference is None and isinstance(loader, Iterator):
+        raise ValueError("the loader can be read once only, and two passes are needed: give a DataLoader or a list")
+    modules = find_layers(model, layers)
+    with undisturbed(model), torch.no_grad(), Recorder(model, modules, features, device) as recorder:
+        if reference is None:
+            statistics = {name: ClassStatistics(num_classes, between) for name in modules}
+            for name, h, labels, _ in recorder.batches(loader):
+                statistics[name].update(h, labels)
+        else:
+            statistics = {name: reference[name].for_other_samples() for name in modules}
+        for name, h, labels, logits in recorder.batches(loader):
+            comparable = logits.shape == (len(labels), num_classes)
+            statistics[name].update_within(h, labels, logits.argmax(1) if comparable else None)
+    for found in statistics.values():
+        if reference is None and not torch.equal(found.counts, found.within_counts):
+            raise ValueError("the second pass over the loader has other samples than the first")
+    return statistics
+
+
+def find_layers(model, layers):
+    """Return {name: module} of dotted names; ValueError, with the nearest names, for one that does not exist."""
+    modules = dict(model.named_modules())
+    for name in layers:
+        if name not in modules:
+            near = difflib.get_close_matches(name, modules, cutoff=0.4) or [name for name, _ in model.named_children()]
+            raise ValueError(f"the model has no layer {name!r}; the nearest names are {', '.join(near)}")
+    return {name: modules[name] for name in layers}
+
+
+class Recorder:
+    """Reads, inside its `with` block, the features of modules {name: module} whenever the model is called."""
+
+    def __init__(self, model, modules, features=average, device=None):
+        self.model, self.modules, self.features = model, modules, features
+        self.device = device or next((parameter.device for parameter in model.parameters()), "cpu")
+        self.inputs, self.outputs, self.last = {}, {}, None  # last: the Linear layer that was called last
+
+    def __enter__(self):
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        self.handles = [module.register_forward_pre_hook(self.note) for module in linear]
+        for name, module in self.modules.items():
+            self.handles.append(module.register_forward_hook(partial(self.record, name)))
+        return self
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+
+    def note(self, module, inputs):
+        self.last = module
+
+    def record(self, name, module, inputs, output):
+        self.outputs[name] = self.features_of(output)
+        if linear_layers(module):
+            self.inputs[name] = self.features_of(inputs)
+
+    def features_of(self, output):
+        """Return features of a layer's output, copied: what follows may overwrite it, as an in-place ReLU does."""
+        output = first(output)
+        return (output if output.ndim == 2 else self.features(output)).clone()
+
+    def call(self, inputs):
+        """Return the model's output for inputs, a tensor or a dict of keyword arguments."""
+        if isinstance(inputs, Mapping):
+            return self.model(**{name: value.to(self.device) for name, value in inputs.items()})
+        return self.model(inputs.to(self.device))
+
+    def batches(self, loader):
+        """Yield (layer, features (B, d), labels (B,), logits) for each layer of each batch; ValueError as above."""
+        number = None
+        for number, batch in enumerate(loader):
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                keys = f" of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
+                raise ValueError(f"the loader yields a {type(batch).__name__}{keys}, wanted pairs (inputs, labels)")
+            self.outputs.clear()
+            output = self.call(batch[0])
+            for name, module in self.modules.items():
+                if name not in self.outputs:
+                    raise ValueError(f"layer {name!r} is not called when the model runs")
+                is_head = linear_layers(module)[-1:] == [self.last]
+                h = (self.inputs if is_head else self.outputs)[name]
+                if not h.isfinite().all():
+                    raise ValueError(f"layer {name!r}: the features of batch {number} are not finite")
+                labels, logits = torch.as_tensor(batch[1]), first(getattr(output, "logits", output))
+                yield name, h, labels.to(h.device), logits
+        if number is None:
+            raise ValueError("the loader yields no batch")
+
+
+def first(output):
+    """Return a tensor, or the first element of a tuple, such as (hidden states, attention weights)."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------
+
+
+def head_input(model, inputs=None):
+    """Return the dotted name of a model's head, the Linear layer, or chain of them, whose input are the features.
+
+    This is what timm's `get_classifier` or Hugging Face's `get_output_embeddings` returns, or the attribute fc,
+    classifier, head, heads or score: all of it if it is linear, else the last Linear layer in it. Of other models it is
+    the Linear layer that is called last on `inputs`, a batch of a loader. Raises ValueError without such a
+    layer.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    getters = [getattr(model, name, lambda: None) for name in ("get_classifier", "get_output_embeddings")]
+    for head in [getter() for getter in getters] + [getattr(model, name, None) for name in HEADS]:
+        inside = head.modules() if isinstance(head, nn.Module) else ()
+        if linear := [module for module in inside if isinstance(module, nn.Linear)]:
+            return names[head if linear_layers(head) else linear[-1]]
+    if inputs is not None:
+        with undisturbed(model), torch.no_grad(), Recorder(model, {}) as recorder:
+            recorder.call(inputs)
+        if recorder.last is not None:
+            return names[recorder.last]
+    raise ValueError(
+        f"{type(model).__name__} has no Linear layer under {', '.join(HEADS)}; name the head, or give a batch of inputs"
+    )
+
+
+def head_weight(head):
+    """Return the matrix W (K, d) of a head, a Linear layer or a chain of them: the product of their matrices."""
+    weight, *others = (layer.weight for layer in linear_layers(head))
+    for other in others:
+        weight = other @ weight
+    return weight.detach()
+
+
+def linear_layers(module):
+    """Return the Linear layers that a module is a chain of, in order; [] if there is anything else in it."""
+    leaves = [part for part in module.modules() if not list(part.children())]
+    return leaves if all(isinstance(leaf, nn.Linear) for leaf in leaves) else []
+
+
+@contextlib.contextmanager
+def undisturbed(model):
+    """Put a model into eval mode, and at the end restore its training modes and buffers."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for module, name, buffer, value in buffers:
+            buffer.copy_(value)
+            setattr(module, name, buffer)

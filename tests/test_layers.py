@@ -1,0 +1,256 @@
+"""Statistics of layers against features collected by hand, and models that are left as they were."""
+
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from models import build_model
+from nc_layers import head_input, head_weight, layer_statistics
+from nc_metrics import nc_metrics
+from tests.test_nc_metrics import full_nc1
+
+COUNTS = [5, 9, 4]
+LABELS = torch.arange(3).repeat_interleave(torch.tensor(COUNTS))
+IMAGES = torch.randn(18, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + LABELS[:, None, None, None]
+LOADER = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=7)
+
+
+class Small(nn.Module):
+    """A convolution whose output is overwritten in place, tokens, and a head under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 3)  # registered first, called last
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 6, 3, 4), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        self.tokens = nn.Linear(6, 6)
+        self.unused = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls = self.calls + 1
+        maps = self.relu(self.norm(self.conv(images)))
+        tokens = self.tokens(maps.flatten(2).mT)
+        return self.out(tokens.mean(1)).log_softmax(1)
+
+
+def small():
+    torch.manual_seed(0)
+    return Small()
+
+
+def by_hand(features):
+    """NC1 by SciPy, and the share of samples that are nearest to the mean of their own class, in percent."""
+    features, labels = features.detach().double().numpy(), LABELS.numpy()
+    means = np.stack([features[labels == k].mean(0) for k in range(3)])
+    nearest = ((features[:, None] - means) ** 2).sum(2).argmin(1)
+    return full_nc1(features, labels, 3), 100 * np.mean(nearest == labels), nearest
+
+
+def test_each_layer_is_that_of_features_collected_by_hand():
+    model = small().eval()
+    maps = model.norm(model.conv(IMAGES))
+    tokens = model.tokens(maps.relu().flatten(2).mT)
+    logits = model.out(tokens.mean(1))
+    expected = {"norm": maps.mean((2, 3)), "relu": maps.relu().mean((2, 3)), "tokens": tokens.mean(1)}
+    expected["out"] = tokens.mean(1)  # the head, by its input
+    found = layer_statistics(model, LOADER, list(expected), 3)
+    assert list(found) == list(expected)
+    for name, features in expected.items():
+        row, (nc1, accuracy, nearest) = nc_metrics(found[name]), by_hand(features)
+        assert row["NC1"] == pytest.approx(nc1, rel=1e-4), name
+        assert row["NCM_acc1"] == pytest.approx(accuracy), name
+        assert row["NC4"] == pytest.approx(np.mean(nearest != logits.argmax(1).numpy())), name
+    assert nc_metrics(found["out"], head_weight(model.out))["NC0"] > 0
+
+
+def test_other_features_and_other_outputs():
+    """A callable replaces the average; NC4 is empty where the model has other classes than the loader."""
+    model = small()
+    centre = layer_statistics(model, LOADER, ["norm"], 3, features=lambda maps: maps[:, :, 4, 4])["norm"]
+    nc1, *_ = by_hand(model.eval().norm(model.conv(IMAGES))[:, :, 4, 4])
+    assert nc_metrics(centre)["NC1"] == pytest.approx(nc1, rel=1e-4)
+    model.out = nn.Linear(6, 8)
+    row = nc_metrics(layer_statistics(model, LOADER, ["out"], 3)["out"])
+    assert np.isnan(row["NC4"]) and row["NCM_acc1"] > 0
+
+
+def test_keyword_inputs_and_outputs_with_logits():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = small()
+
+        def forward(self, *, images, scale):
+            class Output:
+                logits = self.model(images * scale[:, None, None, None])
+
+            return Output
+
+    pairs = [({"images": x, "scale": torch.ones(len(x))}, y.tolist()) for x, y in LOADER]
+    found = layer_statistics(Keywords(), pairs, ["model.tokens"], 3)["model.tokens"]
+    expected = layer_statistics(small(), LOADER, ["tokens"], 3)["tokens"]
+    assert nc_metrics(found) == pytest.approx(nc_metrics(expected), nan_ok=True)
+
+
+def test_samples_against_the_means_of_others():
+    model = small()
+    train = layer_statistics(model, LOADER, ["tokens"], 3)
+    test = layer_statistics(model, [(IMAGES[::2] + 0.5, LABELS[::2])], ["tokens"], 3, reference=train)["tokens"]
+    assert torch.equal(test.means, train["tokens"].means) and test.within_counts.sum() == 9
+    assert nc_metrics(test)["NC1"] != nc_metrics(train["tokens"])["NC1"]
+
+
+def test_memory_does_not_grow_with_the_loader():
+    """Maps of a batch are gone once the next but one is read."""
+    alive = []
+
+    def features(maps):
+        alive[:] = [reference for reference in alive if reference() is not None]
+        assert len(alive) <= 2
+        alive.append(weakref.ref(maps))
+        return maps.mean((2, 3))
+
+    layer_statistics(small(), [*LOADER] * 5, ["norm"], 3, features=features)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model is left as it was
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails):
+    model = small().train()
+    model.norm.eval()
+    model.calls += 5
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = [*LOADER, (IMAGES * torch.nan, LABELS)] if fails else LOADER
+    if fails:
+        with pytest.raises(ValueError, match="layer 'conv': the features of batch 3 are not finite"):
+            layer_statistics(model, loader, ["conv", "out"], 3)
+    else:
+        layer_statistics(model, loader, ["conv", "out"], 3)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and model.relu.training and not model.norm.training
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model(IMAGES).sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The head
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, head",
+    [
+        ("resnet18", "fc"),
+        ("vgg11", "classifier.6"),
+        ("mobilenet_v3_small", "classifier.3"),
+        ("convnext_tiny", "classifier.2"),
+        ("swin_t", "head"),
+        ("vit_b_32", "heads"),
+        ("densenet121", "classifier"),
+    ],
+)
+def test_heads_of_torchvision(name, head):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=7)
+    assert head_input(model) == head
+    assert head_weight(model.get_submodule(head)).shape[0] == 7
+
+
+def test_the_head_of_our_models_is_a_chain():
+    model = build_model("MLP", 3, depth_relu=1, width=8, depth_linear=3)
+    assert head_input(model) == "fc"
+    expected = model.fc[2].weight @ model.fc[1].weight @ model.fc[0].weight
+    torch.testing.assert_close(head_weight(model.fc), expected)
+    found = layer_statistics(model, LOADER, ["fc"], 3)["fc"]
+    features = model(IMAGES)[1]
+    assert nc_metrics(found)["NC1"] == pytest.approx(by_hand(features)[0], rel=1e-4)
+
+
+def test_other_heads_are_the_linear_layer_that_is_called_last():
+    model = small().train()
+    assert head_input(model, IMAGES[:2]) == "out" and model.training and model.calls == 0
+    with pytest.raises(ValueError, match=r"Small has no Linear layer under fc, .* give a batch of inputs"):
+        head_input(model)
+    with pytest.raises(ValueError, match="Conv2d has no Linear layer"):
+        head_input(nn.Conv2d(3, 3, 1), IMAGES[:2])
+
+
+@pytest.mark.parametrize(
+    "name, head", [("vit_tiny_patch16_224", "head"), ("resnet10t", "fc"), ("convnext_atto", "head.fc")]
+)
+def test_heads_of_timm(name, head):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    assert head_input(timm.create_model(name, num_classes=7)) == head
+
+
+def test_heads_of_hugging_face():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vit = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=32, patch_size=16))
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, vocab_size=11))
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11))
+    assert [head_input(model) for model in (vit, bert, gpt)] == ["classifier", "classifier", "lm_head"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is given
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "loader, layers, message",
+    [
+        (LOADER, ["tokns"], "the model has no layer 'tokns'; the nearest names are tokens"),
+        (LOADER, ["stem.7"], "no layer 'stem.7'; the nearest names are out, conv, norm, relu, tokens, unused"),
+        (LOADER, ["unused"], "layer 'unused' is not called when the model runs"),
+        ([{"pixel_values": IMAGES, "labels": LABELS}], ["conv"], r"a dict of pixel_values, labels, wanted pairs"),
+        ([(IMAGES, LABELS, LABELS)], ["conv"], r"yields a tuple, wanted pairs \(inputs, labels\)"),
+        ([(IMAGES, LABELS + 1)], ["conv"], "labels go from 1 to 3, wanted 0 to 2 for 3 classes"),
+        ([(IMAGES, LABELS.clamp(max=1))], ["conv"], "found none of class 2"),
+        ([], ["conv"], "the loader yields no batch"),
+        ((pair for pair in LOADER), ["conv"], "the loader can be read once only, and two passes are needed"),
+    ],
+)
+def test_bad_input_is_one_clear_error(loader, layers, message):
+    with pytest.raises(ValueError, match=message):
+        layer_statistics(small(), loader, layers, 3)
+
+
+def test_a_loader_that_changes_between_passes_is_an_error():
+    class Changing(list):
+        def __iter__(self):
+            self.append((IMAGES[:1], LABELS[:1]))
+            return super().__iter__()
+
+    with pytest.raises(ValueError, match="the second pass over the loader has other samples"):
+        layer_statistics(small(), Changing([(IMAGES, LABELS)]), ["conv"], 3)
+
+
+@pytest.mark.parametrize("name, layers", [("resnet18", ["layer4", "avgpool", "fc"]), ("vit", ["encoder.ln", "heads"])])
+def test_torchvision(name, layers):
+    """ResNet18: the last maps, their average and the head's input are the same features. ViT: tokens, and one token."""
+    torch.manual_seed(0)
+    if name == "vit":
+        model = torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=3).eval()
+        nn.init.normal_(model.heads.head.weight)
+        tokens = model.encoder(torch.cat([model.class_token.expand(18, -1, -1), model._process_input(IMAGES)], 1))
+        expected = [tokens.mean(1), tokens[:, 0]]
+    else:
+        model = torchvision.models.resnet18(num_classes=3).eval()
+        body = nn.Sequential(*list(model.children())[:-2])
+        expected = [body(IMAGES).mean((2, 3))] * 3
+    found = layer_statistics(model, LOADER, layers, 3)
+    for layer, features in zip(layers, expected, strict=True):
+        if layer == "avgpool":
+            assert nc_metrics(found[layer]) == pytest.approx(nc_metrics(found["layer4"]), rel=1e-3, nan_ok=True)
+        assert nc_metrics(found[layer])["NC1"] == pytest.approx(by_hand(features)[0], rel=1e-3), layer

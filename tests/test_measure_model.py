@@ -1,0 +1,189 @@
+"""measure_model.py as it is called, its values against features collected by hand and SciPy."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from tests.conftest import TINY, rows_of
+from tests.test_nc_metrics import full_nc1
+from tests.test_readme import python_examples
+
+SCRIPT = "measure_model.py"
+OWN = """
+import torch
+
+def build(num_classes):
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3, 2), torch.nn.ReLU(inplace=True))
+    return torch.nn.Sequential(body, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, num_classes))
+
+constant = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 3 classes of coloured noise: 4, 6 and 3 training images, 2 test images of each."""
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, counts in {"train": (4, 6, 3), "test": (2, 2, 2)}.items():
+        for label, count in enumerate(counts):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (32, 32, 3), np.uint8)
+                pixels[..., label] += 100
+                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{number}.png")
+    return folder
+
+
+def tensors(folder, split, size):
+    """Images (N, 3, size, size) and labels (N,) as --size makes them."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    paths = sorted((folder / split).glob("*/*"))
+    arrays = [np.asarray(Image.open(path).resize((size, size), Image.Resampling.BILINEAR)) for path in paths]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255
+    return (pixels - mean) / std, np.array([int(path.parent.name[-1]) for path in paths])
+
+
+def own_model(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    namespace = {}
+    exec(OWN, namespace)
+    return namespace["build"](3)
+
+
+def test_a_model_of_ones_own(run_script, images, tmp_path):
+    model = own_model(tmp_path)
+    flags = ["--model", "own.py:build", "--data_dir", images, "--size", 32, "--layers", "0.0,0,head", "--batch_size", 5]
+    out, _ = run_script(SCRIPT, *flags, "--out", "out")
+    assert "random weights: give --weights FILE" in out and "head: the input of 3" in out
+    rows = {(row["layer"], row["split"]): row for row in rows_of(tmp_path / "out" / "layers.csv")}
+    assert list(rows) == [(layer, split) for layer in ("0.0", "0", "3") for split in ("train", "test")]
+    train, train_labels = tensors(images, "train", 32)
+    test, test_labels = tensors(images, "test", 32)
+    with torch.no_grad():
+        for layer, body in {"0.0": model[0][0], "0": model[0], "3": model[0]}.items():
+            h = body(train).mean((2, 3)).double().numpy()
+            means = np.stack([h[train_labels == k].mean(0) for k in range(3)])
+            found = {split: float(rows[layer, split]["NC1"]) for split in ("train", "test")}
+            assert found["train"] == pytest.approx(full_nc1(h, train_labels, 3), rel=1e-3)
+            t = body(test).mean((2, 3)).double().numpy()
+            shift = means - h.mean(0)
+            scatter = (t - means[test_labels]).T @ (t - means[test_labels]) / 6
+            expected = np.trace(scatter @ np.linalg.pinv(shift.T @ shift / 3)) / 3
+            assert found["test"] == pytest.approx(expected, rel=1e-3)
+            nearest = ((t[:, None] - means) ** 2).sum(2).argmin(1)
+            assert float(rows[layer, "test"]["NCM_acc1"]) == pytest.approx(100 * np.mean(nearest == test_labels))
+    assert float(rows["3", "train"]["NC0"]) > 0 and rows["0", "train"]["NC0"] == ""
+    assert float(rows["3", "train"]["self_duality"]) == float(rows["3", "test"]["self_duality"])
+    picture = np.asarray(Image.open(tmp_path / "out" / "layers.png").convert("L"))
+    assert picture.std() > 10 and (tmp_path / "out" / "layers.pdf").stat().st_size > 1000
+
+
+def test_torchvision_with_weights(run_script, images, tmp_path):
+    model = torchvision.models.resnet18(num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    flags = ["--model", "torchvision:resnet18", "--data_dir", images, "--layers", "layer1,avgpool,head"]
+    out, _ = run_script(SCRIPT, *flags, "--weights", "weights.pth", "--size", 40)
+    assert "random weights" not in out and "head: the input of fc" in out
+    rows = {row["layer"]: row for row in rows_of(tmp_path / "layers" / "layers.csv") if row["split"] == "train"}
+    x, labels = tensors(images, "train", 40)
+    with torch.no_grad():
+        h = torch.nn.Sequential(*list(model.eval().children())[:-1])(x).flatten(1).double().numpy()
+    assert float(rows["fc"]["NC1"]) == pytest.approx(full_nc1(h, labels, 3), rel=2e-2)
+    assert rows["fc"]["d"] == rows["avgpool"]["d"] == "512" and rows["layer1"]["d"] == "64"
+    assert rows["fc"]["NC1"] == pytest.approx(rows["avgpool"]["NC1"])
+
+
+def test_the_transforms_of_timm(run_script, images, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    flags = ["--model", "timm:test_vit", "--weights", "weights.pth", "--data_dir", images]
+    run_script(SCRIPT, *flags, "--layers", "blocks.0,norm,head")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    paths = sorted((images / "train").glob("*/*"))
+    x = torch.stack([transform(Image.open(path)) for path in paths])
+    labels = np.array([int(path.parent.name[-1]) for path in paths])
+    with torch.no_grad():
+        h = model.forward_head(model.forward_features(x), pre_logits=True).double().numpy()
+    rows = {row["layer"]: row for row in rows_of(tmp_path / "layers" / "layers.csv") if row["split"] == "train"}
+    assert float(rows["head"]["NC1"]) == pytest.approx(full_nc1(h, labels, 3), rel=1e-3)
+
+
+def test_a_run_of_ours(train, measure, run_script, tmp_path):
+    train(*TINY, "--save_path", "run")
+    measure(*TINY, "--load_path", "run")
+    out, _ = run_script(SCRIPT, "--run", "run", "--layers", "layers.1,head")
+    assert "head: the input of fc" in out
+    rows = {(row["layer"], row["split"]): row for row in rows_of(tmp_path / "layers" / "layers.csv")}
+    last = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
+    for name in ("NC1", "NC0", "NC2_W", "CDNV", "NC4", "GNC2", "NCM_acc1"):
+        assert float(rows["fc", "train"][name]) == pytest.approx(float(last[name]), rel=1e-5), name
+    assert ("layers.1", "test") in rows
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--layers fc", "one of the arguments --model --run is required"),
+        ("--model torchvision:resnet18 --layers fc", "--model needs --data_dir, a folder with train/<class>/*"),
+        ("--model torchvision:resnet19 --data_dir IMAGES --layers fc", "--model torchvision:resnet19: Unknown model"),
+        ("--model resnet18 --data_dir IMAGES --layers fc", "wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION"),
+        ("--model own.py:make --data_dir IMAGES --layers 0", "--model own.py:make: the file has no function make"),
+        ("--model own.py:build --data_dir IMAGES --layers 0", "own.py:build has no transforms of its own: give --size"),
+        (
+            "--model own.py:build --data_dir IMAGES --size 9 --layers 0.2",
+            "no layer '0.2'; the nearest names are 0.1, 0.0, 2",
+        ),
+        ("--model own.py:build --data_dir nowhere --size 9 --layers 0", "nowhere/train: no such folder"),
+        (
+            "--model own.py:build --data_dir IMAGES --size 9 --weights other.pth --layers 0",
+            "size mismatch for 3.weight",
+        ),
+        ("--run nowhere --layers 0", "nowhere: no config.json with epoch_*.pth files beside it"),
+    ],
+)
+def test_bad_input_is_one_line(run_script, images, tmp_path, flags, message):
+    own_model(tmp_path)
+    state = own_model(tmp_path).state_dict() | {"3.weight": torch.zeros(1000, 6), "3.bias": torch.zeros(1000)}
+    torch.save(state, tmp_path / "other.pth")
+    _, error = run_script(SCRIPT, *flags.replace("IMAGES", str(images)).split(), status=1 if "other" in flags else 2)
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "layers").exists()
+
+
+def test_a_damaged_image_is_named(run_script, images, tmp_path):
+    own_model(tmp_path)
+    (tmp_path / "data").symlink_to(images)
+    damaged = images / "test" / "class1" / "9.png"
+    damaged.write_bytes(b"no image")
+    flags = ["--model", "own.py:build", "--data_dir", "data", "--size", 9, "--layers", "0"]
+    _, error = run_script(SCRIPT, *flags, status=2)
+    damaged.unlink()
+    assert "data/test/class1/9.png: not a readable image" in error and len(error.splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# docs/measuring.md
+# ---------------------------------------------------------------------------------------------------------
+
+DATA, *EXAMPLES = python_examples("docs/measuring.md")
+TITLES = "torchvision optimum test timm transformers lightning torchmetrics".split()
+
+
+@pytest.mark.parametrize("title, code", zip(TITLES, EXAMPLES, strict=True), ids=TITLES)
+def test_the_examples_of_the_docs_run(title, code, capsys, monkeypatch, tmp_path):
+    if title not in ("optimum", "test"):
+        pytest.importorskip(title, reason=f"{title} is not installed")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for part in [DATA, *(EXAMPLES[: EXAMPLES.index(code)] if title in ("optimum", "test") else [])]:
+        exec(part, namespace)
+    capsys.readouterr()
+    exec(code, namespace)
+    out = capsys.readouterr().out
+    assert re.search(r"\d\.\d", out) and ("nan" in out) == (title == "torchvision"), out  # there, no optimum is given

@@ -1,0 +1,167 @@
+"""The metric in one pass against two passes and SciPy, merged in every way that torchmetrics merges."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+
+from torchmetrics import MetricCollection
+
+from nc_metrics import nc_metrics
+from nc_theory import UFM, solve
+from nc_torchmetrics import COLUMNS, NeuralCollapse
+from tests.test_nc_metrics import full_nc1, samples, statistics_of
+
+COUNTS = [5, 16, 27, 9]
+FEATURES, TARGET, _ = samples(COUNTS, 8)
+FEATURES, TARGET = torch.from_numpy(FEATURES), torch.from_numpy(TARGET)
+EXPECTED = nc_metrics(statistics_of(FEATURES.numpy(), TARGET.numpy(), 4))
+
+
+def fed(metric, part=slice(None), batch=7):
+    for h, y in zip(FEATURES[part].split(batch), TARGET[part].split(batch), strict=True):
+        metric.update(h, y)
+    return metric
+
+
+def same(found, rel=1e-9):
+    return {name: float(value) for name, value in found.items()} == pytest.approx(
+        {name: EXPECTED[name] for name in COLUMNS}, rel=rel
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 7, 57])
+def test_one_pass_is_two_passes(batch):
+    found = fed(NeuralCollapse(4, 8), batch=batch).compute()
+    assert list(found) == list(COLUMNS) and same(found)
+    assert all(value.shape == () and value.dtype == torch.float64 for value in found.values())
+
+
+@pytest.mark.parametrize("between", ["classes", "means", "samples"])
+def test_optimum_reference_means_and_predictions(between):
+    optimum = solve(UFM(COUNTS, 1e-2, 1e-3))
+    predictions = torch.randint(4, (57,), generator=torch.Generator().manual_seed(0))
+    statistics = statistics_of(FEATURES.numpy(), TARGET.numpy(), 4, predictions.numpy(), between=between)
+    expected = nc_metrics(statistics, optimum=optimum)
+    metric = NeuralCollapse(4, 8, between=between, optimum=optimum, reference_means=statistics.means)
+    metric.update(FEATURES, TARGET, predictions)
+    found = metric.compute()
+    assert found.keys() == {*COLUMNS, "NC2_H", "norm_rel_err", "NC4", "NCM_acc1"}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(
+        {name: expected[name] for name in found}, rel=1e-9
+    )
+    metric.reset()
+    metric.update(FEATURES, TARGET)
+    found = metric.compute()
+    assert found["NC4"].isnan() and float(found["NCM_acc1"]) == pytest.approx(expected["NCM_acc1"])
+    metric.update(FEATURES, TARGET)
+    with pytest.raises(ValueError, match="the optimum is of class counts"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("batch", [1, 10, 1000])
+def test_collapsed_features_keep_their_digits(offset, batch):
+    """NC1 of 1e-10, of features far from the origin, in batches and in an order that mix the classes."""
+    features, labels, _ = samples([300, 500, 200], 6, noise=1e-5, seed=3)
+    features += offset
+    expected = full_nc1(features, labels, 3)
+    assert 1e-12 < expected < 1e-9
+    metric = NeuralCollapse(3, 6)
+    for h, y in zip(torch.from_numpy(features).split(batch), torch.from_numpy(labels).split(batch), strict=True):
+        metric.update(h, y)
+    assert float(metric.compute()["NC1"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_states_merge():
+    parts = [slice(0, 20), slice(20, 21), slice(21, 57)]
+    merged, *others = [fed(NeuralCollapse(4, 8), part) for part in parts]
+    for other in others:
+        merged.merge_state(other)
+    assert same(merged.compute())
+    first, rest = fed(NeuralCollapse(4, 8), slice(0, 20)), fed(NeuralCollapse(4, 8), slice(20, 57))
+    first.merge_state(rest.metric_state)
+    assert same(first.compute())
+
+
+def test_forward_gives_the_batch_and_keeps_the_sum():
+    metric = NeuralCollapse(4, 8)
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    for half in halves:
+        of_batch = metric(FEATURES[half], TARGET[half])
+        alone = nc_metrics(statistics_of(FEATURES[half].numpy(), TARGET[half].numpy(), 4))
+        assert float(of_batch["NC1"]) == pytest.approx(alone["NC1"], rel=1e-9)
+    assert same(metric.compute())
+    metric.reset()
+    assert same(fed(metric).compute())
+
+
+def test_it_survives_dtypes_copies_and_checkpoints():
+    metric = fed(NeuralCollapse(4, 8).set_dtype(torch.half).half(), slice(0, 30))
+    assert metric.moments.dtype == torch.float64
+    fed(metric, slice(30, 57))
+    assert same(copy.deepcopy(metric).compute()) and same(pickle.loads(pickle.dumps(metric)).compute())
+    metric.persistent(True)
+    loaded = NeuralCollapse(4, 8)
+    loaded.load_state_dict(metric.state_dict())
+    assert torch.equal(loaded.moments, metric.moments)
+
+
+def test_low_precision_features_are_summed_in_double():
+    metric = NeuralCollapse(4, 8)
+    metric.update(FEATURES.to(torch.bfloat16).requires_grad_(), TARGET.int())
+    expected = nc_metrics(statistics_of(FEATURES.bfloat16().double().numpy(), TARGET.numpy(), 4))
+    assert float(metric.compute()["NC1"]) == pytest.approx(expected["NC1"], rel=1e-9)
+    assert not metric.moments.requires_grad
+
+
+def test_a_collection():
+    collection = MetricCollection({"nc": NeuralCollapse(4, 8), "samples": NeuralCollapse(4, 8, between="samples")})
+    collection.set_dtype(torch.float16)
+    for h, y in zip(FEATURES.split(7), TARGET.split(7), strict=True):
+        collection.update(h, y)
+    found = collection.compute()
+    assert same({name: found[f"nc_{name}"] for name in COLUMNS})
+    assert found["samples_NC1"] != found["nc_NC1"] and found["samples_CDNV"] == found["nc_CDNV"]
+
+
+def in_a_process(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    metric = fed(NeuralCollapse(4, 8), [slice(0, 19), slice(19, 57)][rank])
+    torch.save(metric.compute(), f"{folder}/{rank}.pt")
+    fed(metric, slice(0, 3))  # after the synced values are taken back
+    assert metric.moments[:4, -1].sum() == [22, 41][rank]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    torch.multiprocessing.start_processes(in_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
+    assert all(same(torch.load(tmp_path / f"{rank}.pt")) for rank in range(2))
+
+
+def test_a_class_without_samples_is_nan_and_a_warning():
+    metric = fed(NeuralCollapse(4, 8), TARGET != 2)
+    with pytest.warns(UserWarning, match="1 of 4 classes have no samples: all columns are NaN"):
+        assert all(value.isnan() for value in metric.compute().values())
+
+
+def test_bad_input_is_an_error():
+    metric = NeuralCollapse(4, 8)
+    for features, target, message in (
+        (FEATURES[:, :5], TARGET, r"features have shape \(57, 5\), wanted finite \(B, 8\)"),
+        (FEATURES * np.nan, TARGET, r"features have shape \(57, 8\), wanted finite"),
+        (FEATURES, TARGET + 1, "labels go from 1 to 4, wanted 0 to 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metric.update(features, target)
+    with pytest.raises(ValueError, match=r"reference_means have shape \(3, 8\), wanted \(4, 8\)"):
+        NeuralCollapse(4, 8, reference_means=np.zeros((3, 8)))
+    with pytest.raises(ValueError, match="between is 'all'"):
+        NeuralCollapse(4, 8, between="all")
+    assert metric.moments.sum() == 0
