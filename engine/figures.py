@@ -182,6 +182,11 @@ def choose_epoch(runs, epoch):
     return epoch
 
 
+def thinned(values, most):
+    """Return at most so many of the values of a list, evenly spaced, with the first and the last one."""
+    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
+
+
 def style_of(index):
     """Return the colour and marker of the index-th curve of a panel."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
@@ -454,7 +459,7 @@ def write_animation(path, setting):
     """Write the heatmaps of a setting's first run over its checkpoints as a GIF, on fixed colour scales."""
     run = setting.runs[0]
     epochs = geometry_epochs([run])
-    epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, FRAMES).round().astype(int))]
+    epochs = thinned(epochs, FRAMES)
     geometries = {epoch: run.geometry(epoch) for epoch in epochs}
     limits = tuple(np.max([heatmap_limits(heatmap_rows(geometry)) for geometry in geometries.values()], axis=0))
     figure = heatmaps(geometries[epochs[0]], epochs[0], setting.note, limits)
