@@ -3,8 +3,9 @@
 It shows what was run, the final metrics over the seeds, the NC curves, the theorem and the test accuracy of each class
 against n_k, the matrices of each measured epoch, and training. `engine/report.html` is the page without its content.
 
-The data and the script are compressed, since Plotly's script alone takes 4.8 MB; the browser unpacks them. A report of ten
-runs takes less than 8 MB: curves have at most POINTS points, and matrices of many classes are shown at fewer epochs.
+The data and the script are compressed, since Plotly's script alone takes 4.8 MB; the browser unpacks them. So that a
+report of ten runs takes less than 8 MB, curves have at most POINTS points, and the more classes there are, the fewer
+epochs have matrices.
 """
 
 import base64
@@ -38,10 +39,11 @@ from engine.summary import COLLAPSE_NOTE, METRICS_NOTE, not_counted, summarize, 
 from utils import UserError, atomic_write
 
 POINTS = 400  # of a curve, at most
+MARKED = 30  # points of a curve up to which each has a marker
 ENTRIES = 1_400_000  # of all matrices, at most: 5 MB
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # of the first settings, of those whose colours are in use already, and so on
-FACTS = ["class_counts", "num_parameters", "effective_weight_decay", "effective_feature_decay", "device", "git_commit"]
+FACTS = ("class_counts", "num_parameters", "device", "git_commit")
 CLASS_LABELS = {"margins": "margin M<sub>k</sub>", "mean_norms_sq": "class-mean norm ‖μ<sub>k</sub>‖²"}
 
 
@@ -55,6 +57,8 @@ def write_report(runs, path):
     Raises UserError if Plotly is not installed, or a run has no rows.
     """
     script, settings = plotly_script(), make_settings(runs)
+    for number, setting in enumerate(settings, 1):
+        setting.label = f"{number}: {setting.label}" if setting.label else ""
     marked = [(mark_of(index), setting) for index, setting in enumerate(settings)]
     measured = [(mark, setting) for mark, setting in marked if setting.epoch]
     metrics, collapse = text_tables(summarize([(setting.label, setting.runs) for setting in settings]))
@@ -71,7 +75,7 @@ def write_report(runs, path):
         "comparison": escape(runs[0].comparison),
         "runs": runs_table(settings),
         "metrics": table(metrics),
-        "metrics_note": METRICS_NOTE.format("mean ± standard deviation"),
+        "metrics_note": METRICS_NOTE.format("mean ± standard deviation").replace("`", ""),
         "not_counted": "".join(f"<p>Not counted: {escape(line)}</p>" for line in not_counted(runs)),
         "collapse": table(collapse),
         "collapse_note": COLLAPSE_NOTE,
@@ -110,15 +114,20 @@ def compact(values, digits=4):
 
 
 def runs_table(settings):
-    """Return HTML: the flags and facts in which settings differ, in a table, and those they share, folded."""
+    """Return HTML: a table of the flags and facts in which settings differ, and, folded, those they share and folders."""
     facts = pd.DataFrame([facts_of(setting.runs[0]) for setting in settings]).fillna("-")
     differs = facts.nunique() > 1
-    runs = pd.DataFrame({"setting": [setting.label or "all runs" for setting in settings]}).join(facts.loc[:, differs])
-    for name, texts in (("seed", lambda run: run.seed), ("folder", lambda run: run.folder)):
-        runs[name] = [", ".join(str(texts(run)) for run in setting.runs) for setting in settings]
-    shared = facts.loc[0, ~differs]
-    items = "".join(f"<li><b>{escape(name)}</b> {escape(value)}</li>" for name, value in shared.items())
-    return f"{table(runs)}<details><summary>{len(shared)} flags and facts in common</summary><ul>{items}</ul></details>"
+    differing = facts.loc[:, differs].assign(seed=[", ".join(str(run.seed) for run in s.runs) for s in settings])
+    differing.insert(0, "setting", range(1, len(settings) + 1))
+    folders = [(listed(setting.label, f"seed {run.seed}"), run.folder) for setting in settings for run in setting.runs]
+    shared = folded("flags and facts in common", facts.loc[0, ~differs].items())
+    return table(differing) + shared + folded("folders", folders)
+
+
+def folded(what, items):
+    """Return pairs of texts as an HTML list that opens with a click on its length and what it holds."""
+    entries = [f"<li><b>{escape(name)}</b> {escape(str(value))}</li>" for name, value in items]
+    return f"<details><summary>{len(entries)} {what}</summary><ul>{''.join(entries)}</ul></details>"
 
 
 def facts_of(run):
@@ -131,10 +140,10 @@ def facts_of(run):
 
 
 def table(frame):
-    """Return a DataFrame of texts as an HTML table; lines may break before a deviation and after an underscore."""
+    """Return a DataFrame of texts as an HTML table; lines break before a deviation, heads may after an underscore."""
     with pd.option_context("display.max_colwidth", None):
-        text = frame.to_html(index=False, border=0)
-    return f'<div class="table">{text.replace("_", "_<wbr>").replace("± ", "±&nbsp;")}</div>'
+        head, end, body = frame.to_html(index=False, border=0).partition("</thead>")
+    return f'<div class="table">{head.replace("_", "_<wbr>")}{end}{body.replace(" ± ", "<br>± ")}</div>'
 
 
 def legend(marked):
@@ -197,7 +206,8 @@ def curve(mark, setting, column, scale):
     kept = thinned(range(len(epochs)), POINTS)
     x, values = epochs[kept], values[kept]
     mean, hover = mean_over_seeds(values, scale), "epoch %{x}: %{y:.3g}%{text}"
-    traces = [trace(mark, setting, x, mean, hover, text=ranges(values))]
+    mode = "lines+markers" if len(x) <= MARKED else "lines"
+    traces = [trace(mark, setting, x, mean, hover, text=ranges(values), mode=mode)]
     if setting.seeds:
         ends = [*values.min(1), *values.max(1)[::-1]]
         band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": mark["line"] | {"width": 0}}
@@ -240,12 +250,13 @@ def points(mark, setting, values):
     ends = {"array": compact(values.max(0) - mean), "arrayminus": compact(mean - values.min(0))}
     bars = {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(setting.seeds)} | ends
     hover = "class %{pointNumber}, n<sub>k</sub> = %{x}: %{y:.4g}%{text}"
-    options = {"mode": "markers", "error_y": bars, "text": ranges(values.T)}
+    marker = mark["marker"] | {"symbol": f"{mark['marker']['symbol']}-open", "line": {"width": 1.5}}
+    options = {"mode": "markers", "marker": marker, "error_y": bars, "text": ranges(values.T)}
     return trace(mark, setting, setting.class_counts, mean, hover, **options)
 
 
 def heatmaps(setting, entries):
-    """Return the matrices of a setting's first run, divided by their norms, at epochs that take about `entries` numbers.
+    """Return the matrices of a setting's first run, divided by their norms, at epochs with about `entries` numbers.
 
     A frame holds the differences from the theory if there is one, and what was measured if not.
     """

@@ -87,7 +87,9 @@ def chromium():
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         script = f'exec "$@" 3<&{read} 4>&{write}'  # the descriptors that --remote-debugging-pipe uses
         command = ["bash", "-c", script, "-", CHROMIUM, *FLAGS, f"--user-data-dir={profile}"]
-        process = subprocess.Popen(command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         os.close(read)
         os.close(write)
         try:
