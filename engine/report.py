@@ -114,7 +114,7 @@ def compact(values, digits=4):
 
 
 def runs_table(settings):
-    """Return HTML: a table of the flags and facts in which settings differ, and, folded, those they share and folders."""
+    """Return HTML: a table of the flags and facts in which settings differ; folded, those they share and folders."""
     facts = pd.DataFrame([facts_of(setting.runs[0]) for setting in settings]).fillna("-")
     differs = facts.nunique() > 1
     differing = facts.loc[:, differs].assign(seed=[", ".join(str(run.seed) for run in s.runs) for s in settings])
