@@ -134,9 +134,8 @@ def facts_of(run):
     """Return {name: text} of a run's flags, of what else its config says, and of the optimum."""
     facts = run.setting | {name: run.config[name] for name in FACTS if name in run.config}
     facts |= {"optimum": run.theory_summary()} | run.config.get("versions", {})
-    return {
-        name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in facts.items()
-    }
+    texts = {list: lambda values: ", ".join(map(str, values)), float: "{:g}".format}
+    return {name: texts.get(type(value), str)(value) for name, value in facts.items()}
 
 
 def table(frame):

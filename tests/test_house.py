@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-ENTRIES = {"train_1st_order_unbalanced", "validate_NC_unbalanced", "solve_ufm", "plot_nc", "summarize"}
+ENTRIES = {"train_1st_order_unbalanced", "validate_NC_unbalanced", "solve_ufm", "plot_nc", "summarize", "report"}
 LIBRARY = {"nc_theory", "nc_metrics"}
 SCIENCE = LIBRARY | {"datasets", "models", "objective"}
 OURS = ENTRIES | SCIENCE | {"args", "engine", "utils"}
