@@ -75,6 +75,18 @@ class Browser:
             assert time.monotonic() < deadline, f"{condition} has not come true: {self.errors}"
             time.sleep(0.05)
 
+    def mouse(self, selector, *kinds, across=0.5):
+        """Send mouse events, as mousePressed, to the first element of a CSS selector, so far across it."""
+        element = f"document.querySelector('{selector}')"
+        self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
+        box = self.evaluate(f"{element}.getBoundingClientRect().toJSON()")
+        x, y = box["x"] + across * box["width"], box["y"] + box["height"] / 2
+        for kind in kinds:
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def click(self, selector, across=0.5):
+        self.mouse(selector, "mousePressed", "mouseReleased", across=across)
+
     def screenshot(self):
         """Return the whole page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
