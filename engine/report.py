@@ -101,11 +101,10 @@ def packed(text):
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
-def compact(values, digits=4):
-    """Return an array as nested lists of numbers with so many significant digits, None for what is not finite."""
-    if np.ndim(values):
-        return [compact(value, digits) for value in values]
-    return float(f"{values:.{digits}g}") if math.isfinite(values) else None
+def compact(values):
+    """Return an array as nested lists of numbers with four significant digits, None for what is not finite."""
+    rounded = [float(f"{value:.4g}") if math.isfinite(value) else None for value in np.ravel(values).tolist()]
+    return np.reshape(np.array(rounded, object), np.shape(values)).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def trace(mark, setting, x, y, hover, **options):
     """Return a line, or what `options` make of it; `hover` follows the setting's label when the mouse is over it."""
     label = textwrap.wrap(escape(setting.label), 40)
     shown = {"hovertemplate": "<br>".join([*label, hover]) + "<extra></extra>", "mode": "lines"}
-    return mark | shown | {"x": compact(x), "y": compact(y)} | options
+    return mark | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
 
 
 def curve_panels(panels, marked):
@@ -267,5 +266,5 @@ def heatmaps(setting, entries):
         "epochs": epochs,
         "limit": compact(max(heatmap_limits(row)[0] for row in rows)),
         "theory": compact(rows[-1].get("theory", [])),
-        "frames": [compact(row.get("difference", row["measured"]), 3) for row in rows],
+        "frames": [compact(row.get("difference", row["measured"])) for row in rows],
     }
