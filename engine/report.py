@@ -98,7 +98,7 @@ def plotly_script():
 
 
 def packed(text):
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def compact(values):
@@ -170,17 +170,14 @@ def mark_of(index):
     }
 
 
-def panel(title, xaxis, yaxis, traces):
+def panel(title, traces, xtitle, ytitle, xscale="linear", yscale="linear"):
+    xaxis, yaxis = {"title": {"text": xtitle}, "type": xscale}, {"title": {"text": ytitle}, "type": yscale}
     return {"data": traces, "layout": {"title": {"text": title}, "xaxis": xaxis, "yaxis": yaxis}}
-
-
-def axis(title, scale="linear"):
-    return {"title": {"text": title}, "type": scale}
 
 
 def trace(mark, setting, x, y, hover, **options):
     """Return a line, or what `options` make of it; `hover` follows the setting's label when the mouse is over it."""
-    label = textwrap.wrap(escape(setting.label), 40)
+    label = [escape(line) for line in textwrap.wrap(setting.label, 40)]
     shown = {"hovertemplate": "<br>".join([*label, hover]) + "<extra></extra>", "mode": "lines"}
     return mark | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
 
@@ -191,8 +188,9 @@ def curve_panels(panels, marked):
     for _, unit, scale, columns in panels:
         for column, label in columns.items():
             if traces := [trace for mark, setting in marked for trace in curve(mark, setting, column, scale)]:
-                yaxis = axis(unit if "$" in label else listed(label, unit), scale)
-                drawn.append(panel(column, axis("epoch"), yaxis, traces))
+                drawn.append(
+                    panel(column, traces, "epoch", unit if "$" in label else listed(label, unit), yscale=scale)
+                )
     return drawn
 
 
@@ -226,7 +224,8 @@ def class_panels(marked):
     """Return the panels against n_k: margins and class-mean norms on the curves of the theorem, and test accuracy."""
     if not marked:
         return []
-    counts = axis("training images of the class n<sub>k</sub>", count_scale([setting for _, setting in marked]))
+    xaxis = {"xtitle": "training images of the class n<sub>k</sub>"}
+    xaxis["xscale"] = count_scale([setting for _, setting in marked])
     drawn = []
     for position, (name, label) in enumerate(CLASS_LABELS.items()):
         traces = []
@@ -236,10 +235,10 @@ def class_panels(marked):
                 hover = "theory, n<sub>k</sub> = %{x:.0f}: %{y:.4g}"
                 traces.append(trace(mark, setting, sizes, theory[position], hover))
             traces.append(points(mark, setting, np.array([geometry[name] for geometry in setting.geometries])))
-        drawn.append(panel(label, counts, axis(""), traces))
+        drawn.append(panel(label, traces, ytitle="", **xaxis))
     accurate = [(mark, setting) for mark, setting in marked if setting.test_accuracy is not None]
     traces = [points(mark, setting, setting.test_accuracy) for mark, setting in accurate]
-    return drawn + [panel("test accuracy", counts, axis("%"), traces)] * bool(traces)
+    return drawn + [panel("test accuracy", traces, ytitle="%", **xaxis)] * bool(traces)
 
 
 def points(mark, setting, values):
