@@ -32,7 +32,7 @@ from engine.figures import (
     listed,
     make_settings,
     mean_over_seeds,
-    theory_curve,
+    theory_values,
     thinned,
 )
 from engine.summary import COLLAPSE_NOTE, METRICS_NOTE, not_counted, summarize, text_tables
@@ -231,9 +231,10 @@ def class_panels(marked):
         traces = []
         for mark, setting in marked:
             if f"{name}_theory" in setting.geometries[0]:
-                sizes, theory = theory_curve(setting, setting.class_counts)
+                sizes, theory, is_points = theory_values(setting, setting.class_counts)
                 hover = "theory, n<sub>k</sub> = %{x:.0f}: %{y:.4g}"
-                traces.append(trace(mark, setting, sizes, theory[position], hover))
+                dashes = {"mode": "markers", "marker": mark["marker"] | {"symbol": "line-ew-open", "size": 14}}
+                traces.append(trace(mark, setting, sizes, theory[position], hover, **dashes if is_points else {}))
             traces.append(points(mark, setting, np.array([geometry[name] for geometry in setting.geometries])))
         drawn.append(panel(label, traces, ytitle="", **xaxis))
     accurate = [(mark, setting) for mark, setting in marked if setting.test_accuracy is not None]

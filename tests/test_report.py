@@ -161,6 +161,8 @@ def test_what_a_run_lacks_is_left_out(tmp_path):
     bare = recorded(tmp_path / "bare")
     for name in ("config.json", "train_log.jsonl"):
         (bare / name).unlink()
+    theory, _ = traces_of(report_of(bare)[1], "margin M<sub>k</sub>")  # no problem known, so no curve: a dash a class
+    assert theory["mode"] == "markers" and len(theory["x"]) == 10
     for path in (bare / "geometry").iterdir():
         change_geometry(path, lambda name, array: None if name.endswith("_theory") else array)
     _, data = report_of(bare)
