@@ -4,8 +4,9 @@ Takes the flags of train_1st_order_unbalanced.py and finds the run by them, or b
 
     python validate_NC_unbalanced.py --load_path model_weights/RUN --data_dir ~/data
 
-Writes nc_metrics.csv, class_accuracy.csv, geometry/epoch_*.npz and figures/ into the run's folder (with --theory
-nominal or released, nc_metrics_nominal.csv and so on), and prints a table that compares each class with the theorem.
+Writes nc_metrics.csv, class_accuracy.csv, geometry/epoch_*.npz, figures/ and, if Plotly is installed, report.html into
+the run's folder (with --theory nominal or released, nc_metrics_nominal.csv and so on), and prints a table that compares
+each class with the theorem.
 """
 
 import math
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from args import parse_args, run_folder
@@ -22,6 +24,7 @@ from engine.distributed import pick_device, set_precision
 from engine.figures import draw_runs
 from engine.loggers import open_loggers, require_packages
 from engine.measurement import Measurement
+from engine.report import write_report
 from engine.run import Run
 from models import build_model
 from nc_metrics import THEORY_COLUMNS
@@ -71,6 +74,8 @@ def main():
         raise UserError(f"{folder}: no checkpoint could be measured", FAILED_WORK)
     print_table(run)
     print(f"figures in {draw_runs([run], run.figures)[0].parent}")
+    if find_spec("plotly"):
+        print(f"report in  {write_report([run], run.report)}")
     return FAILED_WORK if failed else 0
 
 

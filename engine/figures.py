@@ -182,6 +182,11 @@ def choose_epoch(runs, epoch):
     return epoch
 
 
+def thinned(values, most):
+    """Return at most so many of the values of a list, evenly spaced, with the first and the last one."""
+    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
+
+
 def style_of(index):
     """Return the colour and marker of the index-th curve of a panel."""
     return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
@@ -253,11 +258,16 @@ def plot_series(axis, ends, values, label, style):
     """Plot the mean over the seeds of values (E, S) at `ends` (E,), in a band of their range."""
     if not len(ends):
         return
-    with np.errstate(divide="ignore"):
-        mean = np.exp(np.log(values).mean(1)) if axis.get_yscale() == "log" else values.mean(1)
+    mean = mean_over_seeds(values, axis.get_yscale())
     axis.plot(ends, mean, markevery=-(-len(ends) // 8), label=label, **style)
     if values.shape[1] > 1:
         axis.fill_between(ends, values.min(1), values.max(1), color=style["color"], alpha=0.25, linewidth=0)
+
+
+def mean_over_seeds(values, scale):
+    """Return the mean (E,) of values (E, S): the geometric one if the scale of the axis is "log"."""
+    with np.errstate(divide="ignore"):
+        return np.exp(np.log(values).mean(1)) if scale == "log" else values.mean(1)
 
 
 def listed(*texts):
@@ -363,9 +373,13 @@ def class_accuracy(settings):
 
 
 def set_count_axis(axis, settings, label):
+    axis.set(xlabel=r"training images of the class $n_k$", ylabel=label, xscale=count_scale(settings))
+
+
+def count_scale(settings):
+    """Return the scale of an axis of n_k: "log" if the class counts range widely, else "linear"."""
     counts = np.concatenate([setting.class_counts for setting in settings])
-    scale = "log" if max(counts) > WIDE * min(counts) else "linear"
-    axis.set(xlabel=r"training images of the class $n_k$", ylabel=label, xscale=scale)
+    return "log" if max(counts) > WIDE * min(counts) else "linear"
 
 
 def plot_classes(axis, counts, values, style):
@@ -454,7 +468,7 @@ def write_animation(path, setting):
     """Write the heatmaps of a setting's first run over its checkpoints as a GIF, on fixed colour scales."""
     run = setting.runs[0]
     epochs = geometry_epochs([run])
-    epochs = [epochs[i] for i in np.unique(np.linspace(0, len(epochs) - 1, FRAMES).round().astype(int))]
+    epochs = thinned(epochs, FRAMES)
     geometries = {epoch: run.geometry(epoch) for epoch in epochs}
     limits = tuple(np.max([heatmap_limits(heatmap_rows(geometry)) for geometry in geometries.values()], axis=0))
     figure = heatmaps(geometries[epochs[0]], epochs[0], setting.note, limits)

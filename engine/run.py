@@ -9,6 +9,7 @@ nc_metrics.csv         a row per measured epoch; nc_metrics_bn.csv, nc_metrics_n
 class_accuracy.csv     a row per measured epoch, split and class
 geometry/epoch_001.npz the K x K matrices of an epoch, measured and of the optimum
 figures/               PDF and PNG
+report.html            of the run alone, if Plotly is installed
 """
 
 import contextlib
@@ -69,7 +70,7 @@ class Run:
         self.log_file, self.last = self.folder / "train_log.jsonl", self.folder / "last.pt"
         self.csv = self.folder / f"nc_metrics{self.suffix}.csv"
         self.accuracy_csv = self.folder / f"class_accuracy{BN_SUFFIXES[bn_statistics]}.csv"
-        self.figures = self.folder / "figures"
+        self.figures, self.report = self.folder / "figures", self.folder / f"report{self.suffix}.html"
 
     # ---- what the run is
 
@@ -321,6 +322,7 @@ class Run:
         for suffix in SUFFIXES:
             written += self.folder.glob(f"geometry{suffix}/epoch_*.npz")
             written += [self.figures / f"{name}{suffix}.{kind}" for name in FIGURES for kind in FIGURE_KINDS]
+            written.append(self.folder / f"report{suffix}.html")
         for path in written:
             path.unlink(missing_ok=True)
         self.config, self.flags, self.problems = {}, {}, {}

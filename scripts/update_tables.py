@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.figures import draw_runs
 from engine.run import Run
-from summarize import written
+from engine.summary import written
 from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent

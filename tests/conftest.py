@@ -46,10 +46,12 @@ def nothing():
 
 
 def without_figures():
-    """Have validate draw no figures, which take longer than all the rest of a small run."""
+    """Have validate draw no figures and no report, which take longer than all the rest of a small run."""
     import engine.figures
+    import engine.report
 
     engine.figures.draw_runs = lambda runs, folder, *options: [folder / "none.pdf"]
+    engine.report.write_report = lambda runs, path: path
 
 
 class Script:

@@ -9,7 +9,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-ENTRIES = set("train_1st_order_unbalanced validate_NC_unbalanced measure_model solve_ufm plot_nc summarize".split())
+ENTRIES = set(
+    "train_1st_order_unbalanced validate_NC_unbalanced measure_model solve_ufm plot_nc summarize report".split()
+)
 LIBRARY = {"nc_theory", "nc_metrics", "nc_layers", "nc_torchmetrics"}
 SCIENCE = LIBRARY | {"datasets", "models", "objective"}
 OURS = ENTRIES | SCIENCE | {"args", "engine", "utils"}

@@ -1,0 +1,175 @@
+"""Tables of runs: final metrics over the seeds of a setting, training time, and time to collapse."""
+
+import math
+
+import pandas as pd
+
+from utils import duration
+
+METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
+FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split()  # shown if there are any
+COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # the distances that are at most a threshold once a run has collapsed
+THRESHOLDS = (0.05, 0.01)
+UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # of the time to collapse
+LONG = 40  # characters of a label above which the settings are numbered in the tables
+METRICS_NOTE = (
+    "At the last epoch, {} over the seeds. `margin_rel_err` and `norm_rel_err` are relative to the optimum, accuracies "
+    "in percent; time of training alone, h:mm:ss."
+)
+COLLAPSE_NOTE = (
+    f"Time to collapse: the first measured epoch from which on {', '.join(COLLAPSE)} are all at most the threshold, up "
+    "to the last measurement. Median over the seeds, and in brackets the slowest seed; time as above."
+)
+
+# ---------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def state(run):
+    """Return "finished", "unfinished: k of n epochs" or "failed: why" for a run."""
+    epoch = run.log["epoch"].iloc[-1] if len(run.log) else last_measured(run)
+    epochs = run.flags.get("epochs", epoch)
+    if len(run.log) and not math.isfinite(run.log["loss"].iloc[-1]):
+        return f"failed: the loss is not finite in epoch {epoch}"
+    if epoch < epochs:
+        return f"unfinished: {epoch} of {epochs} epochs"
+    return "finished" if epoch else "failed: no epoch in it"
+
+
+def shortfall(run):
+    """Return why a run is in no mean, in one line, or None if it is trained and measured to its last epoch."""
+    if (text := state(run)) != "finished":
+        return text
+    if len(run.log) and last_measured(run) < (epoch := run.log["epoch"].iloc[-1]):
+        return f"not measured at its last epoch, {epoch}: run validate_NC_unbalanced.py"
+    return None
+
+
+def last_measured(run):
+    return run.rows["epoch"].iloc[-1] if len(run.rows) else 0
+
+
+def result(run):
+    """Return {column: value} of a run: the metrics of its last row, seconds of training, and times to collapse."""
+    last = run.rows.iloc[-1].to_dict() | {"seconds": run.seconds_until(math.inf)}
+    for threshold in THRESHOLDS:
+        times = time_to_collapse(run, threshold)
+        last |= {f"{unit}_to_{threshold}": time for unit, time in zip(UNITS, times, strict=True)}
+    return last
+
+
+def time_to_collapse(run, threshold):
+    """Return the (epoch, steps, seconds) from which on all of COLLAPSE are at most `threshold`; NaN if there is none.
+
+    The epoch is one with a row; what happened between it and the row before is not known.
+    """
+    below = (run.rows[COLLAPSE] <= threshold).all(axis=1)
+    stays = run.rows["epoch"][below[::-1].cummin()]
+    if stays.empty:
+        return math.nan, math.nan, math.nan
+    epoch = stays.min()
+    return epoch, run.steps_until(epoch), run.seconds_until(epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Over seeds
+# ---------------------------------------------------------------------------------------------------------
+
+
+def summarize(groups):
+    """Return a DataFrame with a row for each (label, runs) of `by_setting`, over the runs that count."""
+    counted = [(number, run) for number, (_, runs) in enumerate(groups) for run in runs if not shortfall(run)]
+    results = pd.DataFrame([result(run) | {"setting": number} for number, run in counted])
+    finals = [*METRICS, *results.columns.intersection(FURTHER), "seconds"]
+    times = [f"{unit}_to_{threshold}" for threshold in THRESHOLDS for unit in UNITS]
+    seeds = results.reindex(columns=["setting", *finals, *times]).astype(float).groupby("setting")
+    mean, std, low, high, median = (getattr(seeds, f)(skipna=False) for f in ("mean", "std", "min", "max", "median"))
+    columns = {"seeds": seeds.size()}
+    for name in finals:
+        worst = low if name.endswith("_acc1") else high
+        columns |= {name: mean[name], f"{name}_std": std[name], f"{name}_worst": worst[name]}
+    for threshold in THRESHOLDS:
+        columns[f"reached_{threshold}"] = seeds[f"epoch_to_{threshold}"].count()
+        for name in (f"{unit}_to_{threshold}" for unit in UNITS):
+            columns |= {name: median[name], f"{name}_worst": high[name]}
+    table = pd.DataFrame(columns).reindex(range(len(groups)))
+    counts = ["seeds", *(f"reached_{threshold}" for threshold in THRESHOLDS)]
+    table[counts] = table[counts].fillna(0).astype(int)
+    table.insert(0, "setting", [label or "all runs" for label, _ in groups])
+    table.insert(2, "runs", [len(runs) for _, runs in groups])
+    return table.assign(folders=[" ".join(str(run.folder) for run in runs) for _, runs in groups])
+
+
+def markdown(table, runs, worst=False):
+    """Return both tables, the first with the seeds' standard deviation or their worst, and the runs that do not count.
+
+    Settings with a long label are numbered, and their labels listed above.
+    """
+    parts, names = [], table["setting"].tolist()
+    if max(map(len, names)) > LONG:
+        parts = ["\n".join(f"{number}. {name}" for number, name in enumerate(names, 1))]
+        table = table.assign(setting=[str(number) for number, _ in enumerate(names, 1)])
+    metrics, collapse = text_tables(table, worst)
+    parts += [plain_table(metrics)]
+    parts += [METRICS_NOTE.format("mean and in brackets the worst" if worst else "mean ± standard deviation")]
+    parts += [plain_table(collapse), COLLAPSE_NOTE]
+    if lines := not_counted(runs):
+        parts.append("\n".join(["Not counted:", "", *(f"- {line}" for line in lines)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def text_tables(table, worst=False):
+    """Return a table of `summarize` as two DataFrames of texts: the final metrics, and the times to collapse."""
+    rows = [row for _, row in table.iterrows()]
+    seeds = [f"{row['seeds']}" if row["seeds"] == row["runs"] else f"{row['seeds']} of {row['runs']}" for row in rows]
+    metrics, collapse = ({"setting": table["setting"], "seeds": seeds} for _ in range(2))
+    for name in [*table.columns.intersection([*METRICS, *FURTHER]), "seconds"]:
+        metrics[UNITS.get(name, name)] = [cell(row, name, "worst" if worst else "std") for row in rows]
+    for threshold in THRESHOLDS:
+        for unit, head in UNITS.items():
+            collapse[f"{head} to {threshold}"] = [collapse_cell(row, unit, threshold) for row in rows]
+    return pd.DataFrame(metrics), pd.DataFrame(collapse)
+
+
+def not_counted(runs):
+    """Return a line for each run that is in no mean: its folder, and why."""
+    return [f"{run.folder}: {reason}" for run in runs if (reason := shortfall(run))]
+
+
+def plain_table(table):
+    """Return a DataFrame of texts as a Markdown table whose columns also line up as plain text."""
+    return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
+
+
+def cell(row, name, other):
+    """Return a value and, over several seeds, its `other`: "std", the standard deviation, or "worst"."""
+    text = written(name, row[name])
+    if text == "-" or row["seeds"] == 1:
+        return text
+    if other == "std":
+        return f"{text} ± {written(name, row[f'{name}_std'], 1)}"
+    return f"{text} ({written(name, row[f'{name}_worst'])})"
+
+
+def collapse_cell(row, unit, threshold):
+    missed = row["seeds"] - row[f"reached_{threshold}"]
+    if unit == "epoch" and missed and not math.isnan(row["NC2_H"]):
+        return f"not reached by {missed} of {row['seeds']}"
+    return cell(row, f"{unit}_to_{threshold}", "worst")
+
+
+def written(name, value, digits=2):
+    """Format a column's value: a time, a count, an accuracy with two decimals, anything else to so many digits."""
+    if math.isnan(value):
+        return "-"
+    if name.startswith("seconds"):
+        return duration(value)
+    if name.startswith(("epoch", "step")):
+        return f"{value:,.0f}"
+    if name.endswith("_acc1"):
+        return f"{value:.2f}"
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -1,0 +1,34 @@
+"""Write a report of runs that have been measured: one HTML file that opens offline in a browser.
+
+    python report.py model_weights/RUN                            (writes report.html)
+    python report.py model_weights/*/ --out report.html           (compared; runs that differ by seed: mean and range)
+
+It needs Plotly: pip install ".[report]". `engine/report.py` says what the report shows.
+"""
+
+from pathlib import Path
+
+from args import Help, Parser
+from engine.figures import NC_PANELS
+from engine.report import write_report
+from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, read_measured_run
+from engine.summary import METRICS
+from utils import run_script
+
+
+def main():
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was validated")
+    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
+    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as validate's")
+    parser.add_argument("--out", type=Path, default="report.html", metavar="FILE", help="the file to write")
+    args = parser.parse_args()
+    folders = {folder.resolve(): folder for folder in args.runs}.values()
+    columns = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]
+    runs = [read_measured_run(folder, columns, args.theory, args.bn_statistics) for folder in folders]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    print(write_report(runs, args.out))
+
+
+if __name__ == "__main__":
+    run_script(main)
