@@ -378,7 +378,8 @@ def make_parser(description=None):
         "--revive",
         action=yes_no,
         default=False,
-        help="let a gradient raise features at zero, which an ordinary ReLU does not pass (default: off)",
+        help="let a gradient raise features at zero, and in an MLP hidden layers that are zero for an image, which an "
+        "ordinary ReLU does not pass (default: off)",
     )
     add("--no_shuffle", action="store_true", help="take batches in the order of the data set (default: off)")
     add(

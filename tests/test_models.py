@@ -5,7 +5,7 @@ import torch
 
 from engine.checkpoints import load_weights
 from models import MODELS, build_model
-from models.classifier import FeatureReLU, RevivingReLU, head_weight
+from models.classifier import FeatureReLU, RevivingReLU, RevivingRowReLU, head_weight
 from utils import UserError
 
 CONVOLUTIONAL = [name for name in MODELS if name != "MLP"]
@@ -176,6 +176,29 @@ def test_features_at_zero_get_the_gradient_that_would_raise_them():
     assert torch.equal(outputs, inputs.relu())
     outputs.backward(torch.tensor([[-5.0, -6.0, 7.0], [5.0, 6.0, -7.0]]))
     assert inputs.grad.tolist() == [[-5, -6, 0], [5, 0, -7]]
+
+
+def test_hidden_layers_pass_a_gradient_only_to_images_that_are_all_zero():
+    inputs = torch.tensor([[1.0, -2.0, -3.0], [-2.0, 0.0, -1.0]], requires_grad=True)
+    outputs = RevivingRowReLU.apply(inputs)
+    assert torch.equal(outputs, inputs.relu())
+    outputs.backward(torch.tensor([[-5.0, -6.0, 7.0], [5.0, -6.0, -7.0]]))
+    assert inputs.grad.tolist() == [[-5, 0, 0], [0, -6, -7]]
+
+
+@pytest.mark.parametrize("revive", [False, True])
+def test_images_without_an_active_hidden_unit_are_parted_if_revived(revive):
+    torch.manual_seed(0)
+    model = small("MLP", revive=revive)
+    with torch.no_grad():
+        model.layers[-2].bias.fill_(-100)
+    images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
+    optimizer = torch.optim.Adam(model.parameters(), lr=1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images)[0], labels).backward()
+        optimizer.step()
+    assert model.layers(images.flatten(1)).any(1).any() == revive
 
 
 def test_a_dead_network_lives_again_only_if_it_is_told_to():
