@@ -186,7 +186,7 @@ def cross_entropy_geometry(problem, margins, method):
         margins=margins,
         mean_norms_sq=norms_sq,
         HTH=norms_sq.diag(),
-        WWT=centring * columns_sq @ centring,
+        WWT=columns_sq.diag() - (columns_sq[:, None] + columns_sq) / num_classes + columns_sq.sum() / num_classes**2,
         WH=centring * margins,
         bias=torch.zeros_like(counts),
         duality=self_duality(counts),
