@@ -2,11 +2,12 @@
 
 import re
 import shlex
+import subprocess
 
 import pytest
 import torch
 
-from args import make_parser
+from args import make_parser, parse_args, run_folder
 from tests.conftest import ROOT, TINY
 
 README = (ROOT / "README.md").read_text()
@@ -29,10 +30,10 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
-def test_the_loop_of_the_readme_runs(run_script, tmp_path):
-    _, loop = python_examples("README.md")
-    out = run_example(loop, run_script, tmp_path)
-    assert "'NC1': " in out and re.findall(r"'(\w+)': nan", out) == ["NC4"]  # no predictions were given
+def test_the_layers_of_the_readme_are_measured(run_script, tmp_path):
+    layers, _ = python_examples("README.md")
+    out = run_example(layers, run_script, tmp_path)
+    assert re.fullmatch(r"layer3 \d\S+\nfc \d\S+\n", out)
 
 
 def test_the_loop_of_extending_runs(run_script, tmp_path):
@@ -40,8 +41,27 @@ def test_the_loop_of_extending_runs(run_script, tmp_path):
     assert "nan" not in run_example(loop, run_script, tmp_path)
 
 
+def test_the_sweep_of_extending_gives_commands(tmp_path):
+    (block,) = re.findall(r"```bash\n(for .*?)```", (ROOT / "docs/extending.md").read_text(), re.S)
+    loop, rest = block.split("scripts/sweep.sh")
+    subprocess.run(["bash", "-ec", loop], cwd=tmp_path, check=True)
+    assert rest.startswith(" -j 2 sweep.txt\n")
+    commands = [line.split(" && ") for line in (tmp_path / "sweep.txt").read_text().splitlines()]
+    folders = set()
+    for train, validate in commands:
+        flags = [parse_args(argv=from_root(command)) for command in (train, validate)]
+        assert flags[0] == flags[1] and flags[0].resume
+        folders.add(run_folder(flags[0]))
+    assert len(commands) == len(folders) == 6
+
+
+def from_root(command):
+    """The flags of a `python SCRIPT FLAGS`, whose @FILE is one of the repository."""
+    return [word.replace("@", f"@{ROOT}/") for word in shlex.split(command)[2:]]
+
+
 def test_the_model_of_the_readme_is_one():
-    model, _ = python_examples("README.md")
+    _, model = python_examples("README.md")
     namespace = {}
     exec(model, namespace)
     net = namespace["SmallNet"](num_classes=7, bias=False, depth_linear=1, revive=True, planes=12)
