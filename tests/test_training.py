@@ -10,12 +10,12 @@ import torch
 
 import engine.checkpoints as checkpoint_files
 from datasets import Split
-from engine.checkpoints import Checkpoints, TrainingState, copy_state, load_torch
+from engine.checkpoints import Checkpoints, TrainingState, load_torch, to_host
 from engine.cuda_graph import GraphedStep
 from engine.measurement import ClassAccuracy
 from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
 from engine.run import Run
-from engine.step_log import STEP_COLUMNS, check_finite, epoch_means
+from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means, new_rows
 from models import build_model
 from objective import Objective
 from train_1st_order_unbalanced import train_step
@@ -35,14 +35,14 @@ def build(optimizer="Adam", clip_grad_norm=None, **flags):
     chosen = make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-2, weight_decay=0.0, **adam)
     step = partial(
         train_step, split=split, model=model, objective=objective, optimizer=chosen, shifts=None, penalty_scale=1.0,
-        precision="fp32", clip_grad_norm=clip_grad_norm,
+        one=torch.ones(()), precision="fp32", clip_grad_norm=clip_grad_norm,
     )  # fmt: skip
     return model, chosen, step
 
 
 def capture(step, indices):
     """As the capture of a CUDA graph: it makes steps of its own, and the replay fills a fixed result."""
-    result = torch.empty(len(STEP_COLUMNS), dtype=torch.float64)
+    result = torch.empty(len(MEASURED))
     for _ in range(4):
         step(indices)
     return lambda: result.copy_(step(indices))
@@ -83,8 +83,8 @@ def test_a_step_returns_what_it_measured():
     logits, _ = model(images)
     expected = torch.nn.functional.cross_entropy(logits, labels)
     correct = (logits.argmax(1) == labels).sum()
-    row = dict(zip(STEP_COLUMNS, step(ORDER[:8]).tolist(), strict=True))
-    assert (row["size"], row["correct"]) == (8, correct) and row["data_term"] == pytest.approx(expected.item())
+    row = dict(zip(MEASURED, step(ORDER[:8]).tolist(), strict=True))
+    assert row["correct"] == correct and row["data_term"] == pytest.approx(expected.item())
     assert row["loss"] > row["data_term"] and row["grad_norm"] > 0
 
 
@@ -93,24 +93,24 @@ def test_a_graphed_step_continues_from_a_saved_state(tmp_path):
     batches = ORDER.split(8)
 
     def state_in(folder, model, optimizer):
-        state = TrainingState(model, optimizer, torch.zeros(3, len(STEP_COLUMNS), dtype=torch.float64))
+        state = TrainingState(model, optimizer, new_rows([8, 8, 4], "cpu"))
         return state, Checkpoints(Run(folder), state, epochs=9, save_every=1)
 
     expected_model, chosen, step = build()
     state, checkpoints = state_in(tmp_path, expected_model, chosen)
     for number, indices in enumerate(batches[:2]):
-        state.rows[number] = step(indices)
+        state.rows[number, 1:] = step(indices)
     state.step = 2
     with checkpoints:
         checkpoints.save_state()
-    state.rows[2] = step(batches[2])
+    state.rows[2, 1:] = step(batches[2])
     expected = state.rows
 
     model, chosen, step = build()
     state, checkpoints = state_in(tmp_path, model, chosen)
     checkpoints.load_state("cpu")
     graphed = GraphedStep(step, [8, 4], state_of(model, chosen), "cpu", capture)
-    state.rows[state.step] = graphed(batches[2])
+    state.rows[state.step, 1:] = graphed(batches[2])
     assert (state.epoch, state.step) == (0, 2) and torch.equal(state.rows, expected)
     for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -216,12 +216,12 @@ def test_a_clipped_gradient_is_logged_as_it_was():
     moved = sum((a.detach() - b).square().sum() for a, b in zip(model.parameters(), before, strict=True)).sqrt()
     assert float(moved) == pytest.approx(1e-2 * 0.01, rel=1e-3)  # weights of order 0.1 in fp32 move by 1e-4
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(row[STEP_COLUMNS.index("grad_norm")]) > 0.02
+    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(row[MEASURED.index("grad_norm")]) > 0.02
 
 
 def make_checkpoints(folder):
     model, optimizer, _ = build()
-    state = TrainingState(model, optimizer, torch.zeros(3, len(STEP_COLUMNS)), epoch=5)
+    state = TrainingState(model, optimizer, new_rows([1] * 3, "cpu"), epoch=5)
     return Checkpoints(Run(folder), state, epochs=9, save_every=1)
 
 
@@ -260,9 +260,9 @@ def test_the_first_checkpoint_can_be_resumed(tmp_path):
     assert load_torch(tmp_path / "last.pt")["epoch"] == 1
 
 
-def test_copy_state_is_deep():
+def test_the_copy_of_a_state_is_deep():
     state = {"a": [torch.zeros(2), {"b": torch.zeros(1)}], "c": (1, "x")}
-    copied = copy_state(state)
+    copied, _ = to_host(state)
     state["a"][0] += 1
     state["a"][1]["b"] += 1
     assert copied["a"][0].tolist() == [0, 0] and copied["a"][1]["b"].tolist() == [0] and copied["c"] == [1, "x"]
