@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import traceback
 from functools import partial
 
 import pytest
@@ -114,6 +115,33 @@ def test_a_graphed_step_continues_from_a_saved_state(tmp_path):
     assert (state.epoch, state.step) == (0, 2) and torch.equal(state.rows, expected)
     for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_largest_batch_is_captured_first():
+    sizes = []
+
+    def capture(step, indices):
+        sizes.append(len(indices))
+        return step
+
+    GraphedStep(lambda indices: None, [4, 8, 8, 5], list, "cpu", capture)
+    assert sizes == [8, 5, 4]
+
+
+def test_a_failed_capture_shows_its_first_cause_and_the_way_out():
+    """As torch.cuda.graph does: the end of the capture raises an error that says nothing of the first one."""
+
+    def capture(step, indices):
+        try:
+            raise ValueError("the step reads from the device")
+        finally:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError, match="give --no-cuda_graph") as failure:
+        GraphedStep(lambda indices: None, [4], list, "cpu", capture)
+    shown = "".join(traceback.format_exception(failure.value))
+    assert shown.index("ValueError: the step reads from the device") < shown.index("operation failed")
+    assert type(failure.value) is RuntimeError  # of which run_script shows the traceback
 
 
 def log_of(losses, sizes, norms=None):
@@ -245,6 +273,37 @@ def test_files_are_written_in_order_while_training_continues(tmp_path, monkeypat
         assert (tmp_path / "epoch_005.pth").exists()
     for epoch, value in ((5, 1), (6, 2)):
         assert (load_torch(tmp_path / f"epoch_{epoch:03d}.pth")["fc.0.weight"] == value).all()
+
+
+def test_the_writer_waits_for_the_copy_and_training_does_not(tmp_path, monkeypatch):
+    """On a GPU the copy to the host is under way when training goes on; here it is made when it is waited for."""
+    arrived, waits = threading.Event(), []
+
+    def to_host(state):
+        now = {key: value.clone() for key, value in state.items()}
+        later = {key: torch.empty_like(value) for key, value in state.items()}
+
+        def wait():
+            waits.append(threading.current_thread())
+            assert arrived.wait(60)
+            for key, value in now.items():
+                later[key].copy_(value)
+
+        return later, wait
+
+    monkeypatch.setattr(checkpoint_files, "to_host", to_host)
+    with make_checkpoints(tmp_path) as checkpoints:
+        weight = checkpoints.state.model.fc[0].weight
+        weight.data.fill_(1)
+        checkpoints.save_weights()
+        weight.data.fill_(2)
+        assert not (tmp_path / "epoch_005.pth").exists() and checkpoints.seconds_waited() < 1
+        threading.Timer(0.3, arrived.set).start()
+        checkpoints.state.epoch = 6
+        checkpoints.save_weights()  # waits for the file before it
+        assert checkpoints.seconds_waited() > 0.2 and checkpoints.seconds_waited() == 0
+    assert (load_torch(tmp_path / "epoch_005.pth")["fc.0.weight"] == 1).all()
+    assert len(waits) == 2 and threading.main_thread() not in waits
 
 
 def test_an_error_of_the_writing_thread_is_raised(tmp_path):
