@@ -28,7 +28,7 @@ from engine.measurement import Measurement
 from engine.optim import Schedule, make_optimizer, set_learning_rate
 from engine.run import Run
 from engine.step_log import check_finite, epoch_means, new_rows
-from models import build_model
+from models import build_model, to_device
 from objective import Objective
 from utils import Interrupted, Progress, StopFlag, from_flags, run_script
 
@@ -49,8 +49,7 @@ def main():
         run.check_class_counts(data.class_counts)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
-    model = model.to(device, memory_format=model.memory_format)
-    data = data.to(device, model.memory_format)
+    model, data = to_device(model, data, args.precision, device)
     with run.lock():
         run.check_startable(args.resume, args.force)  # again, now that no other process can start there
         train(args, run, data, model, device)

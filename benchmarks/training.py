@@ -22,7 +22,7 @@ from engine.cuda_graph import GraphedStep
 from engine.distributed import keep_freed_memory, pick_device, set_precision
 from engine.optim import make_optimizer
 from engine.step_log import new_rows
-from models import build_model
+from models import build_model, to_device
 from objective import Objective
 from train_1st_order_unbalanced import train_step
 from utils import from_flags
@@ -35,8 +35,8 @@ class OurTraining:
         set_precision(args.precision, device)
         torch.manual_seed(args.seed)
         model, flags = from_flags(build_model, vars(args), num_classes=data.num_classes), vars(args)
-        self.model = model.to(device, memory_format=model.memory_format).train()
-        self.args, self.device, self.split = args, device, data.train.to(device, model.memory_format)
+        self.model, self.split = to_device(model, data.train, args.precision, device)
+        self.args, self.device = args, device
         self.batches = from_flags(Batches, flags, labels=self.split.labels)
         facts = {"class_counts": data.class_counts, "feature_dim": model.fc[0].in_features}
         self.objective, self.penalty_scale = from_flags(Objective, flags, **facts), torch.ones((), device=device)

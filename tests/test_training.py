@@ -2,9 +2,11 @@
 
 import copy
 import math
+import re
 import threading
 import traceback
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +15,12 @@ import engine.checkpoints as checkpoint_files
 from datasets import Split
 from engine.checkpoints import Checkpoints, TrainingState, load_torch, to_host
 from engine.cuda_graph import GraphedStep
+from engine.distributed import pick_device
 from engine.measurement import ClassAccuracy
 from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
 from engine.run import Run
 from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means, new_rows
-from models import build_model
+from models import build_model, to_device
 from objective import Objective
 from train_1st_order_unbalanced import train_step
 from utils import UserError
@@ -360,3 +363,33 @@ def test_class_accuracies_of_an_empty_split():
     accuracy = ClassAccuracy(split, "test")
     assert math.isnan(accuracy.overall())
     assert all(math.isnan(value) for value in accuracy.by_frequency([3, 2, 1]).values())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The device
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_cannot_be_initialised_is_not_used(monkeypatch, capsys):
+    """Such as with a driver that is too old: it is counted all the same."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert pick_device("auto", 0) == torch.device("cpu")
+    reason = "the GPU cannot be used: The NVIDIA driver on your system is too old (found version 11040)"
+    assert capsys.readouterr().out == f"note       {reason}; training on the CPU\n"
+    with pytest.raises(UserError, match=f"{re.escape(reason)}; give --device cpu"):
+        pick_device("cuda", 0)
+
+
+def test_images_are_channels_last_but_for_fp32_on_a_gpu(monkeypatch):
+    model = build_model("ResNet18", 4, planes=4)
+    for kind, precision, last in (("cpu", "fp32", True), ("cuda", "fp32", False), ("cuda", "bf16", True)):
+        formats = []
+        monkeypatch.setattr(model, "to", lambda device, memory_format, formats=formats: formats.append(memory_format))
+        data = SimpleNamespace(to=lambda device, memory_format, formats=formats: formats.append(memory_format))
+        to_device(model, data, precision, torch.device(kind))
+        assert formats == [torch.channels_last if last else torch.contiguous_format] * 2
