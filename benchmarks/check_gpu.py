@@ -38,10 +38,10 @@ from engine.step_log import MEASURED
 from utils import Interrupted, run_script
 
 TRAIN = ROOT / "train_1st_order_unbalanced.py"
-GPU = SimpleNamespace(
-    width=1024, planes=64, batch=256, fraction=1.0, steps=50, pairs=3, product=8192, seconds=(150, 80)
-)
-CPU = SimpleNamespace(width=32, planes=4, batch=64, fraction=0.01, steps=3, pairs=1, product=256, seconds=(5, 5))
+GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 8192, "steps": 50, "pairs": 5}
+GPU |= {"epochs": 400, "seconds": (150, 80), "patience": 1}
+CPU = {"width": 32, "planes": 4, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
+CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -69,24 +69,23 @@ def agreement(device, size, data):
 
 def resume(device, size, data):
     """Whether a run that was killed ends as one that was not."""
-    flags = (
-        f"--dataset digits --width {size.width} --depth_relu 2 --batch_size 102 --epochs 60 --save_every 2 --no-bias"
-    )
-    command = [sys.executable, TRAIN, *flags.split(), "--sep_decay", "--device", device.type, "--save_path"]
-    quiet = {"stdout": subprocess.DEVNULL, "check": True}
+    flags = f"--dataset digits --width {size.width} --depth_relu 2 --batch_size 102 --no-bias"
+    flags += f" --sep_decay --epochs {size.epochs} --save_every 2 --device {device.type} --save_path"
+    command = [sys.executable, TRAIN, *flags.split()]
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Run(f"{folder}/whole"), Run(f"{folder}/cut")
-        subprocess.run([*command, whole.folder], **quiet)
+        subprocess.run([*command, whole.folder], stdout=subprocess.DEVNULL, check=True)
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with subprocess.Popen([*command, cut.folder, "--resume"], stdout=subprocess.DEVNULL) as process:
+            with subprocess.Popen([*command, cut.folder, "--resume"], **silent) as process:
                 already = len(cut.checkpoints())
                 while len(cut.checkpoints()) < already + 2 and process.poll() is None:
                     time.sleep(0.001)
                 process.send_signal(number)
                 began = time.perf_counter()
             yield f"from {number.name} to the end of the process", time.perf_counter() - began, "s"
-        subprocess.run([*command, cut.folder, "--resume"], **quiet)
-        states = [load_torch(run.checkpoint(60)) for run in (whole, cut)]
+        subprocess.run([*command, cut.folder, "--resume"], stdout=subprocess.DEVNULL, check=True)
+        states = [load_torch(run.checkpoint(size.epochs)) for run in (whole, cut)]
     yield "resumed after both, the run ends bit for bit as one that was not cut", states_equal(*states), ""
 
 
@@ -154,7 +153,7 @@ def images(device, size, data):
                 yield f"ResNet18, {precision}, {how}", 32 * size.steps / statistics.median(times), "images/s"
 
 
-PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limits in seconds
+PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limits in seconds on a GPU
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -211,12 +210,12 @@ def train_for(seconds, words, data):
     ):
         stop.start()
         train_script.main()
-    stop.cancel()
+        stop.cancel()
 
 
 @contextlib.contextmanager
 def library_choice(layout, deterministic):
-    """Within it, `OurTraining` has this memory format, and cuDNN its deterministic algorithms or the fastest it finds."""
+    """Within it, `OurTraining` has this memory format, and cuDNN deterministic algorithms or the fastest it finds."""
 
     def to_device(model, data, precision, device):
         return model.to(device, memory_format=layout), data.to(device, layout)
@@ -243,13 +242,14 @@ def main():
     parser.add_argument("--part", choices=[part.__name__ for part in PARTS], help="run this one alone")
     options = parser.parse_args()
     device = pick_device(options.device, 0)
+    size = SimpleNamespace(**(GPU if device.type == "cuda" else CPU))
     table = options.out / f"check_gpu_{device.type}.csv"
     if options.part:
-        return run_part(globals()[options.part], device, options.data_dir, table)
+        return run_part(globals()[options.part], device, size, options.data_dir, table)
     options.out.mkdir(parents=True, exist_ok=True)
     table.write_text("part,what,value,unit\n")
     add_row(table, "machine", device_name(device), torch.__version__, "torch")
-    return max([run_elsewhere(part.__name__, limit, table) for part, limit in PARTS.items()])
+    return max([run_elsewhere(part.__name__, limit * size.patience, table) for part, limit in PARTS.items()])
 
 
 def run_elsewhere(part, limit, table):
@@ -266,10 +266,9 @@ def run_elsewhere(part, limit, table):
     return int(status != 0)
 
 
-def run_part(part, device, data_dir, table):
+def run_part(part, device, size, data_dir, table):
     """Add the rows of a part to the table; return 1 if one of them is False."""
     keep_freed_memory()
-    size = GPU if device.type == "cuda" else CPU
     data = train_script.load_data("cifar10", data_dir) if data_dir else random_images(size.fraction)
     values = [add_row(table, part.__name__, *row) for row in part(device, size, data)]
     return int(any(value is False for value in values))
