@@ -17,6 +17,22 @@ from torch.nn import functional as F
 from nc_theory import UFM, LossVariant, VariantLoss
 
 
+class SquaredNorm(torch.autograd.Function):
+    """(factor / 2) sum |x|^2 over tensors x, with the gradient factor x in one product, where autograd takes three."""
+
+    @staticmethod
+    def forward(context, factor, *tensors):
+        context.factor = factor
+        context.save_for_backward(*tensors)
+        first, *others = (tensor.square().sum() for tensor in tensors)
+        return 0.5 * factor * sum(others, start=first)
+
+    @staticmethod
+    def backward(context, gradient):
+        scaled = gradient * context.factor
+        return None, *(scaled * tensor for tensor in context.saved_tensors)
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of a minibatch of B of the N training samples. Fields are named as the flags that set them.
@@ -60,11 +76,11 @@ class Objective:
             data = self.variant_loss.to(logits)(logits, labels).mean()
         else:
             data = 0.5 * (logits - F.one_hot(labels, len(self.class_counts))).square().sum(1).mean()
-        total = self.data_factor * data
+        total = self.data_factor * data if self.objective == "released" else data
         if self.sep_decay:
             share = self.num_samples / len(labels) if self.objective == "paper" else 1.0
-            penalty = 0.5 * self.weight_decay * sum(layer.weight.square().sum() for layer in head)
-            penalty = penalty + 0.5 * self.feature_decay_rate * share * features.square().sum()
+            penalty = SquaredNorm.apply(self.weight_decay, *(layer.weight for layer in head))
+            penalty = penalty + SquaredNorm.apply(self.feature_decay_rate * share, features)
             total = total + penalty_scale * penalty
         return total, data
 

@@ -18,16 +18,17 @@ from functools import partial
 import torch
 
 from args import notes, parse_args, run_folder, training_flags
-from datasets import epoch_batches, epoch_order, load_data, random_shifts
+from datasets import load_data
+from engine.batches import Batches
 from engine.checkpoints import Checkpoints, TrainingState, is_due, load_weights
 from engine.cuda_graph import GraphedStep
 from engine.distributed import autocast, bf16_speed, device_name, keep_freed_memory, pick_device, set_precision
 from engine.loggers import open_loggers, require_packages
 from engine.measurement import Measurement
-from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
+from engine.optim import Schedule, make_optimizer, set_learning_rate
 from engine.run import Run
-from engine.step_log import STEP_COLUMNS, check_finite, epoch_means
-from models import build_model
+from engine.step_log import check_finite, epoch_means, new_rows
+from models import build_model, to_device
 from objective import Objective
 from utils import Interrupted, Progress, StopFlag, from_flags, run_script
 
@@ -48,8 +49,7 @@ def main():
         run.check_class_counts(data.class_counts)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
-    model = model.to(device, memory_format=model.memory_format)
-    data = data.to(device, model.memory_format)
+    model, data = to_device(model, data, args.precision, device)
     with run.lock():
         run.check_startable(args.resume, args.force)  # again, now that no other process can start there
         train(args, run, data, model, device)
@@ -62,17 +62,12 @@ def main():
 
 def train(args, run, data, model, device):
     """Run the epochs that are left, and write the files of the run."""
-    count, steps = len(data.train), -(-len(data.train) // args.batch_size)
     objective = from_flags(Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features)
     graphed = device.type == "cuda" and args.cuda_graph
-    optimizer = from_flags(
-        make_optimizer,
-        vars(args),
-        parameters=model.parameters(),
-        weight_decay=objective.optimizer_decay,
-        for_cuda_graph=graphed,
-    )
-    state = TrainingState(model, optimizer, torch.zeros(steps, len(STEP_COLUMNS), dtype=torch.float64, device=device))
+    decay = {"weight_decay": objective.optimizer_decay, "for_cuda_graph": graphed}
+    optimizer = from_flags(make_optimizer, vars(args), parameters=model.parameters(), **decay)
+    batches = from_flags(Batches, vars(args), labels=data.train.labels)
+    state = TrainingState(model, optimizer, new_rows(batches.sizes, device))
     checkpoints = Checkpoints(run, state, epochs=args.epochs, save_every=args.save_every, keep=args.keep)
     if args.resume and run.last.exists():
         checkpoints.load_state(device)
@@ -87,16 +82,13 @@ def train(args, run, data, model, device):
     if state.epoch >= args.epochs:
         return
     schedule = from_flags(Schedule, vars(args))
-    penalty_scale = torch.ones((), device=device)
-    labels = data.train.labels.cpu() if args.stratified else None
-    shifts = torch.zeros(count, 3, dtype=torch.int64, device=device) if args.data_augmentation else None
+    penalty_scale, one = torch.ones(2, device=device)
     step = partial(
-        train_step, split=data.train, model=model, objective=objective, optimizer=optimizer, shifts=shifts,
-        penalty_scale=penalty_scale, precision=args.precision, clip_grad_norm=args.clip_grad_norm,
+        train_step, split=data.train, model=model, objective=objective, optimizer=optimizer, shifts=batches.shifts,
+        penalty_scale=penalty_scale, one=one, precision=args.precision, clip_grad_norm=args.clip_grad_norm,
     )  # fmt: skip
     if graphed:
-        sizes = {len(batch) for batch in epoch_batches(torch.empty(count), args.batch_size, even=args.stratified)}
-        step = GraphedStep(step, sizes, lambda: [*model.state_dict().values(), *optimizer_tensors(optimizer)], device)
+        step = GraphedStep(step, batches.sizes, state.tensors, device)
 
     with (
         StopFlag() as stop,
@@ -106,17 +98,16 @@ def train(args, run, data, model, device):
     ):
         measurement = Measurement(run, model, data, args.precision, after_batch=stop.check)
         try:
+            indices = batches.draw(state.epoch + 1)
             for epoch in range(state.epoch + 1, args.epochs + 1):
                 lr = set_learning_rate(optimizer, schedule.learning_rate(epoch))
                 scale = schedule.penalty_scale(epoch)
                 penalty_scale.fill_(scale)
-                order = epoch_order(count, epoch=epoch, seed=args.seed, shuffle=not args.no_shuffle, labels=labels)
-                if shifts is not None:
-                    shifts.copy_(random_shifts(count, epoch=epoch, seed=args.seed))
-                batches = epoch_batches(order.to(device), args.batch_size, even=args.stratified)
-                rows = train_one_epoch(step, batches, state, checkpoints, stop)
+                meanwhile = partial(batches.draw, epoch + 1)
+                rows, indices = train_one_epoch(step, indices, state, checkpoints, stop, meanwhile)
                 line = {"epoch": epoch, "lr": float(f"{lr:.7g}"), "penalty_scale": float(f"{scale:.7g}")}
                 line |= epoch_means(rows, args.loss, state.seconds)
+                line["seconds_waiting"] = checkpoints.seconds_waited()
                 run.append_log(line)
                 check_finite(rows, model, epoch)
                 for logger in loggers:
@@ -137,36 +128,42 @@ def train(args, run, data, model, device):
     print(f"finished: {run.folder}")
 
 
-def train_one_epoch(step, batches, state, checkpoints, stop):
-    """Make the steps of an epoch that are left; return the rows of all its steps. A signal stops it between steps."""
+def train_one_epoch(step, batches, state, checkpoints, stop, meanwhile):
+    """Make the steps of an epoch that are left; return the rows of all its steps, and what `meanwhile()` returned.
+
+    It is called while the device works. A signal stops the epoch between steps.
+    """
     state.model.train()
     began = time.perf_counter() - state.seconds
     for number in range(state.step, len(batches)):
-        state.rows[number] = step(batches[number])
+        state.rows[number, 1:] = step(batches[number])
         state.step, state.seconds = number + 1, time.perf_counter() - began
         stop.check()
         checkpoints.save_state_if_due()
+    following = meanwhile()
     rows = state.rows.cpu()  # waits for the device
     state.seconds = time.perf_counter() - began
-    return rows
+    return rows, following
 
 
-def train_step(indices, *, split, model, objective, optimizer, shifts, penalty_scale, precision, clip_grad_norm):
-    """Make one optimizer step on the images at `indices` (B,); return STEP_COLUMNS. Nothing waits for the device."""
+def train_step(indices, *, split, model, objective, optimizer, shifts, penalty_scale, one, precision, clip_grad_norm):
+    """Make one optimizer step on the images at `indices` (B,); return what it MEASURED. Nothing waits for the device.
+
+    one: the gradient of the loss by itself, so that no step has to make it.
+    """
     images, labels = split.batch(indices, shifts)
     with autocast(precision, indices.device):
         logits, features = model(images)
     loss, data_term = objective(logits, features, labels, model.fc, penalty_scale)
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward(one)
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if clip_grad_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad_norm, grad_norm)
     optimizer.step()
     with torch.no_grad():
-        correct = (logits.argmax(1) == labels).sum()
-        size = torch.full_like(loss, len(labels))
-        return torch.stack([size, loss, data_term, correct, grad_norm]).double()
+        correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
+        return torch.stack([loss, data_term, correct, grad_norm])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from engine.loggers import open_loggers, require_packages
 from engine.measurement import Measurement
 from engine.report import write_report
 from engine.run import Run
-from models import build_model
+from models import build_model, to_device
 from nc_metrics import THEORY_COLUMNS
 from nc_theory import GAP_COLUMNS
 from objective import Objective
@@ -58,8 +58,7 @@ def main():
     data = from_flags(load_data, vars(args))
     run.check_class_counts(data.class_counts)
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
-    model = model.to(device, memory_format=model.memory_format)
-    data = data.to(device, model.memory_format)
+    model, data = to_device(model, data, args.precision, device)
     if not run.problems:  # a folder of bare checkpoints
         objective = from_flags(
             Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features

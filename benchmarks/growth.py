@@ -45,7 +45,7 @@ def main():
         times = time_in_turn({"steps": partial(training.run, options.steps)}, options.pairs, device)["steps"]
         step = statistics.median(times) / options.steps
         row = {"batch": batch, "width": width, "ms a step": 1000 * step}
-        rows.append(row | {"seconds an epoch": len(training.batches(1)) * step, "images/s": batch / step})
+        rows.append(row | {"seconds an epoch": len(training.batches.sizes) * step, "images/s": batch / step})
     report("growth_training", rows, device, options.out)
 
 

@@ -36,7 +36,7 @@ def main():
         run.problems = training.objective.problems()
         measurement = Measurement(run, training.model, data)
         works = {"bare forward pass": partial(bare_pass, measurement), "ours": measurement.measure}
-        works["epoch"] = partial(training.run, len(training.batches(1)))
+        works["epoch"] = partial(training.run, len(training.batches.sizes))
         times = time_in_turn(works, options.pairs, device)
         nc1, usual, epochs = measurement.measure()[0]["NC1"], [], times.pop("epoch")
     works = {"the usual way": lambda: usual.append(usual_nc1(training.model, data, device))}

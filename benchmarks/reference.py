@@ -45,6 +45,7 @@ def usual_training(model, batch_size, width, fraction, device):
 
     A loader in another process, Adam, two penalties, and a second forward pass for the accuracy.
     """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in fp32 are in TF32
     args, split = paper_args(model, batch_size, width), random_images(fraction).train
     torch.manual_seed(args.seed)
     model = from_flags(build_model, vars(args), num_classes=10).to(device)

@@ -19,7 +19,7 @@ from datasets import load_data
 from engine.distributed import pick_device
 from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
 from engine.optim import Schedule, set_learning_rate
-from engine.step_log import STEP_COLUMNS
+from engine.step_log import MEASURED
 from utils import Progress, from_flags
 
 SETTING = (
@@ -71,9 +71,9 @@ def follow(words):
             training.penalty_scale.fill_(schedule.penalty_scale(epoch))
             model.train()
             norms, moved = [], []
-            for batch in training.batches(epoch):
+            for batch in training.batches.draw(epoch):
                 before = [parameter.detach().clone() for parameter in body]
-                norms.append(float(training.step(batch)[STEP_COLUMNS.index("grad_norm")]))
+                norms.append(float(training.step(batch)[MEASURED.index("grad_norm")]))
                 change = [new.detach() - old for new, old in zip(body, before, strict=True)]
                 moved.append(float(torch.nn.utils.get_total_norm(change)) / lr)
             moments = torch.cat([optimizer.state[parameter]["exp_avg_sq"].flatten() for parameter in body])

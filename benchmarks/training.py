@@ -16,11 +16,13 @@ import torch
 from common import make_parser, paper_args, random_images, ratios, report, time_in_turn
 from reference import run_usual_training
 
-from datasets import epoch_batches, epoch_order
+from engine.batches import Batches
+from engine.checkpoints import TrainingState
 from engine.cuda_graph import GraphedStep
 from engine.distributed import keep_freed_memory, pick_device, set_precision
-from engine.optim import make_optimizer, optimizer_tensors
-from models import build_model
+from engine.optim import make_optimizer
+from engine.step_log import new_rows
+from models import build_model, to_device
 from objective import Objective
 from train_1st_order_unbalanced import train_step
 from utils import from_flags
@@ -33,27 +35,23 @@ class OurTraining:
         set_precision(args.precision, device)
         torch.manual_seed(args.seed)
         model, flags = from_flags(build_model, vars(args), num_classes=data.num_classes), vars(args)
-        self.model = model.to(device, memory_format=model.memory_format).train()
-        self.args, self.device, self.split = args, device, data.train.to(device, model.memory_format)
+        self.model, self.split = to_device(model, data.train, args.precision, device)
+        self.args, self.device = args, device
+        self.batches = from_flags(Batches, flags, labels=self.split.labels)
         facts = {"class_counts": data.class_counts, "feature_dim": model.fc[0].in_features}
         self.objective, self.penalty_scale = from_flags(Objective, flags, **facts), torch.ones((), device=device)
         graphed = device.type == "cuda" and args.cuda_graph
         decay = {"weight_decay": self.objective.optimizer_decay, "for_cuda_graph": graphed}
         self.optimizer = from_flags(make_optimizer, flags, parameters=model.parameters(), **decay)
         self.step = partial(
-            train_step, split=self.split, model=model, objective=self.objective, optimizer=self.optimizer, shifts=None,
-            penalty_scale=self.penalty_scale, precision=args.precision, clip_grad_norm=args.clip_grad_norm,
+            train_step, split=self.split, model=model, objective=self.objective, optimizer=self.optimizer,
+            shifts=self.batches.shifts, penalty_scale=self.penalty_scale, one=torch.ones((), device=device),
+            precision=args.precision, clip_grad_norm=args.clip_grad_norm,
         )  # fmt: skip
         if graphed:
-            tensors = lambda: [*model.state_dict().values(), *optimizer_tensors(self.optimizer)]  # noqa: E731
-            self.step = GraphedStep(self.step, {len(batch) for batch in self.batches(1)}, tensors, device)
-        self.endless = chain.from_iterable(map(self.batches, count(1)))
-
-    def batches(self, epoch):
-        """Return the batches of indices of an epoch."""
-        labels = self.split.labels.cpu() if self.args.stratified else None
-        order = epoch_order(len(self.split), epoch=epoch, seed=self.args.seed, labels=labels)
-        return epoch_batches(order.to(self.device), self.args.batch_size, even=self.args.stratified)
+            state = TrainingState(model, self.optimizer, new_rows(self.batches.sizes, device))
+            self.step = GraphedStep(self.step, self.batches.sizes, state.tensors, device)
+        self.endless = chain.from_iterable(map(self.batches.draw, count(1)))
 
     def run(self, steps):
         """Make the next `steps` steps, in the precision of the flags."""
@@ -101,7 +99,7 @@ def share_of_ceiling(training):
     flops = 2 * samples * (2 * 3072 * args.width + 3 * (args.depth_relu * args.width**2 + 10 * args.width))
     size = args.width * (4 if device.type == "cuda" else 2)
     a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    works = {"epoch": partial(training.run, len(training.batches(1))), "product": lambda: a @ b}
+    works = {"epoch": partial(training.run, len(training.batches.sizes)), "product": lambda: a @ b}
     times = {name: statistics.median(spent) for name, spent in time_in_turn(works, 3, device).items()}
     rate, ceiling = flops / times["epoch"], 2 * size**3 / times["product"]
     row = {"epoch": f"MLP, {args.precision}", "seconds": times["epoch"], "GFLOP/s": rate / 1e9}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from engine.optim import optimizer_tensors
 from engine.step_log import check_finite
 from utils import FAILED_WORK, UserError, atomic_write, message_of
 
@@ -38,6 +39,10 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0  # spent on the current epoch
 
+    def tensors(self):
+        """Return all tensors that a step changes."""
+        return [*self.model.state_dict().values(), *optimizer_tensors(self.optimizer)]
+
 
 class Checkpoints:
     """The checkpoints of a run, written by a thread while training goes on.
@@ -50,6 +55,7 @@ class Checkpoints:
         self.run, self.state, self.epochs, self.save_every, self.keep = run, state, epochs, save_every, keep
         self.thread, self.pending = ThreadPoolExecutor(1), None
         self.saved = time.monotonic()  # when last.pt was written, or the process began
+        self.waited = 0.0  # seconds
 
     def is_due(self, epoch):
         """Return True if the weights are to be saved: every `save_every` epochs, with --keep also at powers of two."""
@@ -58,7 +64,7 @@ class Checkpoints:
     def save_weights(self):
         """Save the model after the epoch that has just ended, and delete the checkpoints that are not kept."""
         epoch = self.state.epoch
-        self._write(self.run.checkpoint(epoch), copy_state(self.state.model.state_dict()))
+        self._write(self.run.checkpoint(epoch), self.state.model.state_dict())
         if epoch == 1:
             self.save_state()
         self.prune()
@@ -81,7 +87,7 @@ class Checkpoints:
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
         }
-        self._write(self.run.last, copy_state(parts))
+        self._write(self.run.last, parts)
         self.saved = time.monotonic()
 
     def load_state(self, device):
@@ -95,7 +101,7 @@ class Checkpoints:
             if not (isinstance(epoch, int) and isinstance(step, int) and epoch >= 0 and 0 <= step <= len(state.rows)):
                 raise ValueError("no such epoch or step")
             if step:
-                state.rows.copy_(saved["record"])
+                state.rows[:step] = saved["record"].reshape(state.rows.shape)[:step]
         except UserError:
             raise
         except Exception as error:  # whatever the content of an unrelated file leads to
@@ -120,10 +126,17 @@ class Checkpoints:
         count = len(self.kept(due))
         return count, (count + 3 + 3) * size  # last.pt has the weights and Adam's two moments
 
+    def seconds_waited(self):
+        """Return the seconds that training has waited for the writing thread since the last call."""
+        waited, self.waited = self.waited, 0.0
+        return round(waited, 4)
+
     def _write(self, path, state):
-        """Write `state`, which must not change any more, in the background; wait for the file before it."""
+        """Write `state` as it is now in the background; wait for the file before it."""
+        began = time.perf_counter()
         self.wait()
-        self.pending = self.thread.submit(save_torch, path, state)
+        self.waited += time.perf_counter() - began
+        self.pending = self.thread.submit(save_when_complete, path, *to_host(state))
 
     def wait(self):
         """Return when everything is on the disk."""
@@ -151,13 +164,40 @@ def save_torch(path, state):
         torch.save(state, file)
 
 
-def copy_state(state):
-    """Return a copy of a nested dict, list or tuple whose tensors later steps do not change."""
+def save_when_complete(path, state, wait):
+    wait()
+    save_torch(path, state)
+
+
+def to_host(state):
+    """Return a copy of a nested dict, list or tuple with its tensors on the CPU, and a function that waits for it.
+
+    Tensors on a GPU are copied there first, in the order of its work, so that later steps need not wait; from there
+    a stream of its own fills pinned memory. The copy is complete when the function has returned.
+    """
+    copies = copy_state(state, lambda tensor: tensor.detach().clone())
+    if not torch.cuda.is_initialized():
+        return copies, lambda: None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        host = copy_state(copies, lambda copy: torch.empty_like(copy, device="cpu", pin_memory=True).copy_(copy, True))
+    filled = stream.record_event()
+
+    def wait():
+        filled.synchronize()
+        copies.clear()  # held until now, so that nothing else takes their memory
+
+    return host, wait
+
+
+def copy_state(state, copy):
+    """Return a nested dict, list or tuple with copy(tensor) for each tensor."""
     if isinstance(state, torch.Tensor):
-        return state.detach().clone()
+        return copy(state)
     if isinstance(state, dict):
-        return type(state)((key, copy_state(value)) for key, value in state.items())
-    return [copy_state(value) for value in state] if isinstance(state, (list, tuple)) else state
+        return type(state)((key, copy_state(value, copy)) for key, value in state.items())
+    return [copy_state(value, copy) for value in state] if isinstance(state, (list, tuple)) else state
 
 
 def load_torch(path, device="cpu"):

@@ -12,18 +12,25 @@ class GraphedStep:
     sizes: the lengths that `indices` (B,) will have.
     state: a function that returns all tensors that a step changes. Those that the first step creates, such as an
         optimizer's moments, must start at zero.
-    capture: `capture(step, indices)` returns a function that replays the step and returns what it returned.
+    capture: `capture(step, indices)` returns a function that replays the step and returns what it returned; by default
+        a `CudaGraphs`. It is called for the largest size first, whose memory the others then fit into.
 
-    Capturing runs the step a few times; afterwards the state is restored, as if no step had been made.
+    Capturing runs the step a few times; afterwards the state is restored, as if no step had been made. Raises
+    RuntimeError from the error that a capture ended with, which shows the ones before it in a traceback.
     """
 
     def __init__(self, step, sizes, state, device, capture=None):
         before = {tensor.data_ptr(): tensor.clone() for tensor in state()}
-        capture = capture or capture_cuda_graph
+        capture = capture or CudaGraphs()
         self.replays = {}
-        for size in sizes:
-            indices = torch.zeros(size, dtype=torch.int64, device=device)
-            self.replays[size] = indices, capture(step, indices)
+        try:
+            for size in sorted(set(sizes), reverse=True):
+                indices = torch.zeros(size, dtype=torch.int64, device=device)
+                self.replays[size] = indices, capture(step, indices)
+        except Exception as error:
+            raise RuntimeError(
+                "the step cannot be captured, for the first reason above: give --no-cuda_graph"
+            ) from error
         with torch.no_grad():
             for tensor in state():
                 if tensor.data_ptr() in before:
@@ -37,20 +44,26 @@ class GraphedStep:
         return replay()
 
 
-def capture_cuda_graph(step, indices):
-    """Capture step(indices) after three warm-up calls on a side stream; return a function that replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), warnings.catch_warnings(action="ignore"):  # capturable Adam warns outside a graph
-        for _ in range(3):
-            step(indices)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step(indices)
+class CudaGraphs:
+    """Captures steps as CUDA graphs, which share one pool of memory: they are never replayed at the same time."""
 
-    def replay():
-        graph.replay()
-        return result
+    pool = None
 
-    return replay
+    def __call__(self, step, indices):
+        """Capture step(indices) after three warm-up calls on a side stream; return a function that replays it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), warnings.catch_warnings(action="ignore"):  # capturable Adam warns outside a graph
+            for _ in range(3):
+                step(indices)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = step(indices)
+        self.pool = graph.pool()
+
+        def replay():
+            graph.replay()
+            return result
+
+        return replay

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from utils import UserError
+from utils import UserError, message_of
 
 
 def pick_device(device, gpu_id):
@@ -19,8 +19,20 @@ def pick_device(device, gpu_id):
         raise UserError("this machine has no usable GPU: give --device cpu, without --gpu_id")
     if gpu_id >= gpus:
         raise UserError(f"--gpu_id {gpu_id}: this machine shows {gpus} GPUs, numbered from 0")
-    torch.cuda.set_device(gpu_id)  # CUDA graphs and streams belong to the current device
+    try:
+        torch.cuda.init()
+        torch.cuda.set_device(gpu_id)  # CUDA graphs and streams belong to the current device
+    except RuntimeError as error:  # such as an old driver
+        if device == "cuda":
+            raise UserError(f"the GPU cannot be used: {message_of(error)}; give --device cpu") from None
+        print(f"note       the GPU cannot be used: {message_of(error)}; training on the CPU", flush=True)
+        return torch.device("cpu")
     return torch.device("cuda", gpu_id)
+
+
+def send(tensor, device):
+    """Return a tensor of the CPU on the device, which may still be at work: the copy to a GPU is from pinned memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def device_name(device):
@@ -38,6 +50,7 @@ def set_precision(precision, device):
         raise UserError("--precision bf16: this GPU has no bf16 arithmetic; give fp32")
     mode = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = mode
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.conv.fp32_precision = mode
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -4,7 +4,15 @@ import torch
 
 from utils import FAILED_WORK, UserError
 
-STEP_COLUMNS = ("size", "loss", "data_term", "correct", "grad_norm")  # a row per step; losses are means over the batch
+MEASURED = ("loss", "data_term", "correct", "grad_norm")  # what a step returns; losses are means over the batch
+STEP_COLUMNS = ("size", *MEASURED)  # a row per step
+
+
+def new_rows(sizes, device):
+    """Return the rows (steps, STEP_COLUMNS) of an epoch with batches of these sizes, for its steps to fill in."""
+    rows = torch.zeros(len(sizes), len(STEP_COLUMNS), dtype=torch.float64)
+    rows[:, 0] = torch.tensor(sizes)
+    return rows.to(device)
 
 
 def epoch_means(rows, loss_name, seconds):

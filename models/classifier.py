@@ -71,7 +71,7 @@ class Classifier(nn.Module):
     """A body `embed`, images (B, 3, 32, 32) -> features (B, d) >= 0, and a head `fc`, features -> logits (B, K)."""
 
     fc: nn.Sequential
-    memory_format = torch.channels_last  # in which convolutions are fastest
+    memory_format = torch.channels_last  # in which convolutions are fastest, but for fp32 on a GPU
 
     def embed(self, images):
         raise NotImplementedError

@@ -144,7 +144,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def log_of(folder, drop=("seconds", "images_per_second")):
+def log_of(folder, drop=("seconds", "images_per_second", "seconds_waiting")):
     """Return the lines of a run's log, without its wall times."""
     lines = [json.loads(line) for line in (Path(folder) / "train_log.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in drop} for line in lines]

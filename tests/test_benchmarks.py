@@ -1,7 +1,9 @@
 """The benchmarks run, at a size at which their figures mean nothing: their tables have the rows that they promise."""
 
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from engine.measurement import Measurement
 from engine.run import Run
 from models import build_model
 from tests.conftest import ROOT, rows_of
+from tests.test_sweep import wait_for
 
 
 def run(script, folder, *flags):
@@ -51,3 +54,44 @@ def test_the_usual_nc1_is_ours(monkeypatch, tmp_path):
     rounding = 1e-5 * float(spectrum[-1] / spectrum[1])  # of fp32, times the condition number
     assert rounding < 1e-2
     assert usual_nc1(model, data, torch.device("cpu")) == pytest.approx(row["NC1"], rel=rounding)
+
+
+def check_gpu(folder, **options):
+    command = [sys.executable, ROOT / "benchmarks" / "check_gpu.py", "--device", "cpu", "--out", folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_the_check_of_a_gpu_is_rehearsed(tmp_path):
+    """Every part ends, and finds that what must be equal is."""
+    with check_gpu(tmp_path) as process:
+        out, error = process.communicate(timeout=600)
+    rows = rows_of(tmp_path / "check_gpu_cpu.csv")
+    assert process.returncode == 0, out + error
+    assert list(dict.fromkeys(row["part"] for row in rows)) == [
+        "machine", "agreement", "resume", "rates", "paper", "images",
+    ]  # fmt: skip
+    assert len(out.splitlines()) == len(rows) and not any("cut after" in row["what"] for row in rows)
+    assert {row["value"] for row in rows if "bit for bit" in row["what"]} == {"True"}
+    assert {float(row["value"]) for row in rows if row["unit"] == "relative"} == {0.0}
+
+
+def test_a_check_that_is_stopped_keeps_its_rows_and_leaves_no_process(tmp_path):
+    table = tmp_path / "check_gpu_cpu.csv"
+    with check_gpu(tmp_path) as process:
+        wait_for(lambda: table.exists() and "agreement" in table.read_text(), 120)
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT and error.count("\n") == 1 and "stopped by SIGINT" in error
+    assert rows_of(table)[1]["part"] == "agreement" and not Path(f"/proc/{child}").exists()
+
+
+def test_a_part_that_takes_too_long_is_cut(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import check_gpu
+
+    table = tmp_path / "table.csv"
+    table.write_text("part,what,value,unit\n")
+    monkeypatch.setattr(sys, "argv", ["-c", "import time; time.sleep(60)"])
+    assert check_gpu.run_elsewhere("agreement", 0.2, table) == 1
+    assert rows_of(table) == [{"part": "agreement", "what": "cut after", "value": "0.2", "unit": "s"}]

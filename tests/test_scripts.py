@@ -39,7 +39,7 @@ def test_files_of_a_run(train, validate, tmp_path):
     log = log_of(folder, drop=())
     assert [line["epoch"] for line in log] == [1, 2, 3, 4, 5]
     wanted = "epoch lr penalty_scale loss ce train_acc1 grad_norm_max loss_spike seconds images_per_second".split()
-    assert list(log[0]) == wanted and log[4]["loss"] < log[0]["loss"]
+    assert list(log[0]) == [*wanted, "seconds_waiting"] and log[4]["loss"] < log[0]["loss"]
     assert set(weights(folder / "epoch_001.pth")) == set(model.state_dict())
 
     out, _ = validate(*TINY, "--epochs", 5, "--save_every", 3)

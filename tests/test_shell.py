@@ -66,6 +66,7 @@ def test_help_prints_the_header_and_runs_nothing(checkout, tmp_path, name, word)
         ("reproduce.sh", [], "'' is not a data set of the paper"),
         ("reproduce.sh", ["svhn", "-j", "0"], "-j: '0' is not a whole number >= 1"),
         ("reproduce_small.sh", [], "give TABLE and DIR"),
+        ("check_gpu.sh", ["a", "b"], "give one DIR at most"),
     ],
 )
 def test_a_wrong_call_is_one_line(checkout, tmp_path, name, args, words):

@@ -2,21 +2,25 @@
 
 import copy
 import math
+import re
 import threading
+import traceback
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import engine.checkpoints as checkpoint_files
 from datasets import Split
-from engine.checkpoints import Checkpoints, TrainingState, copy_state, load_torch
+from engine.checkpoints import Checkpoints, TrainingState, load_torch, to_host
 from engine.cuda_graph import GraphedStep
+from engine.distributed import pick_device
 from engine.measurement import ClassAccuracy
 from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
 from engine.run import Run
-from engine.step_log import STEP_COLUMNS, check_finite, epoch_means
-from models import build_model
+from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means, new_rows
+from models import build_model, to_device
 from objective import Objective
 from train_1st_order_unbalanced import train_step
 from utils import UserError
@@ -35,14 +39,14 @@ def build(optimizer="Adam", clip_grad_norm=None, **flags):
     chosen = make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-2, weight_decay=0.0, **adam)
     step = partial(
         train_step, split=split, model=model, objective=objective, optimizer=chosen, shifts=None, penalty_scale=1.0,
-        precision="fp32", clip_grad_norm=clip_grad_norm,
+        one=torch.ones(()), precision="fp32", clip_grad_norm=clip_grad_norm,
     )  # fmt: skip
     return model, chosen, step
 
 
 def capture(step, indices):
     """As the capture of a CUDA graph: it makes steps of its own, and the replay fills a fixed result."""
-    result = torch.empty(len(STEP_COLUMNS), dtype=torch.float64)
+    result = torch.empty(len(MEASURED))
     for _ in range(4):
         step(indices)
     return lambda: result.copy_(step(indices))
@@ -83,8 +87,8 @@ def test_a_step_returns_what_it_measured():
     logits, _ = model(images)
     expected = torch.nn.functional.cross_entropy(logits, labels)
     correct = (logits.argmax(1) == labels).sum()
-    row = dict(zip(STEP_COLUMNS, step(ORDER[:8]).tolist(), strict=True))
-    assert (row["size"], row["correct"]) == (8, correct) and row["data_term"] == pytest.approx(expected.item())
+    row = dict(zip(MEASURED, step(ORDER[:8]).tolist(), strict=True))
+    assert row["correct"] == correct and row["data_term"] == pytest.approx(expected.item())
     assert row["loss"] > row["data_term"] and row["grad_norm"] > 0
 
 
@@ -93,27 +97,54 @@ def test_a_graphed_step_continues_from_a_saved_state(tmp_path):
     batches = ORDER.split(8)
 
     def state_in(folder, model, optimizer):
-        state = TrainingState(model, optimizer, torch.zeros(3, len(STEP_COLUMNS), dtype=torch.float64))
+        state = TrainingState(model, optimizer, new_rows([8, 8, 4], "cpu"))
         return state, Checkpoints(Run(folder), state, epochs=9, save_every=1)
 
     expected_model, chosen, step = build()
     state, checkpoints = state_in(tmp_path, expected_model, chosen)
     for number, indices in enumerate(batches[:2]):
-        state.rows[number] = step(indices)
+        state.rows[number, 1:] = step(indices)
     state.step = 2
     with checkpoints:
         checkpoints.save_state()
-    state.rows[2] = step(batches[2])
+    state.rows[2, 1:] = step(batches[2])
     expected = state.rows
 
     model, chosen, step = build()
     state, checkpoints = state_in(tmp_path, model, chosen)
     checkpoints.load_state("cpu")
     graphed = GraphedStep(step, [8, 4], state_of(model, chosen), "cpu", capture)
-    state.rows[state.step] = graphed(batches[2])
+    state.rows[state.step, 1:] = graphed(batches[2])
     assert (state.epoch, state.step) == (0, 2) and torch.equal(state.rows, expected)
     for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_largest_batch_is_captured_first():
+    sizes = []
+
+    def capture(step, indices):
+        sizes.append(len(indices))
+        return step
+
+    GraphedStep(lambda indices: None, [4, 8, 8, 5], list, "cpu", capture)
+    assert sizes == [8, 5, 4]
+
+
+def test_a_failed_capture_shows_its_first_cause_and_the_way_out():
+    """As torch.cuda.graph does: the end of the capture raises an error that says nothing of the first one."""
+
+    def capture(step, indices):
+        try:
+            raise ValueError("the step reads from the device")
+        finally:
+            raise torch.AcceleratorError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError, match="give --no-cuda_graph") as failure:
+        GraphedStep(lambda indices: None, [4], list, "cpu", capture)
+    shown = "".join(traceback.format_exception(failure.value))
+    assert shown.index("ValueError: the step reads from the device") < shown.index("operation failed")
+    assert type(failure.value) is RuntimeError  # of which run_script shows the traceback
 
 
 def log_of(losses, sizes, norms=None):
@@ -216,12 +247,12 @@ def test_a_clipped_gradient_is_logged_as_it_was():
     moved = sum((a.detach() - b).square().sum() for a, b in zip(model.parameters(), before, strict=True)).sqrt()
     assert float(moved) == pytest.approx(1e-2 * 0.01, rel=1e-3)  # weights of order 0.1 in fp32 move by 1e-4
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(row[STEP_COLUMNS.index("grad_norm")]) > 0.02
+    assert float(norm) == pytest.approx(0.01, rel=1e-3) and float(row[MEASURED.index("grad_norm")]) > 0.02
 
 
 def make_checkpoints(folder):
     model, optimizer, _ = build()
-    state = TrainingState(model, optimizer, torch.zeros(3, len(STEP_COLUMNS)), epoch=5)
+    state = TrainingState(model, optimizer, new_rows([1] * 3, "cpu"), epoch=5)
     return Checkpoints(Run(folder), state, epochs=9, save_every=1)
 
 
@@ -247,6 +278,37 @@ def test_files_are_written_in_order_while_training_continues(tmp_path, monkeypat
         assert (load_torch(tmp_path / f"epoch_{epoch:03d}.pth")["fc.0.weight"] == value).all()
 
 
+def test_the_writer_waits_for_the_copy_and_training_does_not(tmp_path, monkeypatch):
+    """On a GPU the copy to the host is under way when training goes on; here it is made when it is waited for."""
+    arrived, waits = threading.Event(), []
+
+    def to_host(state):
+        now = {key: value.clone() for key, value in state.items()}
+        later = {key: torch.empty_like(value) for key, value in state.items()}
+
+        def wait():
+            waits.append(threading.current_thread())
+            assert arrived.wait(60)
+            for key, value in now.items():
+                later[key].copy_(value)
+
+        return later, wait
+
+    monkeypatch.setattr(checkpoint_files, "to_host", to_host)
+    with make_checkpoints(tmp_path) as checkpoints:
+        weight = checkpoints.state.model.fc[0].weight
+        weight.data.fill_(1)
+        checkpoints.save_weights()
+        weight.data.fill_(2)
+        assert not (tmp_path / "epoch_005.pth").exists() and checkpoints.seconds_waited() < 1
+        threading.Timer(0.3, arrived.set).start()
+        checkpoints.state.epoch = 6
+        checkpoints.save_weights()  # waits for the file before it
+        assert checkpoints.seconds_waited() > 0.2 and checkpoints.seconds_waited() == 0
+    assert (load_torch(tmp_path / "epoch_005.pth")["fc.0.weight"] == 1).all()
+    assert len(waits) == 2 and threading.main_thread() not in waits
+
+
 def test_an_error_of_the_writing_thread_is_raised(tmp_path):
     with pytest.raises(FileNotFoundError), make_checkpoints(tmp_path / "nowhere") as checkpoints:
         checkpoints.save_weights()
@@ -260,9 +322,9 @@ def test_the_first_checkpoint_can_be_resumed(tmp_path):
     assert load_torch(tmp_path / "last.pt")["epoch"] == 1
 
 
-def test_copy_state_is_deep():
+def test_the_copy_of_a_state_is_deep():
     state = {"a": [torch.zeros(2), {"b": torch.zeros(1)}], "c": (1, "x")}
-    copied = copy_state(state)
+    copied, _ = to_host(state)
     state["a"][0] += 1
     state["a"][1]["b"] += 1
     assert copied["a"][0].tolist() == [0, 0] and copied["a"][1]["b"].tolist() == [0] and copied["c"] == [1, "x"]
@@ -301,3 +363,33 @@ def test_class_accuracies_of_an_empty_split():
     accuracy = ClassAccuracy(split, "test")
     assert math.isnan(accuracy.overall())
     assert all(math.isnan(value) for value in accuracy.by_frequency([3, 2, 1]).values())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The device
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_that_cannot_be_initialised_is_not_used(monkeypatch, capsys):
+    """Such as with a driver that is too old: it is counted all the same."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert pick_device("auto", 0) == torch.device("cpu")
+    reason = "the GPU cannot be used: The NVIDIA driver on your system is too old (found version 11040)"
+    assert capsys.readouterr().out == f"note       {reason}; training on the CPU\n"
+    with pytest.raises(UserError, match=f"{re.escape(reason)}; give --device cpu"):
+        pick_device("cuda", 0)
+
+
+def test_images_are_channels_last_but_for_fp32_on_a_gpu(monkeypatch):
+    model = build_model("ResNet18", 4, planes=4)
+    for kind, precision, last in (("cpu", "fp32", True), ("cuda", "fp32", False), ("cuda", "bf16", True)):
+        formats = []
+        monkeypatch.setattr(model, "to", lambda device, memory_format, formats=formats: formats.append(memory_format))
+        data = SimpleNamespace(to=lambda device, memory_format, formats=formats: formats.append(memory_format))
+        to_device(model, data, precision, torch.device(kind))
+        assert formats == [torch.channels_last if last else torch.contiguous_format] * 2

@@ -1,0 +1,286 @@
+"""Find out in ten minutes whether one GPU trains correctly, and how fast, and what is lost where.
+
+    python benchmarks/check_gpu.py [--data_dir DIR]       (or scripts/check_gpu.sh [DIR])
+
+The parts run one after the other, each in processes of its own that end at its limit. Every figure is printed, and
+added to benchmarks/results/check_gpu_DEVICE.csv, as soon as it is known. --device cpu rehearses everything at a small
+size. The exit status is 1 if a part failed, was cut, or found a difference where there must be none.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import training
+from common import ROOT, random_images, ratios, time_in_turn
+from reference import run_usual_training
+
+import train_1st_order_unbalanced as train_script
+from args import parse_args
+from engine.checkpoints import load_torch
+from engine.distributed import device_name, keep_freed_memory, pick_device, set_precision
+from engine.run import Run
+from engine.step_log import MEASURED
+from utils import Interrupted, run_script
+
+TRAIN = ROOT / "train_1st_order_unbalanced.py"
+GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 8192, "steps": 50, "pairs": 5}
+GPU |= {"epochs": 400, "seconds": (150, 80), "patience": 1}
+CPU = {"width": 32, "planes": 4, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
+CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Parts: each yields (what, value, unit); a value that is False is a failure
+# ---------------------------------------------------------------------------------------------------------
+
+
+def agreement(device, size, data):
+    """Whether a captured step trains as the plain one, and the GPU as the CPU."""
+    for model in ("MLP", "ResNet18"):
+        for precision in precisions(device):
+            make = partial(build, model, precision, device, size, data)
+            captured, plain = make(), make("--no-cuda_graph")
+            for one in (captured, plain):
+                one.run(size.steps)
+            difference = max(map(relative_difference, captured.model.parameters(), plain.model.parameters()))
+            yield (
+                f"{model}, {precision}: weights after {size.steps} steps, captured against plain",
+                difference,
+                "relative",
+            )
+    losses = [loss_of_steps(build("MLP", "fp32", place, size, data, "--no-cuda_graph")) for place in ("cpu", device)]
+    yield "MLP, fp32: loss of 5 steps, GPU against CPU", relative_difference(*losses), "relative"
+
+
+def resume(device, size, data):
+    """Whether a run that was killed ends as one that was not."""
+    flags = f"--dataset digits --width {size.width} --depth_relu 2 --batch_size 102 --no-bias"
+    flags += f" --sep_decay --epochs {size.epochs} --save_every 2 --device {device.type} --save_path"
+    command = [sys.executable, TRAIN, *flags.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        whole, cut = Run(f"{folder}/whole"), Run(f"{folder}/cut")
+        subprocess.run([*command, whole.folder], stdout=subprocess.DEVNULL, check=True)
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with subprocess.Popen([*command, cut.folder, "--resume"], **silent) as process:
+                already = len(cut.checkpoints())
+                while len(cut.checkpoints()) < already + 2 and process.poll() is None:
+                    time.sleep(0.001)
+                process.send_signal(number)
+                began = time.perf_counter()
+            yield f"from {number.name} to the end of the process", time.perf_counter() - began, "s"
+        subprocess.run([*command, cut.folder, "--resume"], stdout=subprocess.DEVNULL, check=True)
+        states = [load_torch(run.checkpoint(size.epochs)) for run in (whole, cut)]
+    yield "resumed after both, the run ends bit for bit as one that was not cut", states_equal(*states), ""
+
+
+def rates(device, size, data):
+    """Steps of the MLP a second, against the usual loop, the same products alone, and what the machine can do."""
+    with training.ProcessPoolExecutor(1, training.multiprocessing.get_context("spawn")) as elsewhere:
+        setting = (size.steps, "MLP", size.batch, size.width, size.fraction, device)
+        works = {"usual": lambda: elsewhere.submit(run_usual_training, *setting).result()}
+        usual = time_in_turn(works, size.pairs, device)["usual"]
+    yield "MLP, fp32, the usual loop", size.steps / statistics.median(usual), "steps/s"
+    bytes_ = torch.empty(size.product, size.product, device=device)
+    copied = time_in_turn({"": lambda: bytes_.clone()}, size.pairs, device)[""]
+    yield "copying memory", 2 * bytes_.nbytes / statistics.median(copied) / 1e9, "GB/s"
+    for precision in precisions(device):
+        set_precision(precision, device)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        a, b = torch.randn(2, size.product, size.product, device=device).to(dtype)
+        ours = build("MLP", precision, device, size, data)
+        flops, products = products_of_a_step(ours, dtype)
+        works = {"product": lambda a=a, b=b: a @ b, "ours": partial(ours.run, size.steps)}
+        works["products"] = lambda products=products: [c @ d for _ in range(size.steps) for c, d in products]
+        times = time_in_turn(works, size.pairs, device)
+        medians = {name: statistics.median(spent) for name, spent in times.items()}
+        rate, peak = size.steps * flops / medians["ours"], 2 * size.product**3 / medians["product"]
+        yield f"MLP, {precision}, ours", size.steps / medians["ours"], "steps/s"
+        yield f"MLP, {precision}, ours against the usual loop in fp32", ratios(usual, times["ours"])[0], "times"
+        yield f"MLP, {precision}, the same products alone", size.steps / medians["products"], "steps/s"
+        yield f"a large product, {precision}", peak / 1e12, "TFLOP/s"
+        yield f"MLP, {precision}, share of the large product's rate", rate / peak, ""
+
+
+def paper(device, size, data):
+    """The paper's command for the MLP, and the recipe with the paper's counts, for as long as there is time."""
+    measured = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
+    precision = "tf32" if "tf32" in precisions(device) else "fp32"
+    command = f"--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --precision {precision}"
+    recipe = f"@{ROOT}/scripts/collapse.flags --lr 0.001 --weight_decay 0.005 --feature_decay_rate 0.000005"
+    recipe += (
+        f" --epochs 260 --patience 93 --penalty_warmup_epochs 52 --depth_relu 6 --precision {precisions(device)[-1]}"
+    )
+    for (name, words), seconds in zip(
+        {"the paper's MLP": command, "the recipe": recipe}.items(), size.seconds, strict=True
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            train_for(seconds, [*words.split(), *measured.split(), "--save_path", folder], data)
+            wall, run = time.perf_counter() - began, Run(folder)
+            log, row = run.log, run.rows.iloc[-1]
+        yield f"{name}: epochs", len(log), f"in {wall:.1f} s, with start, measurements and files"
+        yield f"{name}: training of an epoch", log["seconds"].median() * 1000, "ms"
+        yield f"{name}: training waited for the disk", log["seconds_waiting"].sum(), "s"
+        yield f"{name}: loss", log["loss"].iloc[-1], ""
+        yield f"{name}: NC1 in epoch {row['epoch']:.0f}", row["NC1"], ""
+
+
+def images(device, size, data):
+    """Images of ResNet18 a second, in each memory format, with deterministic algorithms of cuDNN or the fastest."""
+    for precision in precisions(device):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for deterministic in (True, False):
+                with library_choice(layout, deterministic):
+                    ours = build("ResNet18", precision, device, size, data)
+                    times = time_in_turn({"": partial(ours.run, size.steps)}, size.pairs, device)[""]
+                how = f"{str(layout).removeprefix('torch.')}, {'deterministic' if deterministic else 'fastest'}"
+                yield f"ResNet18, {precision}, {how}", 32 * size.steps / statistics.median(times), "images/s"
+
+
+PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limits in seconds on a GPU
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What they need
+# ---------------------------------------------------------------------------------------------------------
+
+
+def precisions(device):
+    return ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
+
+
+def build(model, precision, device, size, data, *more):
+    """Return the `OurTraining` of the paper's flags for a model."""
+    batch = size.batch if model == "MLP" else 32
+    words = f"--model {model} --batch_size {batch} --width {size.width} --precision {precision} --no-bias --sep_decay"
+    words = [*words.split(), *more] + ([] if model == "MLP" else ["--planes", str(size.planes)])
+    return training.OurTraining(parse_args(argv=words), data, torch.device(device))
+
+
+def relative_difference(a, b):
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def states_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def loss_of_steps(ours):
+    return torch.stack([ours.step(next(ours.endless))[MEASURED.index("loss")] for _ in range(5)])
+
+
+def products_of_a_step(ours, dtype):
+    """Return (floating-point operations, pairs of matrices) of the products that a step of the MLP must make."""
+    args, device = ours.args, ours.device
+    widths, pairs = [3072] + [args.width] * (args.depth_relu + 1) + [10], []
+    for number, (before, after) in enumerate(pairwise(widths)):
+        inputs, weight, gradient = (
+            torch.randn(*shape, device=device).to(dtype)
+            for shape in ((args.batch_size, before), (after, before), (args.batch_size, after))
+        )
+        pairs += [(inputs, weight.T), (gradient.T, inputs)] + ([(gradient, weight)] if number else [])
+    return sum(2 * len(a) * a.shape[1] * b.shape[1] for a, b in pairs), pairs
+
+
+def train_for(seconds, words, data):
+    """Run the training script in this process, on `data`, and end it as SIGTERM does after so many seconds."""
+    stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    with (
+        mock.patch.object(sys, "argv", [str(TRAIN), *words]),
+        mock.patch.object(train_script, "load_data", lambda: data),
+        contextlib.suppress(Interrupted),
+        contextlib.redirect_stdout(None),
+    ):
+        stop.start()
+        train_script.main()
+        stop.cancel()
+
+
+@contextlib.contextmanager
+def library_choice(layout, deterministic):
+    """Within it, `OurTraining` has this memory format, and cuDNN deterministic algorithms or the fastest it finds."""
+
+    def to_device(model, data, precision, device):
+        return model.to(device, memory_format=layout), data.to(device, layout)
+
+    def choose(precision, device):
+        set_precision(precision, device)
+        torch.use_deterministic_algorithms(deterministic and device.type == "cuda", warn_only=True)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
+
+    with mock.patch.multiple(training, to_device=to_device, set_precision=choose):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One part after the other
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--data_dir", default="", help="with CIFAR-10; default: random images")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV file")
+    parser.add_argument("--part", choices=[part.__name__ for part in PARTS], help="run this one alone")
+    options = parser.parse_args()
+    device = pick_device(options.device, 0)
+    size = SimpleNamespace(**(GPU if device.type == "cuda" else CPU))
+    table = options.out / f"check_gpu_{device.type}.csv"
+    if options.part:
+        return run_part(globals()[options.part], device, size, options.data_dir, table)
+    options.out.mkdir(parents=True, exist_ok=True)
+    table.write_text("part,what,value,unit\n")
+    add_row(table, "machine", device_name(device), torch.__version__, "torch")
+    return max([run_elsewhere(part.__name__, limit * size.patience, table) for part, limit in PARTS.items()])
+
+
+def run_elsewhere(part, limit, table):
+    """Run a part in a process of its own, and end that and its children at the limit; return its exit status."""
+    with subprocess.Popen([sys.executable, *sys.argv, "--part", part], process_group=0) as process:
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            add_row(table, part, "cut after", limit, "s")
+            status = 1
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return int(status != 0)
+
+
+def run_part(part, device, size, data_dir, table):
+    """Add the rows of a part to the table; return 1 if one of them is False."""
+    keep_freed_memory()
+    data = train_script.load_data("cifar10", data_dir) if data_dir else random_images(size.fraction)
+    values = [add_row(table, part.__name__, *row) for row in part(device, size, data)]
+    return int(any(value is False for value in values))
+
+
+def add_row(table, part, what, value, unit):
+    """Print a row and add it to the table; return its value."""
+    print(f"{part:10} {what}: {f'{value:.4g}' if isinstance(value, float) else value} {unit}", flush=True)
+    with open(table, "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerow([part, what, value, unit])
+    return value
+
+
+if __name__ == "__main__":
+    run_script(main)

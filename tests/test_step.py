@@ -1,0 +1,166 @@
+"""What a step launches, reads and leaves behind, and what an epoch reads: seen on the CPU, as it would be on a GPU."""
+
+import gc
+from functools import partial
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_1st_order_unbalanced as training
+from datasets import Data, Split
+from engine.optim import make_optimizer
+from engine.run import Run
+from models import MODELS, build_model
+from objective import Objective
+from tests.conftest import TINY, log_of
+
+TO_HOST = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__}
+TO_HOST |= {torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__}
+
+
+def build(name="MLP", *, precision="fp32", augmented=False, clip_grad_norm=None, optimizer="Adam", **flags):
+    """step(indices) of a small model of the paper's depth on 20 images; flags are the model's and the objective's."""
+    images = torch.rand(20, 3, 32, 32)
+    model_flags = {key: flags.pop(key) for key in ("revive", "feature_relu") if key in flags}
+    model = build_model(name, 4, bias=False, width=8, planes=None if name == "MLP" else 4, **model_flags)
+    objective = Objective([5] * 4, 8, 8, sep_decay=True, **flags)
+    adam = {"adam_beta2": 0.999, "adam_eps": 1e-8, "amsgrad": False}
+    return partial(
+        training.train_step,
+        split=Split(images, torch.arange(20) % 4, torch.zeros(3)),
+        model=model,
+        objective=objective,
+        optimizer=make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-3, weight_decay=0.0, **adam),
+        shifts=torch.zeros(20, 3, dtype=torch.int64) if augmented else None,
+        penalty_scale=torch.ones(()),
+        one=torch.ones(()),
+        precision=precision,
+        clip_grad_norm=clip_grad_norm,
+    )
+
+
+class Trace(TorchDispatchMode):
+    """Records the operations that reach the device."""
+
+    def __enter__(self):
+        self.operations = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations.append(function)
+        return function(*args, **(kwargs or {}))
+
+    def launches(self):
+        """Return the operations that compute: no views, and no marks for a profiler."""
+        return [
+            operation
+            for operation in self.operations
+            if operation.namespace == "aten"
+            and not any(out.alias_info and not out.alias_info.is_write for out in operation._schema.returns)
+        ]
+
+
+class NothingGoesToTheHost(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in TO_HOST
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "flags, most",
+    [({}, 75), ({"precision": "bf16"}, 106), ({"clip_grad_norm": 1.0}, 80), ({"revive": True}, 78)],
+    ids=["fp32", "bf16", "clipped", "revived"],
+)
+def test_a_step_of_the_papers_mlp_is_so_many_operations(flags, most):
+    step, indices = build(**flags), torch.arange(8)
+    step(indices)
+    with Trace() as trace:
+        step(indices)
+    assert len(trace.launches()) <= most
+
+
+SETTINGS = [{"name": name} for name in MODELS]
+SETTINGS += [{"name": name, "precision": "bf16"} for name in ("MLP", "ResNet18", "VGG11")]
+SETTINGS += [{"name": name, "revive": True, "augmented": True} for name in ("MLP", "ResNet18")]
+SETTINGS += [
+    {"loss": "MSE"}, {"class_weights": 1.0}, {"logit_adjustment": 1.0}, {"logit_scaling": 1.0}, {"ldam_margin": 1.0},
+    {"label_smoothing": 0.1}, {"objective": "released"}, {"clip_grad_norm": 1.0}, {"optimizer": "SGD"},
+    {"feature_relu": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: "-".join(map(str, flags.values())))
+def test_a_step_reads_nothing_and_is_the_same_every_time(flags):
+    """Its tensors are fake: what depends on their values cannot be computed. The first step makes Adam's moments."""
+    with FakeTensorMode(), NothingGoesToTheHost():
+        step, traces = build(**flags), [Trace() for _ in range(3)]
+        for trace in traces:
+            with trace:
+                step(torch.arange(8))
+    assert traces[1].operations == traces[2].operations
+
+
+@pytest.mark.parametrize(
+    "read", [torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist, torch.nonzero, lambda row: row[row > 0], bool]
+)
+def test_a_step_that_reads_is_found(read):
+    with (
+        pytest.raises((AssertionError, DataDependentOutputException, DynamicOutputShapeException)),
+        FakeTensorMode(),
+        NothingGoesToTheHost(),
+    ):
+        read(build()(torch.arange(8)).sum())
+
+
+def test_no_autograd_node_outlives_a_step():
+    def with_history():
+        gc.collect()
+        tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+        return {id(tensor) for tensor in tensors if tensor.grad_fn is not None}
+
+    step, before = build(revive=True, logit_adjustment=1.0), with_history()
+    row = step(torch.arange(8))
+    assert with_history() == before and not row.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------
+# An epoch
+# ---------------------------------------------------------------------------------------------------------
+
+
+class OnDevice(torch.Tensor):
+    """A tensor as on a GPU: what is computed from it is there too, until it is read, which is an event."""
+
+    events = ()
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if function in TO_HOST:
+            cls.events.append("read")
+        return result.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else result
+
+
+@pytest.mark.parametrize("flags", [[], ["--stratified", "--data_augmentation", "--revive"]], ids=["plain", "more"])
+def test_the_next_epoch_is_drawn_before_this_one_is_read(monkeypatch, tmp_path, flags):
+    """An epoch is read twice: its rows, and whether all weights are finite."""
+    events, draw, state = [], training.Batches.draw, training.TrainingState
+    monkeypatch.setattr(OnDevice, "events", events)
+    monkeypatch.setattr(training.Batches, "draw", lambda self, epoch: events.append(epoch) or draw(self, epoch))
+    monkeypatch.setattr(training, "TrainingState", lambda *parts: state(*parts[:2], parts[2].as_subclass(OnDevice)))
+    args = training.parse_args(argv=[*TINY, "--epochs", "4", "--save_every", "9", *flags])
+    model = build_model("MLP", 4, bias=False, depth_relu=1, width=24)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().as_subclass(OnDevice))
+    parts = torch.rand(70, 3, 32, 32), torch.arange(70) % 4, torch.zeros(3)
+    split = Split(*(part.as_subclass(OnDevice) for part in parts))
+    run = Run(tmp_path)
+    training.train(args, run, Data(split, split, [18, 18, 17, 17]), model, torch.device("cpu"))
+    assert len(log_of(tmp_path)) == 4
+    at = {event: number for number, event in enumerate(events) if event != "read"}
+    assert events[at[3] : at[5]] == [3, "read", "read", 4, "read", "read"]
