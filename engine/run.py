@@ -183,7 +183,7 @@ class Run:
     def _replace_epoch(self, path, epoch, rows):
         table = read_rows(path)
         others = [table[table["epoch"] != epoch]] if len(table) else []
-        table = pd.concat([*others, pd.DataFrame(rows)]).sort_values("epoch", kind="stable")
+        table = pd.concat([*others, pd.DataFrame(rows)]).sort_values("epoch", kind="stable", ignore_index=True)
         write_table(path, table)
         return table
 

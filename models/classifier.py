@@ -40,9 +40,10 @@ class RevivingRowReLU(torch.autograd.Function):
 
     @staticmethod
     def backward(context, gradient):
-        active = context.saved_tensors[0] > 0
-        dead = ~active.any(1, keepdim=True)
-        return gradient * (active | (dead & (gradient < 0)))
+        (outputs,) = context.saved_tensors
+        dead = outputs.amax(1, keepdim=True) == 0
+        passing = torch.where(dead, -gradient, outputs)  # the gradient passes where this is above zero
+        return torch.ops.aten.threshold_backward(gradient, passing, 0)
 
 
 class HiddenReLU(nn.Module):

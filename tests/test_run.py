@@ -76,6 +76,14 @@ def test_rows_come_by_epoch_theory_and_statistics(tmp_path):
         read_measured_run(run.folder, ["NC2_H"], "nominal", "training_set")
 
 
+def test_rows_that_were_added_are_those_of_the_file(tmp_path):
+    run = make_run(tmp_path / "run")
+    for epoch in (5, 1, 3, 5):
+        run.add_row({"epoch": epoch, "NC1": epoch / 3}, {"class_counts": [3, 4]})
+    pd.testing.assert_frame_equal(run.rows, read_rows(run.csv))
+    assert run.rows["epoch"].tolist() == [1, 3, 5] and list(run.rows.index) == [0, 1, 2]
+
+
 def test_tables_read_back_exactly(tmp_path):
     """Every float64, an empty cell for NaN, whole numbers and texts."""
     values = np.random.default_rng(0).standard_normal(50) * 10.0 ** np.arange(-25, 25)
