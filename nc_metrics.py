@@ -78,6 +78,17 @@ class ClassStatistics:
         else:
             self.disagreements = math.nan
 
+    def merge(self, sum_over_processes):
+        """Sum what a pass has gathered over processes that have each seen a part of the samples; call it after a pass.
+
+        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each of them
+        must have seen a batch, which may be empty.
+        """
+        first_pass = self.basis is None
+        names = ("counts", "sums", "negatives") if first_pass else ("within_sums", "projected_sum", "disagreements")
+        for name in names:
+            setattr(self, name, sum_over_processes(torch.as_tensor(getattr(self, name))))
+
     def validate_batch(self, features, labels):
         """Return a batch as detached tensors on the features' device; ValueError if it does not fit."""
         features = torch.as_tensor(features).detach()

@@ -18,7 +18,7 @@ from reference import run_usual_training
 
 from datasets import epoch_batches, epoch_order
 from engine.cuda_graph import GraphedStep
-from engine.distributed import keep_freed_memory, pick_device, set_precision
+from engine.distributed import OneProcess, keep_freed_memory, pick_device, set_precision
 from engine.optim import make_optimizer, optimizer_tensors
 from models import build_model
 from objective import Objective
@@ -43,6 +43,7 @@ class OurTraining:
         self.step = partial(
             train_step, split=self.split, model=model, objective=self.objective, optimizer=self.optimizer, shifts=None,
             penalty_scale=self.penalty_scale, precision=args.precision, clip_grad_norm=args.clip_grad_norm,
+            ranks=OneProcess(),
         )  # fmt: skip
         if graphed:
             tensors = lambda: [*model.state_dict().values(), *optimizer_tensors(self.optimizer)]  # noqa: E731

@@ -7,7 +7,7 @@ import torch
 from datasets import load_data
 from engine.batch_norm import training_set_statistics
 from engine.checkpoints import load_weights
-from engine.distributed import autocast
+from engine.distributed import OneProcess, autocast
 from engine.run import Run
 from models import build_model
 from models.classifier import head_weight
@@ -21,12 +21,12 @@ FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statis
 class Measurement:
     """Measures a model on the training and test images, and adds the result to a run's rows.
 
-    after_batch: called after every batch of images; it may raise to abandon a measurement.
+    after_batch: called after every batch of images; it may raise to abandon a measurement. ranks: share the images.
     """
 
-    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None):
+    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None):
         self.run, self.model, self.data, self.precision = run, model, data, precision
-        self.device, self.after_batch = data.train.labels.device, after_batch
+        self.device, self.after_batch, self.ranks = data.train.labels.device, after_batch, ranks or OneProcess()
 
     def record(self, epoch, loggers=()):
         """Measure the model as it is and add the row to the run and the loggers; return the row."""
@@ -65,12 +65,16 @@ class Measurement:
         for logits, features, labels in passes:
             statistics.update(features, labels)
             train.update(logits, labels)
+        statistics.merge(self.ranks.sum)
         if not statistics.means.isfinite().all():
             raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
         for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
             statistics.update_within(features, labels, logits.argmax(1))
+        statistics.merge(self.ranks.sum)
         for logits, _, labels in self.forward(self.data.test):
             test.update(logits, labels)
+        for accuracy in (train, test):
+            accuracy.merge(self.ranks.sum)
         row = {
             "train_acc1": train.overall(),
             "test_acc1": test.overall(),
@@ -83,10 +87,12 @@ class Measurement:
         return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
 
     def forward(self, split):
-        """Yield (logits, features, labels) of a split in order, batch by batch."""
+        """Yield (logits, features, labels) of a split in order, batch by batch; of a rank's rows of each batch."""
         if not len(split):
             return
-        for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
+        size = BATCH * self.ranks.count
+        for batch in zip(split.images.split(size), split.labels.split(size), strict=True):
+            images, labels = map(self.ranks.rows, batch)
             with autocast(self.precision, self.device):
                 logits, features = self.model(images)
             yield logits, features, labels
@@ -104,6 +110,11 @@ class ClassAccuracy:
         if self.correct is None:
             self.correct = hits.new_zeros(logits.shape[1])
         self.correct.index_add_(0, labels, hits)
+
+    def merge(self, sum_over_processes):
+        """Sum the counts over processes that have each seen a part of the split, as `ClassStatistics.merge`."""
+        if self.correct is not None:
+            self.correct = sum_over_processes(self.correct)
 
     def overall(self):
         """Return the accuracy in percent; NaN for a split without images."""

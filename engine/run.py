@@ -33,7 +33,16 @@ import torch
 
 from nc_theory import UFM, closed_form, has_released_formula, released_formula, solve
 from objective import Objective
-from utils import FAILED_WORK, UserError, atomic_write, from_flags, remove_temporaries, write_json
+from utils import (
+    FAILED_WORK,
+    UserError,
+    atomic_write,
+    first_rank_only,
+    from_flags,
+    is_first_rank,
+    remove_temporaries,
+    write_json,
+)
 
 # The ends of the names of the CSV, geometry/ and figures of each --theory and --bn_statistics.
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}
@@ -158,6 +167,7 @@ class Run:
         table = table[(table["epoch"] == epoch) & (table["split"] == "test")]
         return table.sort_values("class")["accuracy"].to_numpy()
 
+    @first_rank_only
     def append_log(self, line):
         with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -167,6 +177,7 @@ class Run:
         with open(self.log_file, "a") as file:
             os.fsync(file.fileno())
 
+    @first_rank_only
     def add_row(self, row, geometry, accuracies=()):
         """Write a measured epoch: its geometry {name: array}, its row, and its accuracies by class (dicts)."""
         epoch = row["epoch"]
@@ -254,7 +265,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for this process; raise UserError if another process is training there."""
+        """Hold the folder for this run; raise UserError if another process is training there."""
+        if not is_first_rank():  # the first one holds it for all
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             held = filelock.FileLock(self.folder / ".lock").acquire(timeout=0)
@@ -276,6 +290,7 @@ class Run:
         with held:
             yield
 
+    @first_rank_only
     def write_config(self, flags, training_flags, **facts):
         """Write config.json; when a run is resumed, only the flags that the resuming call may change are renewed."""
         if self.config:
@@ -289,6 +304,7 @@ class Run:
         self.flags, self.problems = self.config["flags"], self.config.get("problems", {})
         write_json(self.folder / "config.json", self.config)
 
+    @first_rank_only
     def repair(self, epoch):
         """Delete temporary files, and log lines and rows of epochs after `epoch`, which will be run again."""
         remove_temporaries(self.folder, "epoch_*.pth", "last.pt", "config.json", "train_log.jsonl", "*.csv")
@@ -310,6 +326,7 @@ class Run:
         accuracies = [self.folder / f"class_accuracy{suffix}.csv" for suffix in BN_SUFFIXES.values()]
         return [self.folder / f"nc_metrics{suffix}.csv" for suffix in SUFFIXES] + accuracies
 
+    @first_rank_only
     def delete(self):
         """Delete what a run has written into the folder, and nothing else."""
         written = [
