@@ -205,7 +205,7 @@ class Ranks(OneProcess):
         group = {"store": self.store, "rank": self.rank, "world_size": self.count, "timeout": TIMEOUT}
         with lost_rank():
             distributed.init_process_group(backend, **group)
-        sums = [tensor.sum(dtype=torch.float64) for tensor in (split.images, *model.state_dict().values())]
+        sums = [tensor.sum(dtype=torch.float64) for tensor in (split.pixels, *model.state_dict().values())]
         mark = torch.tensor([state.epoch, state.step, *sums], dtype=torch.float64)
         largest, least = all_reduce(torch.stack([mark, -mark]), distributed.ReduceOp.MAX)
         if not torch.equal(largest, -least):

@@ -53,7 +53,9 @@ class Measurement:
         """Return the context in which BatchNorm uses the statistics that the run's --bn_statistics names."""
         if self.run.bn_statistics == "running":
             return contextlib.nullcontext()
-        return training_set_statistics(self.model, lambda: self.data.train.images.split(BATCH))
+        return training_set_statistics(
+            self.model, lambda: map(self.data.train.normalise, self.data.train.pixels.split(BATCH))
+        )
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
@@ -91,10 +93,10 @@ class Measurement:
         if not len(split):
             return
         size = BATCH * self.ranks.count
-        for batch in zip(split.images.split(size), split.labels.split(size), strict=True):
-            images, labels = map(self.ranks.rows, batch)
+        for batch in zip(split.pixels.split(size), split.labels.split(size), strict=True):
+            pixels, labels = map(self.ranks.rows, batch)
             with autocast(self.precision, self.device):
-                logits, features = self.model(images)
+                logits, features = self.model(split.normalise(pixels))
             yield logits, features, labels
             self.after_batch()
 
@@ -178,4 +180,4 @@ def load_run(folder, epoch=None, data_dir=None):
 def features(model, split):
     """Return (features (N, d), labels (N,)) of all images of a split."""
     model.eval()
-    return torch.cat([model(images)[1] for images in split.images.split(BATCH)]), split.labels
+    return torch.cat([model(images)[1] for images in map(split.normalise, split.pixels.split(BATCH))]), split.labels
