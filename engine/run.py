@@ -13,6 +13,7 @@ figures/               PDF and PNG
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
@@ -138,8 +139,9 @@ class Run:
         if (optimum := closed_form(self.problem)) is None:
             return "no closed form: measuring finds the optimum by minimisation"
         least = optimum.loss * self.config.get("data_factor", 1)
-        collapsed = ", ".join(map(str, (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()))
-        classes = f"classes {collapsed} collapse to zero" if collapsed else "no class collapses"
+        collapsed = (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()
+        named = f"classes {', '.join(map(str, collapsed))}" if len(collapsed) <= 20 else f"{len(collapsed)} classes"
+        classes = f"{named} collapse to zero" if collapsed else "no class collapses"
         return f"least loss {least:.6f}; margins {optimum.margins.min():.3f} to {optimum.margins.max():.3f}; {classes}"
 
     # ---- log, rows and geometry
@@ -186,7 +188,9 @@ class Run:
         with self.rows_lock():  # training and validate --watch may both add rows
             with atomic_write(path) as file:
                 np.savez(file, **geometry)
-            if accuracies:
+            if accuracies and epoch > last_epoch(self.accuracy_csv):
+                append_rows(self.accuracy_csv, accuracies)
+            elif accuracies:
                 self._replace_epoch(self.accuracy_csv, epoch, accuracies)
             self.rows = self._replace_epoch(self.csv, epoch, [row])
 
@@ -412,6 +416,29 @@ def write_table(path, table):
     """Write a DataFrame as CSV, so that every float reads back as the same number."""
     with atomic_write(path, "w", newline="") as file:
         table.to_csv(file, index=False, lineterminator="\n")
+
+
+def last_epoch(path):
+    """Return the epoch of a table's last row without reading the others; infinity if there is none, or only a part."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
+        file.seek(-min(200, path.stat().st_size), os.SEEK_END)
+        line = file.readlines()[-1]
+        return int(line.split(b",")[0]) if line.endswith(b"\n") else math.inf
+    return math.inf
+
+
+def append_rows(path, rows):
+    """Add rows (dicts with the columns of the table) at the end of a CSV; none of them if the disk is full."""
+    text = pd.DataFrame(rows).to_csv(header=False, index=False, lineterminator="\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def git_commit():
