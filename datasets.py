@@ -7,6 +7,7 @@ training and validation see the same images.
 import contextlib
 import hashlib
 import multiprocessing
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -149,8 +150,16 @@ def decoder(count):
     if count < FILES_IN_ONE_PROCESS:
         yield partial(map, decode_file)
         return
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork"), initializer=leave_signals_to_parent)
+    try:
         yield partial(pool.map, decode_file, chunksize=64)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_signals_to_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def decode_file(path):

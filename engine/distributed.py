@@ -17,6 +17,7 @@ from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, u
 
 AGREE_SECONDS = 0.5  # between two exchanges of the ranks about signals
 ENDING_SECONDS = 3  # that the other ranks give the first one to end and print why
+STOP_SECONDS = 60  # that the others wait for the first one to write last.pt after a signal
 TIMEOUT = timedelta(hours=1)  # of a message between ranks: the first one may be solving for the optimum meanwhile
 
 # ---------------------------------------------------------------------------------------------------------
@@ -192,7 +193,10 @@ class Ranks(OneProcess):
             signal.signal(number, signal.SIG_DFL if self.rank else signal.SIG_IGN)
         if not self.rank:
             self.store.set("ended", str(exit_status(error)))
-        patience = 0 if isinstance(error, LostRank) else ENDING_SECONDS if isinstance(error, Exception) else math.inf
+        if isinstance(error, LostRank):  # had the first rank failed, it would have said so before it was gone
+            patience = 0
+        else:
+            patience = math.inf if error is None else ENDING_SECONDS if isinstance(error, Exception) else STOP_SECONDS
         self.await_first("nothing more", patience)
 
     def connect(self, state, split):
