@@ -4,10 +4,14 @@ The training subset is the first n_k images of class k in the order of the data 
 training and validation see the same images.
 """
 
+import contextlib
 import hashlib
-import zipfile
+import multiprocessing
+import signal
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +23,7 @@ from utils import UserError, atomic_write, message_of
 
 SIZE = 32  # pixels of an image's side
 PADDING = 4  # pixels around an image from which --data_augmentation crops
+FILES_IN_ONE_PROCESS = 5_000  # more image files than that are decoded by several processes
 SHUFFLE, AUGMENT = 0, 1  # purposes of the generators of an epoch
 
 
@@ -131,21 +136,40 @@ def list_split(folder):
 def decode(root, split, files):
     """Image files as uint8 RGB (N, 32, 32, 3), decoded once: a cache beside them is used while they are the same."""
     listing = "".join(f"{path.relative_to(root)} {(s := path.stat()).st_size} {s.st_mtime_ns}\n" for path in files)
-    digest = hashlib.sha256(listing.encode()).hexdigest()
-    cache = root / f".decoded-{split}-{SIZE}px.npz"
-    try:
-        with np.load(cache) as stored:
-            if str(stored["digest"]) == digest:
-                return stored["images"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # no cache, or a damaged one: it is made again
-    images = np.stack([decode_file(path) for path in tqdm(files, f"decoding {split}", disable=None, leave=False)])
+    name = f".decoded-{split}-{SIZE}px"
+    cache = root / f"{name}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):  # no cache, or a damaged one: it is made again
+        return np.load(cache, mmap_mode="r")
+    images = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
+    with decoder(len(files)) as decoded:
+        for row, image in enumerate(tqdm(decoded(files), f"decoding {split}", len(files), disable=None, leave=False)):
+            images[row] = image
     try:
         with atomic_write(cache) as file:
-            np.savez(file, images=images, digest=digest)
+            np.save(file, images)
+        for older in set(root.glob(f"{name}*")) - {cache}:
+            older.unlink(missing_ok=True)
     except OSError as error:
         print(f"{cache}: not written ({message_of(error)}); images are decoded again next time")
     return images
+
+
+@contextlib.contextmanager
+def decoder(count):
+    """Yield a function that maps `decode_file` over `count` files: in all processors, if they are many."""
+    if count < FILES_IN_ONE_PROCESS:
+        yield partial(map, decode_file)
+        return
+    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork"), initializer=leave_signals_to_parent)
+    try:
+        yield partial(pool.map, decode_file, chunksize=64)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_signals_to_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def decode_file(path):
@@ -225,31 +249,50 @@ def profile_counts(profile, available, n_max=None):
 
 @dataclass
 class Split:
-    """Normalised images (N, 3, 32, 32) float32 and labels (N,) int64, on one device."""
+    """Images (N, 3, 32, 32) and labels (N,) int64, on one device.
 
-    images: torch.Tensor
+    pixels: uint8, a quarter of the memory of floats, which are normalised batch by batch; or float32, normalised.
+    """
+
+    pixels: torch.Tensor
     labels: torch.Tensor
     black: torch.Tensor  # (3,): what a black pixel is after normalisation
+    mean: torch.Tensor | None = None  # (3,) of the channels of uint8 pixels, in [0, 1]
+    std: torch.Tensor | None = None  # (3,)
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def images(self):
+        """All images, normalised: (N, 3, 32, 32) float32."""
+        return self.normalise(self.pixels)
+
+    def normalise(self, pixels):
+        """Return pixels (B, 3, 32, 32) of the split as normalised float32, in their memory format."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        mean, std = self.mean.view(3, 1, 1), self.std.view(3, 1, 1)
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def batch(self, indices, shifts=None):
         """Return images (B, 3, 32, 32), in the memory format of the split, and labels (B,) at `indices` (B,).
 
         shifts: `random_shifts` (N, 3) of the whole split by which images are cropped and mirrored, or None.
         """
-        if self.images.is_contiguous():
-            images = self.images.index_select(0, indices)
+        if self.pixels.is_contiguous():
+            pixels = self.pixels.index_select(0, indices)
         else:  # channels last: selecting is fastest where the channels are the last dimension
-            images = self.images.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+            pixels = self.pixels.permute(0, 2, 3, 1).index_select(0, indices).permute(0, 3, 1, 2)
+        images = self.normalise(pixels)
         if shifts is not None:
             images = crop_and_flip(images, shifts.index_select(0, indices), self.black)
         return images, self.labels.index_select(0, indices)
 
     def to(self, device, memory_format=torch.contiguous_format):
-        images = self.images.to(device).contiguous(memory_format=memory_format)
-        return Split(images, self.labels.to(device), self.black.to(device))
+        pixels = self.pixels.to(device).contiguous(memory_format=memory_format)
+        others = (self.labels, self.black, self.mean, self.std)
+        return Split(pixels, *(None if other is None else other.to(device) for other in others))
 
 
 @dataclass
@@ -313,24 +356,29 @@ def channel_statistics(images):
     """Mean and standard deviation a channel, in [0, 1], of uint8 images (N, H, W, C)."""
     levels = np.arange(256) / 255
     mean, std = [], []
+    parts = np.array_split(images, -(-len(images) // 10_000))  # np.bincount takes 8 bytes for each of a pixel's
     for channel in range(images.shape[-1]):
-        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        counts = sum(np.bincount(part[..., channel].ravel(), minlength=256) for part in parts)
+        share = counts / counts.sum()
         mean.append(float(share @ levels))
         std.append(max(float(np.sqrt(share @ (levels - mean[-1]) ** 2)), 1 / 255))
     return mean, std
 
 
 def to_split(images, labels, mean, std):
-    """uint8 images (N, H, W) or (N, H, W, C), C = 1 or 3, as a Split of normalised 32 x 32 RGB tensors."""
+    """Return uint8 images (N, H, W) or (N, H, W, C), C = 1 or 3, as a Split of 32 x 32 RGB; in bytes, if they are."""
     if images.ndim == 3:
         images = images[..., None]
-    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float().div_(255)
-    if tensor.shape[-2:] != (SIZE, SIZE) and len(tensor):
-        tensor = F.interpolate(tensor, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-    mean, std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
-    tensor = tensor.sub_(mean).div_(std)
-    black = (-mean / std).flatten().expand(3).contiguous()
-    return Split(tensor.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels.astype(np.int64)), black)
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    labels, mean, std = torch.from_numpy(labels.astype(np.int64)), torch.tensor(mean), torch.tensor(std)
+    black = (-mean / std).expand(3).contiguous()
+    if pixels.shape[1:] == (3, SIZE, SIZE):
+        return Split(pixels, labels, black, mean, std)
+    pixels = pixels.float().div_(255)
+    if len(pixels):
+        pixels = F.interpolate(pixels, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    pixels = pixels.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    return Split(pixels.expand(-1, 3, -1, -1).contiguous(), labels, black)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from nc_theory import class_margins, self_duality, seli
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 BETWEEN = ("classes", "means", "samples")
 TILE = 2**24  # entries of a K x K matrix that are worked on at a time
+FIRST_PASS = ("counts", "sums", "negatives")  # what the passes of ClassStatistics gather
+SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
 
 
 class ClassStatistics:
@@ -94,6 +96,15 @@ class ClassStatistics:
         other = ClassStatistics(self.num_classes, self.between)
         other.counts, other.sums, other.negatives = self.counts, self.sums, self.negatives
         return other
+
+    def merge(self, sum_over_processes):
+        """Sum what a pass has gathered over processes that have each seen a part of the samples; call it after a pass.
+
+        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each of them
+        must have seen a batch, which may be empty.
+        """
+        for name in FIRST_PASS if self.basis is None else SECOND_PASS:
+            setattr(self, name, sum_over_processes(torch.as_tensor(getattr(self, name))))
 
     def validate_batch(self, features, labels):
         """Return a batch as detached tensors on the features' device; ValueError if it does not fit."""

@@ -64,22 +64,25 @@ class Objective:
     ldam_margin: float = 0.0
     label_smoothing: float = 0.0
 
-    def __call__(self, logits, features, labels, head, penalty_scale=1.0):
+    def __call__(self, logits, features, labels, head, penalty_scale=1.0, batch_size=None):
         """Return (the loss to minimise, the data term) of a batch, both scalars.
 
         logits: (B, K). features: (B, d). labels: (B,). head: the layers of `model.fc`. penalty_scale: a number or
-        scalar tensor that multiplies both penalties.
+        scalar tensor that multiplies both penalties. batch_size: of the whole batch, where these are only some of its
+        rows, or none; both results are then their share, and the shares of all rows sum to those of the batch.
         """
+        batch_size = batch_size or len(labels)
         if self.loss == "CrossEntropy" and self.variant.is_plain:
-            data = F.cross_entropy(logits, labels)
+            data = F.cross_entropy(logits, labels, reduction="sum") / batch_size
         elif self.loss == "CrossEntropy":
-            data = self.variant_loss.to(logits)(logits, labels).mean()
+            data = self.variant_loss.to(logits)(logits, labels).sum() / batch_size
         else:
-            data = 0.5 * (logits - F.one_hot(labels, len(self.class_counts))).square().sum(1).mean()
+            data = 0.5 * ((logits - F.one_hot(labels, len(self.class_counts))).square().sum(1).sum() / batch_size)
         total = self.data_factor * data if self.objective == "released" else data
         if self.sep_decay:
-            share = self.num_samples / len(labels) if self.objective == "paper" else 1.0
-            penalty = SquaredNorm.apply(self.weight_decay, *(layer.weight for layer in head))
+            share = self.num_samples / batch_size if self.objective == "paper" else 1.0
+            weight_decay = self.weight_decay * (len(labels) / batch_size)
+            penalty = SquaredNorm.apply(weight_decay, *(layer.weight for layer in head))
             penalty = penalty + SquaredNorm.apply(self.feature_decay_rate * share, features)
             total = total + penalty_scale * penalty
         return total, data

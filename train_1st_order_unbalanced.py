@@ -11,7 +11,6 @@ The paper's MLP on CIFAR-10 (on a GPU; 401 checkpoints of 38 MB), and its measur
 Writes config.json, train_log.jsonl, epoch_*.pth and last.pt into model_weights/<run name>/.
 """
 
-import shutil
 import time
 from functools import partial
 
@@ -22,7 +21,7 @@ from datasets import load_data
 from engine.batches import Batches
 from engine.checkpoints import Checkpoints, TrainingState, is_due, load_weights
 from engine.cuda_graph import GraphedStep
-from engine.distributed import autocast, bf16_speed, device_name, keep_freed_memory, pick_device, set_precision
+from engine.distributed import autocast, describe, device_name, get_ranks, keep_freed_memory, pick_device, set_precision
 from engine.loggers import open_loggers, require_packages
 from engine.measurement import Measurement
 from engine.optim import Schedule, make_optimizer, set_learning_rate
@@ -30,14 +29,24 @@ from engine.run import Run
 from engine.step_log import check_finite, epoch_means, new_rows
 from models import build_model, to_device
 from objective import Objective
-from utils import Interrupted, Progress, StopFlag, from_flags, run_script
+from utils import Interrupted, Progress, from_flags, run_script
 
 
 def main():
-    args = parse_args(__doc__.split("\n")[0])
+    with get_ranks() as ranks:
+        with ranks.first_alone():
+            args, run, data, model, device = prepare(ranks.argv)
+        with run.lock():
+            run.check_startable(args.resume, args.force)  # again, now that no other process can start there
+            train(args, run, data, model, device, ranks)
+
+
+def prepare(argv):
+    """Return (args, run, data, model, device): what the flags mean, without having changed a file."""
+    args = parse_args(__doc__.split("\n")[0], argv)
     run = Run(run_folder(args), bn_statistics=args.bn_statistics)
     if args.resume and run.config:
-        args = parse_args(config=run.config, folder=run.folder)
+        args = parse_args(argv=argv, config=run.config, folder=run.folder)
     run.check_startable(args.resume, args.force)
     require_packages(vars(args))
 
@@ -50,9 +59,7 @@ def main():
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
     model, data = to_device(model, data, args.precision, device)
-    with run.lock():
-        run.check_startable(args.resume, args.force)  # again, now that no other process can start there
-        train(args, run, data, model, device)
+    return args, run, data, model, device
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,7 +67,7 @@ def main():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def train(args, run, data, model, device):
+def train(args, run, data, model, device, ranks):
     """Run the epochs that are left, and write the files of the run."""
     objective = from_flags(Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features)
     graphed = device.type == "cuda" and args.cuda_graph
@@ -73,30 +80,31 @@ def train(args, run, data, model, device):
         checkpoints.load_state(device)
     elif args.init_from:
         load_weights(model, args.init_from, device)
+    ranks.connect(state, data.train)
     if not args.resume:
         run.delete()  # only now that everything the new run needs is there
     run.repair(state.epoch)
     if state.epoch < args.epochs:
-        run.write_config(vars(args), training_flags(args), **facts(data, model, objective, device))
-    announce(args, run, data, model, device, checkpoints)
+        run.write_config(vars(args), training_flags(args), **facts(data, model, objective, device, ranks))
+    announce(args, run, data, model, device, ranks, checkpoints)
     if state.epoch >= args.epochs:
         return
     schedule = from_flags(Schedule, vars(args))
     penalty_scale, one = torch.ones(2, device=device)
     step = partial(
         train_step, split=data.train, model=model, objective=objective, optimizer=optimizer, shifts=batches.shifts,
-        penalty_scale=penalty_scale, one=one, precision=args.precision, clip_grad_norm=args.clip_grad_norm,
+        penalty_scale=penalty_scale, one=one, precision=args.precision, clip_norm=args.clip_grad_norm, ranks=ranks,
     )  # fmt: skip
     if graphed:
         step = GraphedStep(step, batches.sizes, state.tensors, device)
 
     with (
-        StopFlag() as stop,
+        ranks.stop_flag() as stop,
         Progress(args.epochs, "epoch", state.epoch) as progress,
         open_loggers(vars(args), run.folder, "train", first_epoch=state.epoch + 1) as loggers,
         checkpoints,
     ):
-        measurement = Measurement(run, model, data, args.precision, after_batch=stop.check)
+        measurement = Measurement(run, model, data, args.precision, stop.check, ranks)
         try:
             indices = batches.draw(state.epoch + 1)
             for epoch in range(state.epoch + 1, args.epochs + 1):
@@ -146,24 +154,22 @@ def train_one_epoch(step, batches, state, checkpoints, stop, meanwhile):
     return rows, following
 
 
-def train_step(indices, *, split, model, objective, optimizer, shifts, penalty_scale, one, precision, clip_grad_norm):
-    """Make one optimizer step on the images at `indices` (B,); return what it MEASURED. Nothing waits for the device.
-
-    one: the gradient of the loss by itself, so that no step has to make it.
-    """
-    images, labels = split.batch(indices, shifts)
+def train_step(indices, *, ranks, split, model, objective, optimizer, shifts, penalty_scale, one, precision, clip_norm):
+    """Make one optimizer step on the images at `indices` (B,); return what it MEASURED. Nothing waits for a GPU."""
+    images, labels = split.batch(ranks.rows(indices), shifts)
     with autocast(precision, indices.device):
         logits, features = model(images)
-    loss, data_term = objective(logits, features, labels, model.fc, penalty_scale)
-    optimizer.zero_grad()
-    loss.backward(one)
-    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-    if clip_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad_norm, grad_norm)
-    optimizer.step()
+    loss, data_term = objective(logits, features, labels, model.fc, penalty_scale, len(indices))
+    optimizer.zero_grad(set_to_none=ranks.count == 1)  # those of several ranks lie in one buffer
+    loss.backward(one)  # the gradient of the loss by itself, which no step has to make
     with torch.no_grad():
         correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
-        return torch.stack([loss, data_term, correct, grad_norm])
+        measured = ranks.sum_with_gradients(torch.stack([loss, data_term, correct]))
+    grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, grad_norm)
+    optimizer.step()
+    return torch.cat([measured, grad_norm[None]])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def train_step(indices, *, split, model, objective, optimizer, shifts, penalty_s
 # ---------------------------------------------------------------------------------------------------------
 
 
-def facts(data, model, objective, device):
+def facts(data, model, objective, device, ranks):
     """Return what config.json records beside the flags."""
     decays = objective.effective_decays() or (None, None)
     return {
@@ -183,14 +189,13 @@ def facts(data, model, objective, device):
         "effective_feature_decay": decays[1],
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": device_name(device),
+        "ranks": ranks.count,
     }
 
 
-def announce(args, run, data, model, device, checkpoints):
+def announce(args, run, data, model, device, ranks, checkpoints):
     """Print the run's settings and the disk space that it needs."""
     epoch = checkpoints.state.epoch
-    count, needed = checkpoints.bytes_needed()
-    free = shutil.disk_usage(run.folder).free
     resumed = f"resumes {run.folder} after epoch {epoch}" if epoch else f"no run in {run.folder} yet: starts at epoch 1"
     print(resumed if args.resume else f"run        {run.folder}")
     print(
@@ -198,7 +203,7 @@ def announce(args, run, data, model, device, checkpoints):
         f"{min(data.class_counts)} to {max(data.class_counts)} each; {len(data.test)} test images"
     )
     print(f"model      {args.model}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"device     {device_name(device)}, {args.precision}{bf16_speed(device) if args.precision == 'bf16' else ''}")
+    print(f"device     {describe(device, args.precision, ranks)}")
     for note in notes(args, len(data.train)):
         print(f"note       {note}")
     if epoch >= args.epochs:
@@ -206,12 +211,8 @@ def announce(args, run, data, model, device, checkpoints):
         return
     print(f"theory     {run.theory_summary()}")
     print(f"epochs     {epoch + 1} to {args.epochs}, {len(checkpoints.state.rows)} steps each")
-    print(
-        f"disk       {count} checkpoints and last.pt: {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free", flush=True
-    )
-    if needed > free:
-        print(f"warning: the disk of {run.folder} is too small; raise --save_every or give --keep", flush=True)
+    print(f"disk       {checkpoints.disk_summary()}", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main, resume_hint="run the same command with --resume")
+    run_script(main, resume_hint="run the same command with --resume", takes_ranks=True)

@@ -1,6 +1,7 @@
 """Errors in one line, signals, progress, and files that are complete or absent."""
 
 import contextlib
+import functools
 import inspect
 import json
 import math
@@ -37,15 +38,19 @@ def from_flags(function, flags, **others):
     return function(**{name: flags[name] for name in names if name in flags} | others)
 
 
-def run_script(main, resume_hint="run the same command again"):
+def run_script(main, resume_hint="run the same command again", takes_ranks=False):
     """Run the `main` of an entry script and exit; errors are printed as one line, without a traceback.
 
-    resume_hint: how to continue after a signal or a failure of the machine.
+    resume_hint: how to continue after a signal or a failure of the machine. takes_ranks: torchrun may start it.
     """
     name = Path(sys.argv[0]).name
+    if not (takes_ranks or is_first_rank()):
+        time.sleep(5)  # torchrun ends this process after the first one, which has the error below
     for number in STOP_SIGNALS:
         signal.signal(number, raise_interrupted)
     try:
+        if under_torchrun() and not takes_ranks:
+            raise UserError("only training runs on several ranks: start this script without torchrun")
         status = main() or 0
         sys.stdout.flush()
     except UserError as error:
@@ -65,7 +70,34 @@ def run_script(main, resume_hint="run the same command again"):
             raise  # a bug, not a lack of memory: show the traceback
         print(f"{name}: error: {message_of(error)}", file=sys.stderr)
         status = FAILED_WORK
+    if under_torchrun():  # the threads of the process group may abort Python's own exit
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ranks: the processes that torchrun starts for one run
+# ---------------------------------------------------------------------------------------------------------
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_first_rank():
+    """Return True in the rank that prints and writes files, and without torchrun."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def first_rank_only(method):
+    """Have a method that writes files do nothing on the other ranks."""
+
+    @functools.wraps(method)
+    def written_once(*args, **kwargs):
+        return method(*args, **kwargs) if is_first_rank() else None
+
+    return written_once
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -160,7 +192,7 @@ class Progress:
     def __init__(self, total, unit, start=0, every=15.0):
         self.total, self.unit, self.every = total, unit, every
         self.done, self.began, self.start, self.last = start, time.monotonic(), start, -math.inf
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and is_first_rank()
         self.bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if terminal else None
 
     def step(self, text):

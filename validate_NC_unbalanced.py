@@ -32,6 +32,7 @@ from nc_theory import GAP_COLUMNS
 from objective import Objective
 from utils import FAILED_WORK, Progress, UserError, from_flags, run_script
 
+CLASSES_PRINTED = 100  # at most so many rows of the table, evenly spaced
 WATCH_SECONDS = 2  # between looks at the folder with --watch
 
 
@@ -127,7 +128,8 @@ def print_table(run):
     print(f"\nepoch {epoch}: measured against theorem")
     heads = ("margin", "theorem", "ratio", "|mu_k|^2", "theorem", "ratio")
     print(f"{'class':>5} {'n_k':>6}" + "".join(f" {head:>10}" for head in heads))
-    for label, count in enumerate(parts["class_counts"]):
+    every = -(-len(parts["class_counts"]) // CLASSES_PRINTED)
+    for label, count in list(enumerate(parts["class_counts"]))[::every]:
         cells = []
         for name in ("margins", "mean_norms_sq"):
             measured = parts[name][label]

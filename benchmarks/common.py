@@ -51,7 +51,7 @@ def random_images(fraction=1.0):
 
     def split(labels):
         pixels = (patterns[labels] + torch.randint(256, (len(labels), 3, 32, 32), dtype=torch.int16)) // 2
-        return Split((pixels / 255 - 0.5) / 0.25, labels, torch.full((3,), -2.0))
+        return Split(pixels.byte(), labels, *(torch.full((3,), value) for value in (-2.0, 0.5, 0.25)))
 
     return Data(*map(split, labels), counts)
 

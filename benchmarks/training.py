@@ -19,7 +19,7 @@ from reference import run_usual_training
 from engine.batches import Batches
 from engine.checkpoints import TrainingState
 from engine.cuda_graph import GraphedStep
-from engine.distributed import keep_freed_memory, pick_device, set_precision
+from engine.distributed import OneProcess, keep_freed_memory, pick_device, set_precision
 from engine.optim import make_optimizer
 from engine.step_log import new_rows
 from models import build_model, to_device
@@ -46,7 +46,7 @@ class OurTraining:
         self.step = partial(
             train_step, split=self.split, model=model, objective=self.objective, optimizer=self.optimizer,
             shifts=self.batches.shifts, penalty_scale=self.penalty_scale, one=torch.ones((), device=device),
-            precision=args.precision, clip_grad_norm=args.clip_grad_norm,
+            precision=args.precision, clip_norm=args.clip_grad_norm, ranks=OneProcess(),
         )  # fmt: skip
         if graphed:
             state = TrainingState(model, self.optimizer, new_rows(self.batches.sizes, device))

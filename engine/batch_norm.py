@@ -1,4 +1,4 @@
-"""BatchNorm layers that normalise with the statistics of the whole training set."""
+"""BatchNorm layers that normalise with the statistics of the whole training set, or of the batches of all ranks."""
 
 import contextlib
 
@@ -76,3 +76,55 @@ def _input_statistics(model, layer, batches):
     finally:
         hook.remove()
     return mean, squares / count
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training on several ranks
+# ---------------------------------------------------------------------------------------------------------
+
+
+def synchronise_batch_norm(model, device, all_reduce):
+    """Have the BatchNorm2d layers of a model train on the batches of all ranks together.
+
+    all_reduce(tensor): sums a tensor over the ranks, in place. On GPUs the layers become nn.SyncBatchNorm, which does
+    not train on the CPU.
+    """
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__, module.all_reduce = SynchronisedBatchNorm, all_reduce
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d over the batches of all ranks: two passes, one for the mean and one for the squares around it."""
+
+    def forward(self, inputs):
+        if not self.training:
+            return super().forward(inputs)
+        values = inputs.to(self.weight.dtype)
+        count = values.new_tensor([values[:, 0].numel()])
+        sums = SumOverRanks.apply(torch.cat([values.sum((0, 2, 3)), count]), self.all_reduce)
+        count, mean = sums[-1].detach(), sums[:-1] / sums[-1]
+        centred = values - mean[:, None, None]
+        variance = SumOverRanks.apply(centred.square().sum((0, 2, 3)), self.all_reduce) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(inputs.dtype)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over the ranks; a rank's gradient is the sum of the gradients of all their losses."""
+
+    @staticmethod
+    def forward(context, tensor, all_reduce):
+        context.all_reduce = all_reduce
+        return all_reduce(tensor.clone())
+
+    @staticmethod
+    def backward(context, gradient):
+        return context.all_reduce(gradient.clone()), None

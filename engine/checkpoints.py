@@ -1,6 +1,7 @@
 """Checkpoints of a run: weights, the state to resume from, which of them are kept, and writing in the background."""
 
 import pickle
+import shutil
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import torch
 
 from engine.optim import optimizer_tensors
 from engine.step_log import check_finite
-from utils import FAILED_WORK, UserError, atomic_write, message_of
+from utils import FAILED_WORK, UserError, atomic_write, first_rank_only, message_of
 
 RESUME_SECONDS = 20  # between two writings of last.pt: the most training that a killed process loses
 
@@ -61,6 +62,7 @@ class Checkpoints:
         """Return True if the weights are to be saved: every `save_every` epochs, with --keep also at powers of two."""
         return is_due(epoch, self.save_every, self.epochs) or bool(self.keep and is_power_of_two(epoch))
 
+    @first_rank_only
     def save_weights(self):
         """Save the model after the epoch that has just ended, and delete the checkpoints that are not kept."""
         epoch = self.state.epoch
@@ -74,6 +76,7 @@ class Checkpoints:
         if time.monotonic() - self.saved > RESUME_SECONDS:
             self.save_state()
 
+    @first_rank_only
     def save_state(self):
         """Save last.pt: everything an exact resume needs."""
         state = self.state
@@ -109,6 +112,7 @@ class Checkpoints:
             raise UserError(f"{path}: not the state of a run with these flags ({reason})", FAILED_WORK) from None
         state.epoch, state.step, state.seconds = epoch, step, seconds
 
+    @first_rank_only
     def prune(self):
         """Delete the checkpoints that --keep does not keep, of those that are complete."""
         checkpoints = self.run.checkpoints()
@@ -130,6 +134,15 @@ class Checkpoints:
         """Return the seconds that training has waited for the writing thread since the last call."""
         waited, self.waited = self.waited, 0.0
         return round(waited, 4)
+
+    def disk_summary(self):
+        """Return what the run will write and what the disk has left, with a warning if that is less."""
+        count, needed = self.bytes_needed()
+        free = shutil.disk_usage(self.run.folder).free
+        text = f"{count} checkpoints and last.pt: {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free"
+        if needed > free:
+            text += f"\nwarning: the disk of {self.run.folder} is too small; raise --save_every or give --keep"
+        return text
 
     def _write(self, path, state):
         """Write `state` as it is now in the background; wait for the file before it."""

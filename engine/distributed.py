@@ -1,17 +1,32 @@
-"""The device of a run, its arithmetic precision, and its memory allocator."""
+"""The device of a run, its arithmetic precision, its memory allocator, and the processes (ranks) that share it."""
 
 import contextlib
 import ctypes
+import math
 import os
+import signal
+import sys
 import time
+from datetime import timedelta
 
 import torch
+from torch import distributed
 
-from utils import UserError, message_of
+from engine.batch_norm import synchronise_batch_norm
+from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, message_of, under_torchrun
+
+AGREE_SECONDS = 0.5  # between two exchanges of the ranks about signals
+ENDING_SECONDS = 3  # that the other ranks give the first one to end and print why
+STOP_SECONDS = 60  # that the others wait for the first one to write last.pt after a signal
+TIMEOUT = timedelta(hours=1)  # of a message between ranks: the first one may be solving for the optimum meanwhile
+
+# ---------------------------------------------------------------------------------------------------------
+# Device, precision, memory
+# ---------------------------------------------------------------------------------------------------------
 
 
 def pick_device(device, gpu_id):
-    """Return the torch.device that --device and --gpu_id select on this machine."""
+    """Return the torch.device that --device and --gpu_id select; ranks on a machine take the GPUs from --gpu_id on."""
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cpu" or (device == "auto" and gpus == 0 and gpu_id == 0):
         return torch.device("cpu")
@@ -19,6 +34,10 @@ def pick_device(device, gpu_id):
         raise UserError("this machine has no usable GPU: give --device cpu, without --gpu_id")
     if gpu_id >= gpus:
         raise UserError(f"--gpu_id {gpu_id}: this machine shows {gpus} GPUs, numbered from 0")
+    if under_torchrun():
+        if (wanted := gpu_id + int(os.environ["LOCAL_WORLD_SIZE"])) > gpus:
+            raise UserError(f"torchrun --nproc_per_node: {wanted} GPUs are wanted, this machine shows {gpus}")
+        gpu_id += int(os.environ["LOCAL_RANK"])
     try:
         torch.cuda.init()
         torch.cuda.set_device(gpu_id)  # CUDA graphs and streams belong to the current device
@@ -40,6 +59,12 @@ def device_name(device):
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"cpu, {torch.get_num_threads()} threads"
+
+
+def describe(device, precision, ranks):
+    """Return the line on the device, the precision and the ranks that a run prints at its start."""
+    text = f"{device_name(device)}, {precision}{bf16_speed(device) if precision == 'bf16' else ''}"
+    return text if ranks.count == 1 else f"{text}, {ranks.count} ranks, each with its rows of every batch"
 
 
 def set_precision(precision, device):
@@ -90,3 +115,198 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest value in bytes
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------------------------------------
+
+
+def get_ranks():
+    """Return the `Ranks` of a process that torchrun has started, or the `OneProcess` of any other."""
+    return Ranks() if under_torchrun() else OneProcess()
+
+
+class OneProcess:
+    """All of a run in one process, which has nobody to wait for or to share with. `Ranks` has the same methods."""
+
+    count = 1
+    argv = None  # the command line as it is
+    stop_flag = StopFlag
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def first_alone(self):
+        return contextlib.nullcontext()
+
+    def connect(self, state, split):
+        pass
+
+    def rows(self, batch):
+        return batch
+
+    def sum_with_gradients(self, measured):
+        return measured
+
+    def sum(self, tensor):
+        return tensor
+
+
+class Ranks(OneProcess):
+    """The processes that torchrun has started for one run, each a rank; the first one prints and writes files.
+
+    Every rank draws the same batches, takes its rows of each, and computes its share of the batch's loss. The sum of
+    their gradients is then that of one device, and all make the same optimizer step.
+
+    Use as a context manager. On leaving, the other ranks wait for the first; where it fails or is stopped, they end
+    with its exit status and print nothing.
+    """
+
+    def __init__(self):
+        self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.all_attempts, *_ = next(distributed.rendezvous("env://"))
+        # Without a prefix of its own, a restarted attempt would find the addresses of the dead one in the store.
+        self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], self.all_attempts)
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    @property
+    def argv(self):
+        """The flags; when torchrun restarts a run that had begun, with --resume and without --force."""
+        if not self.all_attempts.check(["begun"]):
+            return sys.argv[1:]
+        return [word for word in sys.argv[1:] if word != "--force"] + ["--resume"]
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        """Run the body on the first rank before the others, so that an error in the input is printed once."""
+        self.await_first("prepared")
+        yield
+        if not self.rank:
+            self.store.set("prepared", "")
+
+    def await_first(self, event, seconds=math.inf):
+        """Return when the first rank has announced `event`, or after `seconds`; if it has ended, end as it did."""
+        deadline = time.monotonic() + seconds
+        while self.rank and not self.store.check([event]):
+            if self.store.check(["ended"]):
+                status = int(self.store.get("ended"))
+                time.sleep(ENDING_SECONDS if status else 0)  # torchrun stops all ranks once one has failed
+                os._exit(status)
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+
+    def __exit__(self, kind, error, trace):
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL if self.rank else signal.SIG_IGN)
+        if not self.rank:
+            self.store.set("ended", str(exit_status(error)))
+        if isinstance(error, LostRank):  # had the first rank failed, it would have said so before it was gone
+            patience = 0
+        else:
+            patience = math.inf if error is None else ENDING_SECONDS if isinstance(error, Exception) else STOP_SECONDS
+        self.await_first("nothing more", patience)
+
+    def connect(self, state, split):
+        """Connect the ranks, and have the model of a `TrainingState` train on all of them as on one device.
+
+        Raises UserError if a rank has another state or another training set than the first.
+        """
+        model, device = state.model, split.labels.device
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        group = {"store": self.store, "rank": self.rank, "world_size": self.count, "timeout": TIMEOUT}
+        with lost_rank():
+            distributed.init_process_group(backend, **group)
+        sums = [tensor.sum(dtype=torch.float64) for tensor in (split.pixels, *model.state_dict().values())]
+        mark = torch.tensor([state.epoch, state.step, *sums], dtype=torch.float64)
+        largest, least = all_reduce(torch.stack([mark, -mark]), distributed.ReduceOp.MAX)
+        if not torch.equal(largest, -least):
+            raise UserError("the ranks have read different images or checkpoints: give all nodes the same files")
+        synchronise_batch_norm(model, device, all_reduce)
+        parameters = list(model.parameters())
+        self.buffer = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters) + 3)
+        offset = 0
+        for parameter in parameters:  # in its own strides: the optimizer pairs their elements as they lie in memory
+            parameter.grad = self.buffer.as_strided(parameter.size(), parameter.stride(), offset)
+            offset += parameter.numel()
+        self.all_attempts.set("begun", "")
+
+    def rows(self, batch):
+        """Return this rank's rows of a batch (B, ...), of which there may be none."""
+        return batch.tensor_split(self.count)[self.rank]
+
+    def sum_with_gradients(self, measured):
+        """Sum the gradients and `measured` (3,) over the ranks in one message; return the sum of the latter."""
+        self.buffer[-3:] = measured
+        return all_reduce(self.buffer)[-3:]
+
+    def sum(self, tensor):
+        """Sum a tensor over the ranks, in place, and return it."""
+        return all_reduce(tensor)
+
+    def stop_flag(self):
+        return SharedStopFlag()
+
+
+class SharedStopFlag(StopFlag):
+    """A StopFlag whose `check()`, called equally often on all ranks, raises in the same call on each of them.
+
+    About every AGREE_SECONDS the ranks exchange the signals that have arrived, and how many calls are to pass until the
+    next exchange. Each reads the answer one exchange later, so that nobody waits for it.
+    """
+
+    def __enter__(self):
+        self.calls, self.interval, self.exchange, self.began = 0, 1, None, time.monotonic()
+        return super().__enter__()
+
+    def check(self):
+        self.calls += 1
+        if self.calls < self.interval:
+            return
+        if self.exchange is not None:
+            with lost_rank():
+                self.exchange.wait()
+            number, self.interval = self.answer.tolist()
+            if number:
+                raise Interrupted(number)
+        calls_a_second = self.calls / (time.monotonic() - self.began)
+        self.answer = torch.tensor([self.number or 0, max(1, min(100, int(calls_a_second * AGREE_SECONDS)))])
+        self.exchange = distributed.all_reduce(self.answer, distributed.ReduceOp.MAX, async_op=True)
+        self.calls, self.began = 0, time.monotonic()
+
+
+class LostRank(UserError):
+    """Another rank has ended in the middle of the work."""
+
+    def __init__(self):
+        super().__init__("another rank has ended; to continue, run the same command with --resume", FAILED_WORK)
+
+
+@contextlib.contextmanager
+def lost_rank():
+    """Turn the error of a message between ranks that has failed into LostRank."""
+    try:
+        yield
+    except RuntimeError:
+        raise LostRank from None
+
+
+def all_reduce(tensor, operation=distributed.ReduceOp.SUM):
+    """Reduce a tensor over the ranks, in place, and return it."""
+    with lost_rank():
+        distributed.all_reduce(tensor, operation)
+    return tensor
+
+
+def exit_status(error):
+    """Return the exit status of a process that an exception ends, or nothing (None)."""
+    if isinstance(error, Interrupted):
+        return 128 + error.signal
+    if isinstance(error, SystemExit):
+        return int(error.code or 0)
+    return 0 if error is None else getattr(error, "status", FAILED_WORK)

@@ -429,7 +429,10 @@ def draw_heatmaps(figure, geometry, epoch, note, limits):
         for axis, matrix in zip(axes[position], matrices, strict=True):
             edges = np.arange(len(matrix) + 1) - 0.5
             scale = {"cmap": "RdBu_r", "vmin": -limits[difference], "vmax": limits[difference]}  # white is zero
-            mesh = axis.pcolormesh(edges, edges, matrix, rasterized=len(matrix) > VECTOR_CLASSES, **scale)
+            if len(matrix) <= VECTOR_CLASSES:
+                mesh = axis.pcolormesh(edges, edges, matrix, **scale)
+            else:
+                mesh = axis.imshow(matrix, origin="lower", extent=2 * (edges[0], edges[-1]), **scale)
             if difference:
                 axis.set_title(f"distance {np.linalg.norm(matrix):.1e}")
         axes[position, 0].set_ylabel(f"{title}\nclass")
@@ -438,7 +441,7 @@ def draw_heatmaps(figure, geometry, epoch, note, limits):
     for axis in axes.flat:
         axis.set(aspect="equal")
         axis.grid(False)
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5 if axis.get_xlim()[1] < 500 else 2, integer=True))
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes[0, 0].invert_yaxis()
     for top, bottom, symbol in zip(axes[0], axes[-1], MATRICES.values(), strict=True):
@@ -469,13 +472,12 @@ def write_animation(path, setting):
     run = setting.runs[0]
     epochs = geometry_epochs([run])
     epochs = thinned(epochs, FRAMES)
-    geometries = {epoch: run.geometry(epoch) for epoch in epochs}
-    limits = tuple(np.max([heatmap_limits(heatmap_rows(geometry)) for geometry in geometries.values()], axis=0))
-    figure = heatmaps(geometries[epochs[0]], epochs[0], setting.note, limits)
+    limits = tuple(np.max([heatmap_limits(heatmap_rows(run.geometry(epoch))) for epoch in epochs], axis=0))
+    figure = heatmaps(run.geometry(epochs[0]), epochs[0], setting.note, limits)
 
     def show(epoch):
         figure.clear()
-        draw_heatmaps(figure, geometries[epoch], epoch, setting.note, limits)
+        draw_heatmaps(figure, run.geometry(epoch), epoch, setting.note, limits)
 
     animation = FuncAnimation(figure, show, epochs, init_func=lambda: None)
     with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:

@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from utils import UserError, message_of
+from utils import UserError, is_first_rank, message_of
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag: the module that it imports
 
@@ -29,6 +29,7 @@ def open_loggers(flags, folder, job, first_epoch=None):
     """
     with contextlib.ExitStack() as stack:
         loggers = []
+        flags = flags if is_first_rank() else dict.fromkeys(flags, False)
         if flags["tensorboard"]:
             loggers.append(TensorBoard(folder, job, first_epoch))
         if flags["wandb"]:

@@ -3,13 +3,14 @@
 import contextlib
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 from datasets import load_data
 from engine.batch_norm import training_set_statistics
 from engine.checkpoints import load_weights
-from engine.distributed import autocast
+from engine.distributed import OneProcess, autocast
 from engine.run import Run
 from models import build_model
 from models.classifier import head_weight
@@ -25,12 +26,12 @@ FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statis
 class Measurement:
     """Measures a model on the training and test images, and adds the result to a run's rows.
 
-    after_batch: called after every batch of images; it may raise to abandon a measurement.
+    after_batch: called after every batch of images; it may raise to abandon a measurement. ranks: share the images.
     """
 
-    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None):
+    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None):
         self.run, self.model, self.data, self.precision = run, model, data, precision
-        self.device, self.after_batch = data.train.labels.device, after_batch
+        self.device, self.after_batch, self.ranks = data.train.labels.device, after_batch, ranks or OneProcess()
 
     def record(self, epoch, loggers=()):
         """Measure the model as it is and add the row to the run and the loggers; return the row."""
@@ -57,12 +58,14 @@ class Measurement:
         """Return the context in which BatchNorm uses the statistics that the run's --bn_statistics names."""
         if self.run.bn_statistics == "running":
             return contextlib.nullcontext()
-        return training_set_statistics(self.model, lambda: self.data.train.images.split(BATCH))
+        return training_set_statistics(
+            self.model, lambda: map(self.data.train.normalise, self.data.train.pixels.split(BATCH))
+        )
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
         weight, bias = head_weight(self.model).double(), self.model.fc[-1].bias
-        loss = 0.0
+        loss = np.float64(0)
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
         passes = self.forward(self.data.train)
         if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
@@ -70,6 +73,7 @@ class Measurement:
         for logits, features, labels in passes:
             statistics.update(features, labels)
             train.update(logits, labels)
+        statistics.merge(self.ranks.sum)
         if not statistics.means.isfinite().all():
             raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
         for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
@@ -77,8 +81,11 @@ class Measurement:
             if optimum:
                 logits = F.linear(features.double(), weight, None if bias is None else bias.double()).cpu().numpy()
                 loss += losses_and_gradients(optimum.problem, logits, labels.cpu().numpy())[0].sum()
+        statistics.merge(self.ranks.sum)
         for logits, _, labels in self.forward(self.data.test):
             test.update(logits, labels)
+        for accuracy in (train, test):
+            accuracy.merge(self.ranks.sum)
         row = {
             "train_acc1": train.overall(),
             "test_acc1": test.overall(),
@@ -87,20 +94,22 @@ class Measurement:
             **dict.fromkeys(GAP_COLUMNS, math.nan),
         }
         if optimum:
-            loss, scatter = loss / len(self.data.train), statistics.within_sums.sum()
-            row |= optimality_gap(optimum, weight, statistics.means, loss, scatter, bias)
+            loss = self.ranks.sum(torch.tensor(loss)).item() / len(self.data.train)
+            row |= optimality_gap(optimum, weight, statistics.means, loss, statistics.within_sums.sum(), bias)
         parts = geometry(statistics.means, weight)
         if optimum:
             parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}
         return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
 
     def forward(self, split):
-        """Yield (logits, features, labels) of a split in order, batch by batch."""
+        """Yield (logits, features, labels) of a split in order, batch by batch; of a rank's rows of each batch."""
         if not len(split):
             return
-        for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):
+        size = BATCH * self.ranks.count
+        for batch in zip(split.pixels.split(size), split.labels.split(size), strict=True):
+            pixels, labels = map(self.ranks.rows, batch)
             with autocast(self.precision, self.device):
-                logits, features = self.model(images)
+                logits, features = self.model(split.normalise(pixels))
             yield logits, features, labels
             self.after_batch()
 
@@ -116,6 +125,11 @@ class ClassAccuracy:
         if self.correct is None:
             self.correct = hits.new_zeros(logits.shape[1])
         self.correct.index_add_(0, labels, hits)
+
+    def merge(self, sum_over_processes):
+        """Sum the counts over processes that have each seen a part of the split, as `ClassStatistics.merge`."""
+        if self.correct is not None:
+            self.correct = sum_over_processes(self.correct)
 
     def overall(self):
         """Return the accuracy in percent; NaN for a split without images."""
@@ -179,4 +193,4 @@ def load_run(folder, epoch=None, data_dir=None):
 def features(model, split):
     """Return (features (N, d), labels (N,)) of all images of a split."""
     model.eval()
-    return torch.cat([model(images)[1] for images in split.images.split(BATCH)]), split.labels
+    return torch.cat([model(images)[1] for images in map(split.normalise, split.pixels.split(BATCH))]), split.labels

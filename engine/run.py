@@ -14,6 +14,7 @@ report.html            of the run alone, if Plotly is installed
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
@@ -34,7 +35,16 @@ import torch
 
 from nc_theory import UFM, closed_form, has_released_formula, released_formula, solve
 from objective import Objective
-from utils import FAILED_WORK, UserError, atomic_write, from_flags, remove_temporaries, write_json
+from utils import (
+    FAILED_WORK,
+    UserError,
+    atomic_write,
+    first_rank_only,
+    from_flags,
+    is_first_rank,
+    remove_temporaries,
+    write_json,
+)
 
 # The ends of the names of the CSV, geometry/ and figures of each --theory and --bn_statistics.
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}
@@ -130,8 +140,9 @@ class Run:
         if (optimum := closed_form(self.problem)) is None:
             return "no closed form: measuring finds the optimum by minimisation"
         least = optimum.loss * self.config.get("data_factor", 1)
-        collapsed = ", ".join(map(str, (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()))
-        classes = f"classes {collapsed} collapse to zero" if collapsed else "no class collapses"
+        collapsed = (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()
+        named = f"classes {', '.join(map(str, collapsed))}" if len(collapsed) <= 20 else f"{len(collapsed)} classes"
+        classes = f"{named} collapse to zero" if collapsed else "no class collapses"
         return f"least loss {least:.6f}; margins {optimum.margins.min():.3f} to {optimum.margins.max():.3f}; {classes}"
 
     # ---- log, rows and geometry
@@ -159,6 +170,7 @@ class Run:
         table = table[(table["epoch"] == epoch) & (table["split"] == "test")]
         return table.sort_values("class")["accuracy"].to_numpy()
 
+    @first_rank_only
     def append_log(self, line):
         with open(self.log_file, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -168,6 +180,7 @@ class Run:
         with open(self.log_file, "a") as file:
             os.fsync(file.fileno())
 
+    @first_rank_only
     def add_row(self, row, geometry, accuracies=()):
         """Write a measured epoch: its geometry {name: array}, its row, and its accuracies by class (dicts)."""
         epoch = row["epoch"]
@@ -176,7 +189,9 @@ class Run:
         with self.rows_lock():  # training and validate --watch may both add rows
             with atomic_write(path) as file:
                 np.savez(file, **geometry)
-            if accuracies:
+            if accuracies and epoch > last_epoch(self.accuracy_csv):
+                append_rows(self.accuracy_csv, accuracies)
+            elif accuracies:
                 self._replace_epoch(self.accuracy_csv, epoch, accuracies)
             self.rows = self._replace_epoch(self.csv, epoch, [row])
 
@@ -255,7 +270,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for this process; raise UserError if another process is training there."""
+        """Hold the folder for this run; raise UserError if another process is training there."""
+        if not is_first_rank():  # the first one holds it for all
+            yield
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             held = filelock.FileLock(self.folder / ".lock").acquire(timeout=0)
@@ -288,8 +306,10 @@ class Run:
             self.config["versions"] |= {name: version(name) for name in ("torchvision", "numpy")}
             self.config["git_commit"] = git_commit()
         self.flags, self.problems = self.config["flags"], self.config.get("problems", {})
-        write_json(self.folder / "config.json", self.config)
+        if is_first_rank():
+            write_json(self.folder / "config.json", self.config)
 
+    @first_rank_only
     def repair(self, epoch):
         """Delete temporary files, and log lines and rows of epochs after `epoch`, which will be run again."""
         remove_temporaries(self.folder, "epoch_*.pth", "last.pt", "config.json", "train_log.jsonl", "*.csv")
@@ -313,6 +333,9 @@ class Run:
 
     def delete(self):
         """Delete what a run has written into the folder, and nothing else."""
+        self.config, self.flags, self.problems = {}, {}, {}
+        if not is_first_rank():
+            return
         written = [
             *(self.folder / "config.json", self.log_file, self.last),  # first: the rest alone cannot be resumed
             *self.checkpoints().values(),
@@ -325,7 +348,6 @@ class Run:
             written.append(self.folder / f"report{suffix}.html")
         for path in written:
             path.unlink(missing_ok=True)
-        self.config, self.flags, self.problems = {}, {}, {}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -397,6 +419,29 @@ def write_table(path, table):
     """Write a DataFrame as CSV, so that every float reads back as the same number."""
     with atomic_write(path, "w", newline="") as file:
         table.to_csv(file, index=False, lineterminator="\n")
+
+
+def last_epoch(path):
+    """Return the epoch of a table's last row without reading the others; infinity if there is none, or only a part."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
+        file.seek(-min(200, path.stat().st_size), os.SEEK_END)
+        line = file.readlines()[-1]
+        return int(line.split(b",")[0]) if line.endswith(b"\n") else math.inf
+    return math.inf
+
+
+def append_rows(path, rows):
+    """Add rows (dicts with the columns of the table) at the end of a CSV; none of them if the disk is full."""
+    text = pd.DataFrame(rows).to_csv(header=False, index=False, lineterminator="\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def git_commit():

@@ -37,6 +37,12 @@ def test_measuring(tmp_path):
     assert [row["one checkpoint"] for row in rows_of(tmp_path / "measuring_cpu.csv")] == names
 
 
+def test_ranks(tmp_path):
+    run("ranks.py", tmp_path, *"--width 16 --pairs 1 --batch_size 64".split())
+    (row,) = rows_of(tmp_path / "ranks_MLP_cpu.csv")
+    assert row["ranks"] == "2" and float(row["ratio"]) > 0
+
+
 def test_the_usual_nc1_is_ours(monkeypatch, tmp_path):
     """The usual way is fp32 throughout, from images of 8 bits: these are, and their classes are far apart."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

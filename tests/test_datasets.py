@@ -269,6 +269,32 @@ def test_decoded_cache_is_used_and_renewed(tmp_path, monkeypatch):
     load_data("imagefolder", tmp_path)
 
 
+def test_many_files_are_decoded_by_several_processes(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    expected = load_data("imagefolder", tmp_path)
+    for cache in tmp_path.glob(".decoded-*"):
+        cache.unlink()
+    monkeypatch.setattr(datasets, "FILES_IN_ONE_PROCESS", 2)
+    assert torch.equal(load_data("imagefolder", tmp_path).train.pixels, expected.train.pixels)
+    (tmp_path / "train" / "ant" / "0002.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"0002.png: not a readable image"):
+        load_data("imagefolder", tmp_path)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_bytes_are_normalised_in_the_batch_to_the_last_bit(tmp_path, memory_format):
+    """As all images at once were by `images / 255`, less the mean, over the standard deviation, in fp32."""
+    write_folder(tmp_path)
+    split = load_data("imagefolder", tmp_path).train.to("cpu", memory_format)
+    assert split.pixels.dtype == torch.uint8
+    mean, std = split.mean.view(3, 1, 1), split.std.view(3, 1, 1)
+    rows = torch.tensor([3, 0, 7])
+    expected = ((split.pixels.float() / 255 - mean) / std)[rows]
+    images, labels = split.batch(rows)
+    assert torch.equal(images, expected) and torch.equal(labels, split.labels[rows])
+    assert images.is_contiguous(memory_format=memory_format)
+
+
 def test_cifar10_image_folder(tmp_path):
     write_folder(tmp_path / "cifar10", classes=[f"class{k}" for k in range(10)])
     data = load_data("cifar10", tmp_path, class_counts=COUNTS, download=False)

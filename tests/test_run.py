@@ -1,13 +1,15 @@
 """engine/run.py: a run's folder, read back; rows and log; runs grouped by setting."""
 
 import json
+import math
+import resource
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from args import parse_args, training_flags
-from engine.run import Run, by_setting, read_measured_run, read_rows, write_table
+from engine.run import Run, append_rows, by_setting, last_epoch, read_measured_run, read_rows, write_table
 from utils import UserError
 
 
@@ -140,3 +142,24 @@ def test_an_older_config_stands_for_the_problem_of_its_flags(tmp_path, flags, pr
     nominal = Run(run.folder, "nominal").problem
     assert (nominal.lambda_w, nominal.lambda_h, nominal.bias) == (0.1, 0.2, False)
     assert nominal.class_counts == (3, 4)
+
+
+def test_rows_are_appended_whole_or_not_at_all(tmp_path):
+    path, rows = tmp_path / "table.csv", [{"epoch": 2, "split": "test", "accuracy": value} for value in (0.1, math.nan)]
+    assert last_epoch(path) == math.inf
+    table = pd.DataFrame([rows[0] | {"epoch": 1}])
+    write_table(path, table)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+        with pytest.raises(OSError, match=r"table.csv"):
+            append_rows(path, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and last_epoch(path) == 1
+    append_rows(path, rows)
+    assert last_epoch(path) == 2
+    write_table(tmp_path / "whole.csv", pd.concat([table, pd.DataFrame(rows)]))
+    assert path.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    path.write_bytes(path.read_bytes()[:-4])
+    assert last_epoch(path) == math.inf  # a row that was cut off: `read_rows` names the damage

@@ -15,7 +15,7 @@ import engine.checkpoints as checkpoint_files
 from datasets import Split
 from engine.checkpoints import Checkpoints, TrainingState, load_torch, to_host
 from engine.cuda_graph import GraphedStep
-from engine.distributed import pick_device
+from engine.distributed import OneProcess, pick_device
 from engine.measurement import ClassAccuracy
 from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
 from engine.run import Run
@@ -39,7 +39,7 @@ def build(optimizer="Adam", clip_grad_norm=None, **flags):
     chosen = make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-2, weight_decay=0.0, **adam)
     step = partial(
         train_step, split=split, model=model, objective=objective, optimizer=chosen, shifts=None, penalty_scale=1.0,
-        one=torch.ones(()), precision="fp32", clip_grad_norm=clip_grad_norm,
+        one=torch.ones(()), precision="fp32", clip_norm=clip_grad_norm, ranks=OneProcess(),
     )  # fmt: skip
     return model, chosen, step
 
