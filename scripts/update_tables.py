@@ -69,11 +69,17 @@ class Table:
     heads: list  # of the other columns, in COLUMNS
     worst: tuple = ()  # heads of columns that also show the worst seed, in brackets
     figures: dict = None  # file name in docs/figures: figure of plot_nc.py
-    runs: str = "*"  # of which runs the figures are
+    runs: str = "*"  # of which runs the figures are: a pattern in the table's folder
+    others: str = ""  # a pattern beside the folder, of further runs
     x: str = "epoch"  # the x axis of the figures
     bn_statistics: str = "running"
 
 
+ZOO = {
+    "resnet18": "ResNet18, 10 to 50 of a class, N = 300",
+    "resnet18_exp10": "ResNet18, `exp:10`, n_max 60",
+    "vgg11": "VGG11, 10 to 50 of a class, N = 300",
+}
 TABLES = {
     "recipe": Table(
         "five seeds each",
@@ -110,6 +116,52 @@ TABLES = {
             "mse": "(c) digits, MSE",
         },
         [*GEOMETRY, "train", "test"],
+    ),
+    "losses": Table(
+        "three seeds each",
+        {
+            "ce": "cross entropy",
+            "weighted_half": "`--class_weights 0.5`",
+            "weighted": "`--class_weights 1`",
+            "la": "`--logit_adjustment 1`, 500 epochs",
+            "cdt": "`--logit_scaling 0.2`",
+            "vs": "`--logit_adjustment 1 --logit_scaling 0.3`",
+            "ldam": "`--ldam_margin 0.5`",
+            "smoothing": "`--label_smoothing 0.1`",
+            "free": "cross entropy, `--no-feature_relu`",
+        },
+        ["optimality gap", "NC1", "NC2_H", "NC3_WH", "margins", "norms", "test", "test, few"],
+        worst=("optimality gap", "NC3_WH"),
+        figures={"free_features": "theorem"},
+        runs="[cf][er]*",
+    ),
+    "zoo": Table(
+        "training-set statistics",
+        ZOO,
+        [*GEOMETRY, "optimality gap"],
+        worst=GEOMETRY,
+        figures={"zoo_theorem": "theorem"},
+        bn_statistics="training_set",
+    ),
+    "zoo_running": Table("running averages", ZOO, [*GEOMETRY, "optimality gap"], worst=GEOMETRY),
+    "small_lambda": Table(
+        "three seeds",
+        {"schedule": "`@scripts/small_lambda.flags`"},
+        ["train", *GEOMETRY, "optimality gap", "minutes"],
+        worst=(*GEOMETRY, "optimality gap"),
+    ),
+    "small_lambda_without": Table(
+        "one seed each",
+        {"recipe": "`@scripts/collapse.flags`, 900 epochs", "plain": "plain Adam, learning rate 1e-4, 900 epochs"},
+        ["train", *GEOMETRY, "optimality gap", "minutes"],
+        figures={"small_lambda": "training"},
+        others="small_lambda/schedule-*",
+        x="step",
+    ),
+    "paper_schedule": Table(
+        "one seed",
+        {"paper": "`@scripts/small_lambda.flags --lr 0.001 --epochs 120`"},
+        ["train", *GEOMETRY, "optimality gap", "minutes"],
     ),
     "paper_counts": Table(
         "one seed each",
@@ -150,11 +202,12 @@ def take_over(folder, root):
         raise UserError(f"{folder}: not a folder that scripts/table.sh has written for {', '.join(TABLES)}")
     shutil.copyfile(folder / "summary.csv", root / "results" / f"{folder.resolve().name}.csv")
     folders = [path.parent for path in sorted(folder.glob(f"{table.runs}/nc_metrics.csv"))]
+    folders += sorted(folder.parent.glob(table.others)) if table.others else []
     runs = [Run(path, bn_statistics=table.bn_statistics) for path in folders]
-    names = list(table.rows)
-    runs.sort(key=lambda run: names.index(run_name(run.folder)))
+    labels = table.rows | (TABLES[table.others.split("/")[0]].rows if table.others else {})
+    runs.sort(key=lambda run: list(labels).index(run_name(run.folder)))
     for run in runs:
-        run.flags["run_name"] = table.rows[run_name(run.folder)].replace("`", "")  # legends as in the table
+        run.flags["run_name"] = labels[run_name(run.folder)].replace("`", "")  # legends as in the table
     with tempfile.TemporaryDirectory() as drawn:
         for name, figure in (table.figures or {}).items():
             draw_runs(runs, Path(drawn), x=table.x)
