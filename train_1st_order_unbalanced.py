@@ -164,12 +164,12 @@ def train_step(indices, *, ranks, split, model, objective, optimizer, shifts, pe
     loss.backward(one)  # the gradient of the loss by itself, which no step has to make
     with torch.no_grad():
         correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
-        measured = ranks.sum_with_gradients(torch.stack([loss, data_term, correct]))
+        sums = ranks.sum_with_gradients(loss, data_term, correct)
     grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     if clip_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, grad_norm)
     optimizer.step()
-    return torch.cat([measured, grad_norm[None]])
+    return torch.stack([*sums, grad_norm]).detach()
 
 
 # ---------------------------------------------------------------------------------------------------------

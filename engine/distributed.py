@@ -149,8 +149,8 @@ class OneProcess:
     def rows(self, batch):
         return batch
 
-    def sum_with_gradients(self, measured):
-        return measured
+    def sum_with_gradients(self, *scalars):
+        return scalars
 
     def sum(self, tensor):
         return tensor
@@ -240,9 +240,9 @@ class Ranks(OneProcess):
         """Return this rank's rows of a batch (B, ...), of which there may be none."""
         return batch.tensor_split(self.count)[self.rank]
 
-    def sum_with_gradients(self, measured):
-        """Sum the gradients and `measured` (3,) over the ranks in one message; return the sum of the latter."""
-        self.buffer[-3:] = measured
+    def sum_with_gradients(self, *scalars):
+        """Sum the gradients, in place, and three scalars over the ranks in one message; return the scalars' sums."""
+        self.buffer[-3:] = torch.stack(scalars)
         return all_reduce(self.buffer)[-3:]
 
     def sum(self, tensor):
