@@ -9,10 +9,8 @@ It needs Plotly: pip install ".[report]". `engine/report.py` says what the repor
 from pathlib import Path
 
 from args import Help, Parser
-from engine.figures import NC_PANELS
 from engine.report import write_report
 from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, read_measured_run
-from engine.summary import METRICS
 from utils import run_script
 
 
@@ -24,8 +22,7 @@ def main():
     parser.add_argument("--out", type=Path, default="report.html", metavar="FILE", help="the file to write")
     args = parser.parse_args()
     folders = {folder.resolve(): folder for folder in args.runs}.values()
-    columns = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]
-    runs = [read_measured_run(folder, columns, args.theory, args.bn_statistics) for folder in folders]
+    runs = [read_measured_run(folder, [], args.theory, args.bn_statistics) for folder in folders]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     print(write_report(runs, args.out))
 

@@ -35,9 +35,11 @@ from engine.figures import (
     theory_values,
     thinned,
 )
-from engine.summary import COLLAPSE_NOTE, METRICS_NOTE, not_counted, summarize, text_tables
+from engine.run import require_columns
+from engine.summary import COLLAPSE_NOTE, METRICS, METRICS_NOTE, not_counted, summarize, text_tables
 from utils import UserError, atomic_write
 
+COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  # that the rows of a run must have
 POINTS = 400  # of a curve, at most
 MARKED = 30  # points of a curve up to which each has a marker
 ENTRIES = 1_400_000  # of all matrices, at most: 5 MB
@@ -54,8 +56,10 @@ class Page(Template):
 def write_report(runs, path):
     """Write the report of runs to `path`, and return it. Runs that differ only in their seed: mean and range.
 
-    Raises UserError if Plotly is not installed, or a run has no rows.
+    Raises UserError if Plotly is not installed, or a run has no rows or lacks one of COLUMNS.
     """
+    for run in runs:
+        require_columns(run, COLUMNS)
     script, settings = plotly_script(), make_settings(runs)
     for number, setting in enumerate(settings, 1):
         setting.label = f"{number}: {setting.label}" if setting.label else ""

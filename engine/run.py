@@ -464,9 +464,14 @@ def read_measured_run(folder, columns, theory="objective", bn_statistics="runnin
     run = Run(folder, theory, bn_statistics)
     if not run.folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if missing := set(columns) - set(run.rows) if len(run.rows) else set():
-        raise UserError(f"{folder}/{run.csv.name}: no column {min(missing)}; measure again with --recompute")
+    require_columns(run, columns)
     return run
+
+
+def require_columns(run, columns):
+    """Raise UserError if the rows of a run, if it has any, lack one of the columns."""
+    if missing := set(columns) - set(run.rows) if len(run.rows) else set():
+        raise UserError(f"{run.csv}: no column {min(missing)}; measure again with --recompute")
 
 
 def by_setting(runs):
