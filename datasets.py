@@ -64,7 +64,7 @@ def read_torchvision(name, data_dir, download):
 
 
 def read_cifar(name, data_dir, download):
-    """The torchvision archive, or <data_dir>/<name>/{train,test}/<class>/*, or a download."""
+    """Read the torchvision archive, else <data_dir>/<name>/{train,test}/<class>/*, else download the archive."""
     root = Path(data_dir)
     if root.name == name and (root / "train").is_dir():  # one level too deep
         root = root.parent
@@ -78,7 +78,7 @@ def read_cifar(name, data_dir, download):
 
 
 def read_digits(name, data_dir, download):
-    """scikit-learn's embedded digits: 1,797 images of 8 x 8 pixels; the same array for training and test."""
+    """Return scikit-learn's embedded digits, 1,797 images of 8 x 8 pixels, which `load_data` splits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -91,7 +91,7 @@ def read_imagefolder(name, data_dir, download):
 
 
 def read_folder(root):
-    """Images of <root>/{train,test}/<class>/*, classes and files in sorted order."""
+    """Return the images of <root>/{train,test}/<class>/*, classes and files in sorted order."""
     try:
         _, splits = list_folder(root)
         (train_files, train_labels), (test_files, test_labels) = splits["train"], splits["test"]
@@ -134,7 +134,7 @@ def list_split(folder):
 
 
 def decode(root, split, files):
-    """Image files as uint8 RGB (N, 32, 32, 3), decoded once: a cache beside them is used while they are the same."""
+    """Return image files as uint8 RGB (N, 32, 32, 3), from a cache beside them as long as the files do not change."""
     listing = "".join(f"{path.relative_to(root)} {(s := path.stat()).st_size} {s.st_mtime_ns}\n" for path in files)
     name = f".decoded-{split}-{SIZE}px"
     cache = root / f"{name}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
@@ -156,7 +156,7 @@ def decode(root, split, files):
 
 @contextlib.contextmanager
 def decoder(count):
-    """Yield a function that maps `decode_file` over `count` files: in all processors, if they are many."""
+    """Yield a function that maps `decode_file` over `count` files, on all processors if there are many files."""
     if count < FILES_IN_ONE_PROCESS:
         yield partial(map, decode_file)
         return
@@ -187,7 +187,7 @@ def decode_file(path):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: how to read it, and what is known of it. `num_classes` None: read off the images."""
+    """A data set: the function that reads it, and its fixed properties. num_classes is None where the images decide."""
 
     read: Callable
     num_classes: int | None
@@ -220,12 +220,12 @@ SOURCES = {
 
 
 def profile_counts(profile, available, n_max=None):
-    """Training images a class, n_k, of an imbalance profile.
+    """Return the number of training images of each class, n_k, for an imbalance profile.
 
     profile: "all", "balanced", "exp:R" or "step:R", R = n_max/n_min, as in LDAM (Cao et al., 2019, section 4):
         class 0 the largest, exp n_k = n_max R^(-k/(K-1)), step n_max/R for the second half of the classes.
-    available: images there are of each class, (K,).
-    n_max: images of the largest class; default: as many as there are enough images for in every class.
+    available: the number of images that each class has, (K,).
+    n_max: images of the largest class; by default the most for which every class has enough images.
     """
     num_classes = len(available)
     kind, _, ratio = profile.partition(":")
@@ -312,9 +312,9 @@ class Data:
 
 
 def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=None, download=True):
-    """Reads a data set and cuts the training subset: the first n_k images of each class.
+    """Return the `Data` of a data set, with the first n_k images of each class as the training set.
 
-    Returns a `Data` on the CPU. Raises UserError where files are missing or damaged, or a class has too few images.
+    It is on the CPU. Raises UserError if files are missing or damaged, or a class has too few images.
     """
     source = SOURCES[dataset]
     train_images, train_labels, test_images, test_labels = source.read(dataset, data_dir, download)
@@ -347,13 +347,13 @@ def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=Non
 
 
 def first_of_each(labels, counts):
-    """Indices of the first counts[k] samples of each class k, in the order of the data set."""
+    """Return the indices of the first counts[k] samples of each class k, in the order of the data set."""
     chosen = [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]
     return np.sort(np.concatenate(chosen))
 
 
 def channel_statistics(images):
-    """Mean and standard deviation a channel, in [0, 1], of uint8 images (N, H, W, C)."""
+    """Return the mean and standard deviation of each channel, in [0, 1], of uint8 images (N, H, W, C)."""
     levels = np.arange(256) / 255
     mean, std = [], []
     parts = np.array_split(images, -(-len(images) // 10_000))  # np.bincount takes 8 bytes for each of a pixel's
@@ -393,10 +393,10 @@ def epoch_generator(seed, epoch, purpose):
 
 
 def epoch_order(count, *, epoch, seed, shuffle=True, labels=None):
-    """The order (N,) in which an epoch takes the samples, on the CPU.
+    """Return the order (N,) in which an epoch takes the samples, on the CPU.
 
-    A permutation of (seed, epoch) alone: the same on every device, and in a run that was resumed. With labels (N,) on
-    the CPU, it is stratified: each class is spread evenly over the epoch, so that every batch has its share of it.
+    It depends on (seed, epoch) alone: it is the same on every device, and in a run that was resumed. With labels (N,)
+    on the CPU, it is stratified: each class is spread evenly over the epoch, so that every batch has its share of it.
     """
     if not shuffle:
         return torch.arange(count)
@@ -413,7 +413,7 @@ def epoch_order(count, *, epoch, seed, shuffle=True, labels=None):
 
 
 def epoch_batches(order, batch_size, *, even=False):
-    """The batches of an epoch's order (N,), ceil(N / batch_size) of them: the last one has what is left over.
+    """Split an epoch's order (N,) into ceil(N / batch_size) batches, of which the last one has what is left over.
 
     even: their sizes differ by one at most. A batch of few images is noise: each of them counts many times as much.
     """
@@ -423,13 +423,13 @@ def epoch_batches(order, batch_size, *, even=False):
 
 
 def random_shifts(count, *, epoch, seed):
-    """(N, 3) integers of (seed, epoch) alone, on the CPU: top and left in 0..2*PADDING, flip in 0..1."""
+    """Return random (top, left, flip) of N crops (N, 3), in 0..2*PADDING and 0..1, which depend on seed and epoch alone."""
     high = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])
     return (torch.rand(count, 3, generator=epoch_generator(seed, epoch, AUGMENT)) * high).long()
 
 
 def crop_and_flip(images, shifts, black):
-    """Crops of images (B, 3, 32, 32) padded with black, at shifts (B, 3), some mirrored."""
+    """Crop images (B, 3, 32, 32), padded with black, at shifts (B, 3), and mirror some."""
     side = torch.arange(SIZE, device=images.device)
     top, left, flip = shifts.split(1, dim=1)
     rows = top + side
