@@ -423,7 +423,7 @@ def epoch_batches(order, batch_size, *, even=False):
 
 
 def random_shifts(count, *, epoch, seed):
-    """Return random (top, left, flip) of N crops (N, 3), in 0..2*PADDING and 0..1, which depend on seed and epoch alone."""
+    """Return (top, left, flip) of crops (N, 3), in 0..2*PADDING and 0..1, drawn from seed and epoch alone."""
     high = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])
     return (torch.rand(count, 3, generator=epoch_generator(seed, epoch, AUGMENT)) * high).long()
 
