@@ -77,7 +77,6 @@ class Table:
 
 ZOO = {
     "resnet18": "ResNet18, 10 to 50 of a class, N = 300",
-    "resnet18_exp10": "ResNet18, `exp:10`, n_max 60",
     "vgg11": "VGG11, 10 to 50 of a class, N = 300",
 }
 TABLES = {
