@@ -70,7 +70,6 @@ class Table:
     worst: tuple = ()  # heads of columns that also show the worst seed, in brackets
     figures: dict = None  # file name in docs/figures: figure of plot_nc.py
     runs: str = "*"  # of which runs the figures are: a pattern in the table's folder
-    others: str = ""  # a pattern beside the folder, of further runs
     x: str = "epoch"  # the x axis of the figures
     bn_statistics: str = "running"
 
@@ -148,19 +147,15 @@ TABLES = {
         {"schedule": "`@scripts/small_lambda.flags`"},
         ["train", *GEOMETRY, "optimality gap", "minutes"],
         worst=(*GEOMETRY, "optimality gap"),
-    ),
-    "small_lambda_without": Table(
-        "one seed each",
-        {"recipe": "`@scripts/collapse.flags`, 900 epochs", "plain": "plain Adam, learning rate 1e-4, 900 epochs"},
-        ["train", *GEOMETRY, "optimality gap", "minutes"],
         figures={"small_lambda": "training"},
-        others="small_lambda/schedule-*",
         x="step",
     ),
     "paper_schedule": Table(
         "one seed",
         {"paper": "`@scripts/small_lambda.flags --lr 0.001 --epochs 120`"},
         ["train", *GEOMETRY, "optimality gap", "minutes"],
+        figures={"paper_schedule": "training"},
+        x="step",
     ),
     "paper_counts": Table(
         "one seed each",
@@ -201,12 +196,11 @@ def take_over(folder, root):
         raise UserError(f"{folder}: not a folder that scripts/table.sh has written for {', '.join(TABLES)}")
     shutil.copyfile(folder / "summary.csv", root / "results" / f"{folder.resolve().name}.csv")
     folders = [path.parent for path in sorted(folder.glob(f"{table.runs}/nc_metrics.csv"))]
-    folders += sorted(folder.parent.glob(table.others)) if table.others else []
     runs = [Run(path, bn_statistics=table.bn_statistics) for path in folders]
-    labels = table.rows | (TABLES[table.others.split("/")[0]].rows if table.others else {})
-    runs.sort(key=lambda run: list(labels).index(run_name(run.folder)))
+    names = list(table.rows)
+    runs.sort(key=lambda run: names.index(run_name(run.folder)))
     for run in runs:
-        run.flags["run_name"] = labels[run_name(run.folder)].replace("`", "")  # legends as in the table
+        run.flags["run_name"] = table.rows[run_name(run.folder)].replace("`", "")  # legends as in the table
     with tempfile.TemporaryDirectory() as drawn:
         for name, figure in (table.figures or {}).items():
             draw_runs(runs, Path(drawn), x=table.x)
