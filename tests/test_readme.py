@@ -13,7 +13,10 @@ from tests.conftest import ROOT, TINY
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAG = r"(?<![\w-])--[a-z0-9_]+(?:-[a-z]+)?"
-OTHERS = {"--array", "--index-url"}  # of sbatch and pip
+OTHERS = set(  # of pip, sbatch and torchrun
+    "--array --index-url --nodes --ntasks-per --gpus-per --cpus-per --time --requeue --signal --nnodes "
+    "--nproc_per_node --max-restarts --rdzv_backend --rdzv_id --rdzv_endpoint".split()
+)
 FOLDERS = "scripts|docs|results|benchmarks|engine|nc_theory|tests|models"
 
 

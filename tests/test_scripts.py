@@ -20,7 +20,7 @@ from utils import UserError, from_flags
 COLUMNS = (
     "epoch train_acc1 test_acc1 balanced_acc1 many_acc1 medium_acc1 few_acc1 NC1 NC0 NC2_H NC2_WWT NC2_W NC3_WH "
     "margin_rel_err norm_rel_err ETF_HTH ETF_WWT SELI_HTH SELI_WWT cv_mean_norms cv_classifier_norms self_duality NC4 "
-    "CDNV optimality_gap gap_within gap_head gap_means"
+    "CDNV GNC2 NCM_acc1 optimality_gap gap_within gap_head gap_means"
 ).split()
 
 
