@@ -1,6 +1,6 @@
 """Time a run on one process against the same run on several, started by torchrun, in turn.
 
-    python benchmarks/ranks.py --ranks 2                (on a CPU the processes share its cores: a ratio of about 1)
+    python benchmarks/ranks.py --ranks 2                (on a CPU the processes share its cores: below 1)
     python benchmarks/ranks.py --ranks 8 --model ResNet50 --batch_size 2048 --classes 1000                 (8 GPUs)
 
 Each run trains on random images in a folder; a rate is the median over the epochs after the first.
