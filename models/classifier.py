@@ -25,18 +25,12 @@ class RevivingReLU(torch.autograd.Function):
         return gradient * ((outputs > 0) | (gradient < 0))
 
 
-class RevivingRowReLU(torch.autograd.Function):
+class RevivingRowReLU(RevivingReLU):
     """ReLU that passes, for images all of whose outputs (B, d) are zero, the gradients that would raise them.
 
     An image that no unit of a hidden layer responds to has the same features as every other such image, whatever its
     class, and an ordinary ReLU gives it no gradient that could part them.
     """
-
-    @staticmethod
-    def forward(context, inputs):
-        outputs = inputs.relu()
-        context.save_for_backward(outputs)
-        return outputs
 
     @staticmethod
     def backward(context, gradient):
@@ -46,26 +40,27 @@ class RevivingRowReLU(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(gradient, passing, 0)
 
 
-class HiddenReLU(nn.Module):
+class RevivableReLU(nn.Module):
+    """A ReLU, or with `revive` the `reviving` one."""
+
+    reviving = RevivingReLU
+
+    def __init__(self, revive=False):
+        super().__init__()
+        self.relu = self.reviving.apply if revive else torch.relu
+
+    def forward(self, inputs):
+        return self.relu(inputs)
+
+
+class HiddenReLU(RevivableReLU):
     """The ReLU of a hidden layer that is fully connected; with `revive`, a `RevivingRowReLU`."""
 
-    def __init__(self, revive=False):
-        super().__init__()
-        self.relu = RevivingRowReLU.apply if revive else torch.relu
-
-    def forward(self, inputs):
-        return self.relu(inputs)
+    reviving = RevivingRowReLU
 
 
-class FeatureReLU(nn.Module):
+class FeatureReLU(RevivableReLU):
     """The ReLU whose outputs, or their spatial averages, are the features; with `revive`, a `RevivingReLU`."""
-
-    def __init__(self, revive=False):
-        super().__init__()
-        self.relu = RevivingReLU.apply if revive else torch.relu
-
-    def forward(self, inputs):
-        return self.relu(inputs)
 
 
 class Classifier(nn.Module):

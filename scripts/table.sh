@@ -15,7 +15,7 @@
 #                  not measured.
 #   paper_schedule The paper's MLP and lambdas, small_lambda.flags: 48 minutes on one core. Expected: 0.05 %.
 #   small_lambda   The same difficulty on 3,000 images, three seeds: 15 minutes each on one core. Expected: 0.02 %.
-#   losses         Nine losses against imbalance, three seeds each: 40 minutes on one core.
+#   losses         Nine losses against imbalance, three seeds each: 43 minutes on one core.
 #   zoo            ResNet18 and VGG11 with BatchNorm, five seeds each: about 20 minutes for each run on one core.
 #   plain          Plain Adam in fp32 (11 minutes on one core) and bf16 on 3,000 CIFAR-10 images; on digits a head with
 #                  bias, and MSE. Expected: fp32 runs within 0.5 % of the optimum, bf16 within 2 %.

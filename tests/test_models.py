@@ -186,18 +186,24 @@ def test_hidden_layers_pass_a_gradient_only_to_images_that_are_all_zero():
     assert inputs.grad.tolist() == [[-5, 0, 0], [0, -6, -7]]
 
 
-@pytest.mark.parametrize("revive", [False, True])
-def test_images_without_an_active_hidden_unit_are_parted_if_revived(revive):
-    torch.manual_seed(0)
-    model = small("MLP", revive=revive)
-    with torch.no_grad():
-        model.layers[-2].bias.fill_(-100)
+def learn_some_images(model):
+    """Train a model of 10 classes on 20 random images, and return them."""
     images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
     optimizer = torch.optim.Adam(model.parameters(), lr=1)
     for _ in range(150):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(images)[0], labels).backward()
         optimizer.step()
+    return images
+
+
+@pytest.mark.parametrize("revive", [False, True])
+def test_images_without_an_active_hidden_unit_are_parted_if_revived(revive):
+    torch.manual_seed(0)
+    model = small("MLP", revive=revive)
+    with torch.no_grad():
+        model.layers[-2].bias.fill_(-100)
+    images = learn_some_images(model)
     assert model.layers(images.flatten(1)).any(1).any() == revive
 
 
@@ -207,12 +213,7 @@ def test_a_dead_network_lives_again_only_if_it_is_told_to():
         model = small("MLP", revive=revive)
         with torch.no_grad():
             model.intermediate_layer.bias.fill_(-100)
-        images, labels = torch.randn(20, 3, 32, 32), torch.arange(20) % 10
-        optimizer = torch.optim.Adam(model.parameters(), lr=1)
-        for _ in range(150):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(images)[0], labels).backward()
-            optimizer.step()
+        images = learn_some_images(model)
         assert (model(images)[1] > 0).any(1).all() == revive
 
 
