@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import os
+import shlex
 import signal
 import statistics
 import subprocess
@@ -122,7 +123,8 @@ def paper(device, size, data):
     measured = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
     precision = "tf32" if "tf32" in precisions(device) else "fp32"
     command = f"--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --precision {precision}"
-    recipe = f"@{ROOT}/scripts/collapse.flags --lr 0.001 --weight_decay 0.005 --feature_decay_rate 0.000005"
+    recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
+    recipe += " --lr 0.001 --weight_decay 0.005 --feature_decay_rate 0.000005"
     recipe += (
         f" --epochs 260 --patience 93 --penalty_warmup_epochs 52 --depth_relu 6 --precision {precisions(device)[-1]}"
     )
@@ -131,7 +133,7 @@ def paper(device, size, data):
     ):
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            train_for(seconds, [*words.split(), *measured.split(), "--save_path", folder], data)
+            train_for(seconds, [*shlex.split(words), *measured.split(), "--save_path", folder], data)
             wall, run = time.perf_counter() - began, Run(folder)
             log, row = run.log, run.rows.iloc[-1]
         yield f"{name}: epochs", len(log), f"in {wall:.1f} s, with start, measurements and files"

@@ -168,7 +168,7 @@ def test_flags_from_a_file_and_later_ones_win(tmp_path):
 
 
 def test_every_switch_of_the_recipe_can_be_taken_back():
-    recipe = f"@{ROOT}/scripts/collapse.flags"
+    recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
     default = vars(parse())
     switched = {name for name, value in vars(parse(recipe)).items() if value is True and default[name] is False}
     assert switched == {"sep_decay", "revive", "stratified"}
@@ -271,7 +271,7 @@ def test_a_switch_taken_back_contradicts_the_config(model):
 
 
 def test_the_recipe_is_resumed_by_the_same_command():
-    recipe = f"@{ROOT}/scripts/collapse.flags --model ResNet18 --planes 8 --seed 3"
+    recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags") + " --model ResNet18 --planes 8 --seed 3"
     assert training_flags(adopt(f"{recipe} --resume", config_of(recipe))) == training_flags(parse(recipe))
     with pytest.raises(UserError, match="--planes is 16 here and 8 there"):
         adopt("--planes 16", config_of(recipe))
