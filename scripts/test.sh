@@ -2,7 +2,7 @@
 # Usage: scripts/test.sh [ARGUMENT of pytest]...
 #
 # Run the linter and all tests, in JOBS processes (environment variable, default 2). Packages that the Python in use
-# lacks are installed into .venv. Time: 2.5 minutes on 2 idle CPU cores after installation.
+# lacks are installed into .venv. Time: 5.5 minutes on 2 CPU cores after installation.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 cd "$root"
