@@ -45,7 +45,7 @@ TRAINING_PANELS = [
     ("optimizer", "", "log", {"lr": "learning rate"}),
     (
         "optimality gap",
-        "relative to the optimum",
+        "relative",
         "log",
         {"gap_within": "within classes", "gap_head": "head", "gap_means": "class means"},
     ),
