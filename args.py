@@ -1,7 +1,7 @@
-"""The flags of the two entry scripts, checked, and the name and folder that they give a run.
+"""Parse and check the flags of the two entry scripts, and derive the name and the folder of a run from them.
 
-Training and validation take the same flags, so that one command line serves both; each ignores what only the other
-needs.
+Training and validation take the same flags, so that one command line serves both; each ignores the flags
+that only the other needs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TRAINING_FLAGS = (
 ).split()
 MLP_FLAGS = ["depth_relu", "width", "revive"]  # change the weights of an MLP only
 LOSS_FLAGS = ["class_weights", "logit_adjustment", "logit_scaling", "ldam_margin", "label_smoothing"]
-OPTIONAL_FLAGS = {  # with their defaults; part of the name only if given: names of older runs stay what they were
+OPTIONAL_FLAGS = {  # flag: default. A default is no part of the name, so that runs older than the flag keep theirs
     "planes": None,
     "revive": False,
     "feature_relu": True,
@@ -40,7 +40,7 @@ PROFILE_FLAGS = ("imbalance", "n_max", "class_counts")  # three ways to say how 
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Types: each converts a word of the command line, or says in one line what it must be
+# Types: each converts a word of the command line, or raises ArgumentTypeError
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -171,14 +171,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def add_loss_flags(add):
-    """Add the flags of `nc_theory.LossVariant`, variants of the cross entropy against class imbalance."""
+    """Add the flags of `nc_theory.LossVariant`, the variants of the cross entropy for imbalanced classes."""
     not_negative = bounded(float, 0)
     add(
         "--class_weights",
         type=not_negative,
         default=0.0,
         metavar="E",
-        help="weights n_k^-E of the classes, with a mean of 1 over the samples; 1: inverse frequency; 0: off",
+        help="weight class k by n_k^-E, scaled to a mean of 1 over the samples; 1: inverse frequency; 0: off",
     )
     add(
         "--logit_adjustment",
@@ -207,7 +207,7 @@ def add_loss_flags(add):
         type=bounded(float, 0, high=1, below=True),
         default=0.0,
         metavar="EPS",
-        help="share of the label that is spread over all classes (Szegedy et al. 2016); 0: off",
+        help="share of the label that is spread evenly over all classes (Szegedy et al. 2016); 0: off",
     )
 
 
@@ -243,13 +243,13 @@ def make_parser(description=None):
         "--n_max",
         type=count,
         metavar="N",
-        help="images of the largest class with balanced, exp:R and step:R (default: as many as there are)",
+        help="images of the largest class with balanced, exp:R and step:R (default: the most that the data allow)",
     )
     add(
         "--class_counts",
         type=class_count_list,
         metavar="N,N,...",
-        help="training images of each class, instead of --imbalance (default: as --imbalance says)",
+        help="training images of each class, instead of --imbalance (default: set by --imbalance)",
     )
     add(
         "--data_augmentation",
@@ -260,7 +260,7 @@ def make_parser(description=None):
 
     add = parser.add_argument_group("model").add_argument
     add("--model", type=name_of(MODELS), default="MLP", metavar="MODEL", help=f"network: {', '.join(MODELS)}")
-    add("--depth_relu", type=layers, default=6, metavar="N", help="MLP: number of ReLU layers before the last one")
+    add("--depth_relu", type=layers, default=6, metavar="N", help="MLP: ReLU layers before the feature layer")
     add("--width", type=units, default=1024, metavar="N", help="MLP: units per layer")
     add(
         "--planes",
@@ -275,17 +275,17 @@ def make_parser(description=None):
         "--feature_relu",
         action=yes_no,
         default=True,
-        help="MLP: a ReLU makes the features non-negative; without it they are free (default: on)",
+        help="MLP: apply a ReLU to the features; without it they can have any sign (default: on)",
     )
 
     add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss of a sample")
+    add("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss per sample")
     add_loss_flags(add)
     add(
         "--objective",
         choices=["paper", "released"],
         default="paper",
-        help="paper: the unconstrained features problem; released: what the paper's released code minimises",
+        help="paper: the unconstrained features model; released: what the paper's released code minimises",
     )
     add(
         "--sep_decay",
@@ -343,21 +343,21 @@ def make_parser(description=None):
         type=positive,
         default=1.0,
         metavar="X",
-        help="factor of the penalties of --sep_decay at the start, which falls to 1 as the next two flags say; 1: off",
+        help="initial factor of the penalties of --sep_decay, which falls to 1 as set by the next two flags; 1: off",
     )
     add(
         "--penalty_hold_epochs",
         type=epochs_or_share(0),
         default=0,
         metavar="N",
-        help="epochs, from the first, in which the penalties are --penalty_start times their value",
+        help="epochs at the start of training in which the factor stays at --penalty_start",
     )
     add(
         "--penalty_fall_epochs",
         type=epochs_or_share(0),
         default=0,
         metavar="N",
-        help="epochs after these in which the factor falls geometrically to 1",
+        help="epochs after those in which the factor falls geometrically to 1",
     )
     add(
         "--adam_beta2",
@@ -366,27 +366,27 @@ def make_parser(description=None):
         metavar="X",
         help="Adam: decay rate of the running mean of squared gradients",
     )
-    add("--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: added to the root of that mean")
-    add("--amsgrad", action=yes_no, default=False, help="Adam: divide by the largest such mean so far (default: off)")
+    add("--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: term added to the denominator")
+    add("--amsgrad", action=yes_no, default=False, help="Adam: divide by the largest mean so far (default: off)")
     add(
         "--clip_grad_norm",
         type=number_or_off,
         metavar="X",
-        help="largest norm of a gradient; 0: no clipping (default: no clipping)",
+        help="clip the norm of the gradient to X; 0: no clipping (default: no clipping)",
     )
     add(
         "--revive",
         action=yes_no,
         default=False,
-        help="let a gradient raise features at zero, and in an MLP hidden layers that are zero for an image, which an "
-        "ordinary ReLU does not pass (default: off)",
+        help="pass the gradients, blocked by an ordinary ReLU, that raise features at zero and, in an MLP, hidden "
+        "layers that are all zero for an image (default: off)",
     )
     add("--no_shuffle", action="store_true", help="take batches in the order of the data set (default: off)")
     add(
         "--stratified",
         action=yes_no,
         default=False,
-        help="shuffled batches with every class in proportion, whose sizes differ by at most one image (default: off)",
+        help="shuffle so that each batch has every class in proportion and sizes differ by at most one (default: off)",
     )
     add(
         "--seed",
@@ -424,7 +424,7 @@ def make_parser(description=None):
         "--run_name",
         type=run_label,
         metavar="NAME",
-        help="name of the run in its folder, legends and tables (default: made from the flags)",
+        help="name of the run for its folder, legends and tables (default: made from the flags)",
     )
     add("--save_every", type=count, default=10, metavar="N", help="epochs between checkpoints")
     add(
@@ -459,26 +459,26 @@ def make_parser(description=None):
         "--theory",
         choices=THEORY_SUFFIXES,
         default="objective",
-        help="optimum to compare with: of the problem that is minimised; the closed form at the flags' own lambdas; "
-        "the formula of the paper's released code",
+        help="optimum to compare with; objective: of the problem that is minimised; nominal: of the problem without "
+        "bias at the flags' own lambdas; released: the formula of the paper's released code",
     )
     add(
         "--bn_statistics",
         choices=BN_SUFFIXES,
         default="running",
-        help="what BatchNorm normalises with when the network is measured: running averages, or the exact statistics "
-        "of the training set, layer by layer",
+        help="BatchNorm statistics when the network is measured: the running averages, or the exact statistics of the "
+        "training set, computed layer by layer",
     )
     add("--watch", action="store_true", help="validate: follow a training run to its last epoch (default: off)")
-    add("--recompute", action="store_true", help="validate: measure again what has been measured (default: off)")
+    add("--recompute", action="store_true", help="validate: measure again the epochs already measured (default: off)")
     return parser
 
 
 def parse_args(description=None, argv=None, config=None, folder=None):
     """Parse the command line (or `argv`) into a namespace.
 
-    config: the config.json of the run in `folder`; its flags are the defaults, and flags of the command line that
-    would have trained other weights raise UserError. Where the data lie and which device is used are free.
+    config: the config.json of the run in `folder`. Its flags are the defaults. Raises UserError if a flag of the
+    command line would train other weights; the folder of the data and the device may differ.
     """
     parser = make_parser(description)
     args = resolve_shares(parser.parse_args(argv))
@@ -490,7 +490,7 @@ def parse_args(description=None, argv=None, config=None, folder=None):
 
 
 def resolve_shares(args):
-    """Replace each share of the epochs, such as 36%, by the number of epochs that it is; return args."""
+    """Replace each share of --epochs, such as 36%, by a number of epochs; return args."""
     for name in ("patience", "warmup_epochs", "penalty_warmup_epochs", "penalty_hold_epochs", "penalty_fall_epochs"):
         value = getattr(args, name)
         if isinstance(value, str):
@@ -499,7 +499,7 @@ def resolve_shares(args):
 
 
 def merge_config(parser, argv, typed, config, folder):
-    """Parse the command line once more, behind the flags of a run's config.json, which it must not contradict."""
+    """Parse the command line again, after the flags of a run's config.json; raise UserError if it contradicts them."""
     flags = {name: value for name, value in config["flags"].items() if name not in CALL_FLAGS}
     data_dir = config["flags"].get("data_dir")
     if isinstance(data_dir, str) and Path(data_dir).is_dir():
@@ -518,7 +518,7 @@ def merge_config(parser, argv, typed, config, folder):
         training_flags(found) | {name: getattr(found, name) for name in OPTIONAL_FLAGS} for found in (args, then)
     )
     contradictions = [
-        f"--{name} is {value} here and {flags_then.get(name)} there"
+        f"--{name} is {value}, in the run {flags_then.get(name)}"
         for name, value in flags_now.items()
         if name != "data_dir" and value != flags_then.get(name)
     ]
@@ -528,7 +528,7 @@ def merge_config(parser, argv, typed, config, folder):
 
 
 def words_of(parser, flags):
-    """Return the command line that gives the flags {name: value}, or that the parser refuses if nothing gives them."""
+    """Return the command line of flags {name: value}; the parser rejects it if they have values that it cannot give."""
     words = []
     for action in (action for action in parser._actions if action.dest in flags):
         value = flags[action.dest]
@@ -543,7 +543,7 @@ def words_of(parser, flags):
 
 
 def contradiction(args, parser):
-    """Return what is wrong with flags that are right one by one, or None."""
+    """Return the error message for flags that are valid one by one but not together, or None."""
     if args.resume and args.force:
         return "--resume and --force: give one of them"
     if args.class_counts and args.imbalance:
@@ -564,16 +564,16 @@ def contradiction(args, parser):
     if not args.feature_relu and args.objective == "released":
         return "--no-feature_relu: not with --objective released, which is what the paper's code minimises"
     if args.penalty_start != 1 and not args.penalty_fall_epochs:
-        return "--penalty_start: give --penalty_fall_epochs, in which the penalties reach their value"
+        return "--penalty_start: also give --penalty_fall_epochs, in which the factor falls to 1"
     if args.penalty_hold_epochs + args.penalty_fall_epochs >= args.epochs and args.penalty_start != 1:
-        return "--penalty_hold_epochs and --penalty_fall_epochs: give less than --epochs together"
+        return "--penalty_hold_epochs and --penalty_fall_epochs: their sum must be less than --epochs"
     for name in ("adam_beta2", "adam_eps", "amsgrad"):
         if args.optimizer != "Adam" and getattr(args, name) != parser.get_default(name):
             return f"--{name}: only with --optimizer Adam"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
     if args.decay_type == "cosine" and args.patience >= args.epochs:
-        return f"--decay_type cosine begins after --patience {args.patience}: give less than --epochs {args.epochs}"
+        return f"--decay_type cosine: --patience {args.patience} must be less than --epochs {args.epochs}"
     expected = SOURCES[args.dataset].num_classes
     if args.class_counts and expected and len(args.class_counts) != expected:
         return f"--class_counts: {args.dataset} has {expected} classes, {len(args.class_counts)} counts were given"
@@ -592,7 +592,7 @@ def notes(args, num_images):
             f"--batch_size {args.batch_size} is more than the {num_images} images: every step takes all of them"
         )
     if (args.penalty_warmup_epochs or args.penalty_start != 1 or args.objective == "released") and not args.sep_decay:
-        found.append("without --sep_decay, --objective and the schedules of the penalties have no effect on them")
+        found.append("without --sep_decay, --objective and the schedules of the penalties have no effect")
     if args.revive and not args.feature_relu:
         found.append("--revive has no effect with --no-feature_relu")
     return found
@@ -609,7 +609,7 @@ def training_flags(args):
     if args.model == "MLP":
         names += MLP_FLAGS
     if args.dataset == "imagefolder":
-        names += ["data_dir"]  # which images they are
+        names += ["data_dir"]  # it determines the images
     if args.decay_type == "cosine":
         names += ["epochs"]  # the learning rate of each epoch depends on how many there will be
     names += [name for name, default in OPTIONAL_FLAGS.items() if getattr(args, name) != default]
@@ -623,7 +623,7 @@ def training_flags(args):
 
 
 def run_name(args):
-    """Return a name that two different settings never share: the main flags, and a hash of all training flags."""
+    """Return the run's name: the main flags, and a hash of all training flags, so that no two settings share it."""
     flags = training_flags(args)
     digest = hashlib.sha256(json.dumps(flags, sort_keys=True).encode()).hexdigest()[:8]
     if args.run_name:

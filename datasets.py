@@ -22,9 +22,9 @@ from tqdm import tqdm
 from utils import UserError, atomic_write, message_of
 
 SIZE = 32  # pixels of an image's side
-PADDING = 4  # pixels around an image from which --data_augmentation crops
+PADDING = 4  # pixels around an image before the random crop of --data_augmentation
 FILES_IN_ONE_PROCESS = 5_000  # more image files than that are decoded by several processes
-SHUFFLE, AUGMENT = 0, 1  # purposes of the generators of an epoch
+SHUFFLE, AUGMENT = 0, 1  # purposes of the random generators of an epoch
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def read_torchvision(name, data_dir, download):
         print(f"{name}: not found in {data_dir}, downloading", flush=True)
     try:
         splits = [reader(data_dir, download=download, **part) for part in parts]
-    except Exception as error:  # whatever damaged bytes lead the readers of archives to
+    except Exception as error:  # damaged archives raise exceptions of many types
         folder = f", or images as {name}/{{train,test}}/<class>/*" if name.startswith("cifar") else ""
         state = "damaged" if present else "absent" if not download else "absent, and the download failed"
         raise UserError(
@@ -78,12 +78,12 @@ def read_cifar(name, data_dir, download):
 
 
 def read_digits(name, data_dir, download):
-    """Return scikit-learn's embedded digits, 1,797 images of 8 x 8 pixels, which `load_data` splits."""
+    """Return scikit-learn's built-in digits, 1,797 images of 8 x 8 pixels, for `load_data` to split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return images, digits.target, None, None  # what training does not take is the test set
+    return images, digits.target, None, None  # load_data tests on the images that it does not train on
 
 
 def read_imagefolder(name, data_dir, download):
@@ -187,7 +187,7 @@ def decode_file(path):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the function that reads it, and its fixed properties. num_classes is None where the images decide."""
+    """A data set: the function that reads it, and its fixed properties. num_classes is None if the images decide it."""
 
     read: Callable
     num_classes: int | None
@@ -222,8 +222,8 @@ SOURCES = {
 def profile_counts(profile, available, n_max=None):
     """Return the number of training images of each class, n_k, for an imbalance profile.
 
-    profile: "all", "balanced", "exp:R" or "step:R", R = n_max/n_min, as in LDAM (Cao et al., 2019, section 4):
-        class 0 the largest, exp n_k = n_max R^(-k/(K-1)), step n_max/R for the second half of the classes.
+    profile: "all", "balanced", "exp:R" or "step:R", R = n_max/n_min, as in LDAM (Cao et al., 2019, section 4). Class 0
+        is the largest. exp: n_k = n_max R^(-k/(K-1)). step: n_k = n_max/R for the second half of the classes.
     available: the number of images that each class has, (K,).
     n_max: images of the largest class; by default the most for which every class has enough images.
     """
@@ -251,13 +251,13 @@ def profile_counts(profile, available, n_max=None):
 class Split:
     """Images (N, 3, 32, 32) and labels (N,) int64, on one device.
 
-    pixels: uint8, a quarter of the memory of floats, which are normalised batch by batch; or float32, normalised.
+    pixels: uint8, which is normalised batch by batch and takes a quarter of the memory; or float32, normalised.
     """
 
     pixels: torch.Tensor
     labels: torch.Tensor
-    black: torch.Tensor  # (3,): what a black pixel is after normalisation
-    mean: torch.Tensor | None = None  # (3,) of the channels of uint8 pixels, in [0, 1]
+    black: torch.Tensor  # (3,): the value of a black pixel after normalisation
+    mean: torch.Tensor | None = None  # (3,) channel means of uint8 pixels, in [0, 1]
     std: torch.Tensor | None = None  # (3,)
 
     def __len__(self):
@@ -297,7 +297,7 @@ class Split:
 
 @dataclass
 class Data:
-    """An imbalanced training set, its test set, and the training images of each class (K,)."""
+    """An imbalanced training set, its test set, and the number of training images of each class (K,)."""
 
     train: Split
     test: Split
@@ -314,7 +314,7 @@ class Data:
 def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=None, download=True):
     """Return the `Data` of a data set, with the first n_k images of each class as the training set.
 
-    It is on the CPU. Raises UserError if files are missing or damaged, or a class has too few images.
+    The tensors are on the CPU. Raises UserError if files are missing or damaged, or a class has too few images.
     """
     source = SOURCES[dataset]
     train_images, train_labels, test_images, test_labels = source.read(dataset, data_dir, download)
@@ -356,7 +356,7 @@ def channel_statistics(images):
     """Return the mean and standard deviation of each channel, in [0, 1], of uint8 images (N, H, W, C)."""
     levels = np.arange(256) / 255
     mean, std = [], []
-    parts = np.array_split(images, -(-len(images) // 10_000))  # np.bincount takes 8 bytes for each of a pixel's
+    parts = np.array_split(images, -(-len(images) // 10_000))  # np.bincount copies its input as int64
     for channel in range(images.shape[-1]):
         counts = sum(np.bincount(part[..., channel].ravel(), minlength=256) for part in parts)
         share = counts / counts.sum()
@@ -366,7 +366,7 @@ def channel_statistics(images):
 
 
 def to_split(images, labels, mean, std):
-    """Return uint8 images (N, H, W) or (N, H, W, C), C = 1 or 3, as a Split of 32 x 32 RGB; in bytes, if they are."""
+    """Return uint8 images (N, H, W) or (N, H, W, C), C = 1 or 3, as a Split; images of 32 x 32 RGB stay uint8."""
     if images.ndim == 3:
         images = images[..., None]
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -413,9 +413,9 @@ def epoch_order(count, *, epoch, seed, shuffle=True, labels=None):
 
 
 def epoch_batches(order, batch_size, *, even=False):
-    """Split an epoch's order (N,) into ceil(N / batch_size) batches, of which the last one has what is left over.
+    """Split an epoch's order (N,) into ceil(N / batch_size) batches; the last one holds the remainder.
 
-    even: their sizes differ by one at most. A batch of few images is noise: each of them counts many times as much.
+    even: make their sizes differ by at most one. The gradient of a small last batch is noisy.
     """
     if even:
         return order.tensor_split(-(-len(order) // batch_size))
@@ -423,13 +423,13 @@ def epoch_batches(order, batch_size, *, even=False):
 
 
 def random_shifts(count, *, epoch, seed):
-    """Return (top, left, flip) of crops (N, 3), in 0..2*PADDING and 0..1, drawn from seed and epoch alone."""
+    """Return random (top, left, flip) of crops (N, 3), in 0..2*PADDING and 0..1, from seed and epoch alone."""
     high = torch.tensor([2 * PADDING + 1, 2 * PADDING + 1, 2])
     return (torch.rand(count, 3, generator=epoch_generator(seed, epoch, AUGMENT)) * high).long()
 
 
 def crop_and_flip(images, shifts, black):
-    """Crop images (B, 3, 32, 32), padded with black, at shifts (B, 3), and mirror some."""
+    """Crop images (B, 3, 32, 32), padded with black, at shifts (B, 3), and mirror those whose flip is 1."""
     side = torch.arange(SIZE, device=images.device)
     top, left, flip = shifts.split(1, dim=1)
     rows = top + side

@@ -5,9 +5,9 @@
     python measure_model.py --model my_models.py:build --size 32 --data_dir DIR --layers body.2,head
     python measure_model.py --run model_weights/RUN --layers layer3,layer4,head
 
-Writes layers.csv, layers.pdf and layers.png into --out, and prints a table. The rows are those of `nc_metrics`, for
-each layer on the training images and on the test images; test features are measured against the training means, so that
-only NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules()`; `head` is the classifier,
+Writes layers.csv, layers.pdf and layers.png into --out, and prints a table. The columns are those of
+`nc_metrics`, in a row for each layer and split. Test features are measured against the training means, so that only
+NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules()`; `head` is the classifier,
 measured at its input.
 """
 
@@ -65,7 +65,7 @@ def make_parser():
         required=True,
         type=lambda text: text.split(","),
         metavar="L,L,...",
-        help="layers, in order of depth",
+        help="names of the layers, in order of depth",
     )
     add("--weights", type=Path, metavar="FILE", help="state dict of --model (default: random weights)")
     add(
@@ -74,7 +74,7 @@ def make_parser():
     add(
         "--size", type=bounded(int, 1), metavar="N", help="images of N x N pixels (default: the model's own transforms)"
     )
-    add("--batch_size", type=bounded(int, 1), default=64, metavar="N", help="images of a forward pass")
+    add("--batch_size", type=bounded(int, 1), default=64, metavar="N", help="images per forward pass")
     add("--workers", type=bounded(int, 0), default=0, metavar="N", help="processes that decode images")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
     add("--out", type=Path, default="layers", metavar="DIR", help="folder for the table and the figure")
@@ -133,7 +133,7 @@ def build(name, num_classes):
 
 
 def load_function(path, name):
-    """Return a function of a Python file; UserError if there is no such file or function."""
+    """Return a function of a Python file; raise UserError if there is no such file or function."""
     if not (path.endswith(".py") and Path(path).is_file()):
         raise UserError(f"--model {path}:{name}: wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION of a file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -167,7 +167,7 @@ class Images(Dataset):
 
 
 def measure(model, loaders, layers, num_classes):
-    """Return a row of metrics for each layer and split, as a DataFrame; ValueError as `layer_statistics`."""
+    """Return a row of metrics for each layer and split, as a DataFrame; raise ValueError as `layer_statistics`."""
     if "head" in layers:
         head = head_input(model, next(iter(loaders["train"]))[0])
         print(f"head: the input of {head}")
@@ -180,7 +180,7 @@ def measure(model, loaders, layers, num_classes):
     for layer in layers:
         module, means = model.get_submodule(layer), train[layer].means
         weight = head_weight(module) if linear_layers(module) else None
-        if weight is not None and weight.shape != means.shape:  # a hidden layer, or the head of other classes
+        if weight is not None and weight.shape != means.shape:  # a hidden layer, or a head for other classes
             weight = None
         for split, of_split in statistics.items():
             rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})

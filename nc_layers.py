@@ -23,7 +23,7 @@ HEADS = ("fc", "classifier", "head", "heads", "score")  # names of classifiers i
 
 
 def average(outputs):
-    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, H, W), also in 3-D."""
+    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, [D,] H, W)."""
     positions = 1 if outputs.ndim == 3 else tuple(range(2, outputs.ndim))
     return outputs.mean(positions, dtype=torch.promote_types(outputs.dtype, torch.float32))
 
@@ -33,22 +33,22 @@ def layer_statistics(
 ):
     """Return {layer: ClassStatistics} of a model's layers after both passes, for `nc_metrics`.
 
-    loader: yields pairs (inputs, labels), twice the same samples: no random augmentation, no drop_last. inputs are a
+    loader: yields pairs (inputs, labels), the same in both passes: no random augmentation, no drop_last. inputs are a
         tensor, or a dict of the keyword arguments that the model takes; labels (B,) are integers in 0..num_classes-1.
     layers: dotted names, as in `model.named_modules()`. A layer is measured at its output, but the head at its input,
         the features that it classifies. The head is the Linear layer that is called last, or a chain of Linear layers
         that ends with it.
     device: where inputs are moved to; by default where the model is.
     features: a function from outputs that are not (B, d) to features (B, d). The default averages over tokens
-        (B, T, d), the class token included, and over positions (B, d, H, W). Layers that put the channels last, as
-        those of a Swin transformer do, need another one.
+        (B, T, d), the class token included, and over positions (B, d, H, W). Layers with the channels last, such
+        as those of a Swin transformer, need another function.
     between: as in `ClassStatistics`.
     reference: the result of an earlier call. Its class means are used, and the loader is read once: give the result
         on the training set to measure test samples against the training means.
 
     NC4 compares with the predictions of the model, if its output, or the output's `logits`, is (B, num_classes). The
-    model runs in eval mode without gradients; its training modes, hooks and buffers are then as before, also after an
-    exception.
+    model runs in eval mode without gradients; its training modes, hooks and buffers are restored afterwards, also
+    after an exception.
 
     Raises ValueError for unknown layers, a layer that is not called, batches that are not pairs, features that are not
     finite, labels out of range, a class without samples, and a loader that is empty or cannot be read twice.
@@ -73,7 +73,7 @@ def layer_statistics(
 
 
 def find_layers(model, layers):
-    """Return {name: module} of dotted names; ValueError, with the nearest names, for one that does not exist."""
+    """Return {name: module} of dotted names; raise ValueError, with the nearest names, if one does not exist."""
     modules = dict(model.named_modules())
     for name in layers:
         if name not in modules:
@@ -110,7 +110,7 @@ class Recorder:
             self.inputs[name] = self.features_of(inputs)
 
     def features_of(self, output):
-        """Return features of a layer's output, copied: what follows may overwrite it, as an in-place ReLU does."""
+        """Return the features of a layer's output, copied because an in-place ReLU may overwrite it."""
         output = first(output)
         return (output if output.ndim == 2 else self.features(output)).clone()
 
@@ -121,7 +121,7 @@ class Recorder:
         return self.model(inputs.to(self.device))
 
     def batches(self, loader):
-        """Yield (layer, features (B, d), labels (B,), logits) for each layer of each batch; ValueError as above."""
+        """Yield (layer, features (B, d), labels (B,), logits) for each layer of each batch."""
         number = None
         for number, batch in enumerate(loader):
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -153,12 +153,11 @@ def first(output):
 
 
 def head_input(model, inputs=None):
-    """Return the dotted name of a model's head, the Linear layer, or chain of them, whose input are the features.
+    """Return the dotted name of a model's head, the Linear layer, or chain of them, whose input is the features.
 
     This is what timm's `get_classifier` or Hugging Face's `get_output_embeddings` returns, or the attribute fc,
     classifier, head, heads or score: all of it if it is linear, else the last Linear layer in it. Of other models it is
-    the Linear layer that is called last on `inputs`, a batch of a loader. Raises ValueError without such a
-    layer.
+    the Linear layer that is called last on `inputs`, a batch of a loader. Raises ValueError if there is no such layer.
     """
     names = {module: name for name, module in model.named_modules()}
     getters = [getattr(model, name, lambda: None) for name in ("get_classifier", "get_output_embeddings")]
@@ -185,7 +184,7 @@ def head_weight(head):
 
 
 def linear_layers(module):
-    """Return the Linear layers that a module is a chain of, in order; [] if there is anything else in it."""
+    """Return the Linear layers that a module is a chain of, in order; [] if it contains any other layer."""
     leaves = [part for part in module.modules() if not list(part.children())]
     return leaves if all(isinstance(leaf, nn.Linear) for leaf in leaves) else []
 

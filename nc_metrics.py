@@ -22,8 +22,8 @@ from nc_theory import class_margins, self_duality, seli
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 BETWEEN = ("classes", "means", "samples")
-TILE = 2**24  # entries of a K x K matrix that are worked on at a time
-FIRST_PASS = ("counts", "sums", "negatives")  # what the passes of ClassStatistics gather
+TILE = 2**24  # entries of a K x K matrix that are processed at a time
+FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
 SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
 
 
@@ -72,7 +72,7 @@ class ClassStatistics:
         """
         features, labels = self.validate_batch(features, labels)
         if self.basis is None:
-            self.centres = self.means  # those of the whole first pass, divided once
+            self.centres = self.means  # fixed for the second pass, and divided only once
             self.basis = between_class_basis(self.centres, self.counts, self.between)
             self.within_counts, self.within_sums = torch.zeros_like(self.counts), torch.zeros_like(self.counts)
             self.half_norms_sq = 0.5 * self.centres.square().sum(1)
@@ -98,16 +98,16 @@ class ClassStatistics:
         return other
 
     def merge(self, sum_over_processes):
-        """Sum what a pass has gathered over processes that have each seen a part of the samples; call it after a pass.
+        """Sum the results of a pass over processes that have each seen a part of the samples; call it after each pass.
 
-        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each of them
+        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each process
         must have seen a batch, which may be empty.
         """
         for name in FIRST_PASS if self.basis is None else SECOND_PASS:
             setattr(self, name, sum_over_processes(torch.as_tensor(getattr(self, name))))
 
     def validate_batch(self, features, labels):
-        """Return a batch as detached tensors on the features' device; ValueError if it does not fit."""
+        """Return a batch as detached tensors on the features' device; raise ValueError if it is wrong."""
         features = torch.as_tensor(features).detach()
         labels = torch.as_tensor(labels, device=features.device).detach()
         if features.ndim != 2 or not features.is_floating_point():
@@ -198,7 +198,7 @@ def geometry(means, weight):
 
 
 def validate_weight(weight, means):
-    """Return a head's matrix in float64 on the device of the class means (K, d); ValueError if not of their shape."""
+    """Return a head's matrix in float64 on the device of the class means (K, d); raise ValueError for another shape."""
     weight = torch.as_tensor(weight).detach().double().to(means.device)
     if weight.shape != means.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted (K, d) = {tuple(means.shape)}")
@@ -232,8 +232,8 @@ def nc_metrics(statistics, weight=None, optimum=None):
 
     Further columns are those of `other_geometries` and `classical_metrics`.
 
-    In Sigma_B of NC1 every class counts the same, 1/K, and is centred at mu_G, the mean of all samples, in which a
-    class counts n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
+    In Sigma_B of NC1 every class mean has weight 1/K and is centred at mu_G, the mean of all samples, in which it has
+    weight n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
     well, and between="means" centres them at the mean of the class means. No other column depends on this.
 
     Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
@@ -287,8 +287,8 @@ def validate_optimum(optimum, statistics):
 def nc1(statistics):
     """Return trace(Sigma_W pinv(Sigma_B)) / K, with Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
 
-    Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed in the span of the
-    centred class means from centred features, and so exact and never negative. NaN without the second pass.
+    Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed from centred
+    features in the span of the centred class means, accurate and never negative. NaN without the second pass.
     """
     if statistics.basis is None:
         return math.nan
@@ -312,7 +312,7 @@ def other_geometries(means, weight, counts):
     etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
     row = {f"ETF_{name}": distance((a @ a.T).cpu(), etf) for name, a in rows.items()}
-    del etf  # K x K, as are the two matrices of SELI
+    del etf  # frees a K x K matrix: SELI needs two more
     seli_of = dict(zip(("HTH", "WWT"), seli(counts), strict=True))
     return row | {f"SELI_{name}": distance((a @ a.T).cpu(), seli_of[name]) for name, a in rows.items()}
 
@@ -328,10 +328,10 @@ def classical_metrics(statistics, weight):
     CDNV                 mean over pairs k != l of (v_k + v_l) / (2 |mu_k - mu_l|^2), v_k the mean of |h - mu_k|^2
                          (Galanti, Gyoergy, Hutter, 2022, definition 1)
     GNC2                 mean over pairs k != l of log(1 / |u_k - u_l|^2), u_k the direction of mu_k from the mean of
-                         the class means: the smaller, the more evenly the directions are spread over the sphere, also
-                         of K > d + 1 classes, for which there is no simplex ETF. For K <= d + 1 the ETF has the least
+                         the class means: the smaller, the more evenly the directions are spread over the sphere. It is
+                         defined for K > d + 1 too, where there is no simplex ETF. For K <= d + 1 the ETF has the least
                          value, -log(2K / (K - 1)) (Liu, Yu, Weller, Schoelkopf, 2023, arXiv 2303.06484; twice the
-                         number of Wu and Papyan, 2024, arXiv 2405.17767, who do not square the distance)
+                         value of Wu and Papyan, 2024, arXiv 2405.17767, who do not square the distance)
     NCM_acc1             accuracy in percent of the classifier that takes the nearest class mean (Mensink et al., 2013;
                          of a hidden layer: Galanti, Gyoergy, Hutter, 2022)
     """

@@ -4,8 +4,8 @@
     for features, target in batches: metric.update(features, target)
     metric.compute()                                                 # {"NC1": ..., "CDNV": ..., ...}
 
-`pip install ".[torchmetrics]"` installs what it needs. The two passes of `nc_layers` give the same numbers and need
-memory for K d numbers; this single pass needs K d + d^2.
+`pip install ".[torchmetrics]"` installs what it needs. The two passes of `nc_layers` give the same results and
+need memory for K d numbers; this single pass needs it for K d + d^2.
 """
 
 import math
@@ -91,7 +91,7 @@ class NeuralCollapse(Metric):
         return {name: self.moments.new_tensor(row[name]) for name in columns}
 
     def class_statistics(self):
-        """Return what has been seen so far as `nc_metrics.ClassStatistics`, as after two passes."""
+        """Return the `nc_metrics.ClassStatistics` of the samples seen so far, as after both passes."""
         num_classes, dim = self.num_classes, self.feature_dim
         means, scatter = self.moments[:num_classes, :dim], self.moments[num_classes:, :dim]
         statistics = ClassStatistics(num_classes, self.between)
@@ -123,8 +123,8 @@ def batch_moments(features, labels, num_classes):
 def merge_moments(parts):
     """Return the moments (K + d, d + 2) of the union of P sets of samples from those of each set, (P, K + d, d + 2).
 
-    Each scatter around the mean of a part becomes one around the common mean by adding count |difference of means|^2:
-    only sums of squares are added, and nothing cancels (Chan, Golub, LeVeque, 1983).
+    The scatter around the mean of a part is moved to the common mean by adding count |difference of means|^2. Only sums
+    of squares are added, so that nothing cancels (Chan, Golub, LeVeque, 1983).
     """
     dim = parts.shape[2] - 2
     num_classes = parts.shape[1] - dim

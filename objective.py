@@ -1,4 +1,4 @@
-"""The objective that is trained, and the unconstrained features problem (UFM) that it stands for.
+"""The training objective, and the unconstrained features model (UFM) that it corresponds to.
 
     min_{W, H >= 0}  (1/N) sum_i loss(W h_i, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
 
@@ -18,7 +18,7 @@ from nc_theory import UFM, LossVariant, VariantLoss
 
 
 class PenalisedLoss(torch.autograd.Function):
-    """loss + scale * sum_j (factor_j / 2) |x_j|^2, in fewer operations than autograd would make of it.
+    """loss + scale * sum_j (factor_j / 2) |x_j|^2, in fewer operations than autograd needs for it.
 
     loss and scale are scalar tensors, the factors are numbers. There is no gradient for the scale.
     """
@@ -74,8 +74,8 @@ class Objective:
         """Return (the loss to minimise, the data term) of a batch, both scalars.
 
         logits: (B, K). features: (B, d). labels: (B,). head: the layers of `model.fc`. penalty_scale: a number or
-        scalar tensor that multiplies both penalties. batch_size: of the whole batch, where these are only some of its
-        rows, or none; both results are then their share, and the shares of all rows sum to those of the batch.
+        scalar tensor that multiplies both penalties. batch_size: size of the whole batch, if the arguments
+        are only some of its rows, or none. The results are then these rows' shares of the batch's.
         """
         batch_size = batch_size or len(labels)
         if self.loss == "CrossEntropy" and self.variant.is_plain:
@@ -126,7 +126,7 @@ class Objective:
         """Return the (lambda_W, lambda_H) of the (UFM) that the objective minimises, or None without --sep_decay.
 
         The mean over an epoch of b = ceil(N/B) batches, divided by the data term's factor, is (UFM). `released` adds
-        the penalty of the features once per epoch and not N/B times, so its lambda_H is divided by b.
+        the penalty of the features once per epoch instead of N/B times, so its lambda_H is divided by b.
         """
         if not self.sep_decay:
             return None
@@ -136,9 +136,9 @@ class Objective:
     def problem(self):
         """Return the `UFM` that the objective minimises, or a sentence that says why its optimum is not known."""
         if not self.sep_decay:
-            return "without --sep_decay no optimum is known (--theory nominal compares all the same)"
+            return "without --sep_decay no optimum is known (--theory nominal compares with one anyway)"
         if self.depth_linear > 1:
-            return "with --depth_linear > 1 no optimum is known (--theory nominal compares all the same)"
+            return "with --depth_linear > 1 no optimum is known (--theory nominal compares with one anyway)"
         return self._problem(self.effective_decays(), self.bias)
 
     def nominal_problem(self):
@@ -154,6 +154,6 @@ class Objective:
         return UFM(counts, *decays, loss=self.loss, relu=self.feature_relu, bias=bias, variant=self.variant)
 
     def problems(self):
-        """Return what config.json records: {objective, nominal: the fields of the problem, or why there is none}."""
+        """Return {objective, nominal: the fields of the problem, or why there is none}, which config.json records."""
         named = {"objective": self.problem(), "nominal": self.nominal_problem()}
         return {name: dataclasses.asdict(entry) if isinstance(entry, UFM) else entry for name, entry in named.items()}
