@@ -259,7 +259,7 @@ def load_state_dict(model, state, path):
         model.load_state_dict(state)
     except RuntimeError as error:  # a heading, then a line for each kind of mismatch
         reason = str(error).split("\n")[1].strip().rstrip(".")
-        raise UserError(f"{path}: does not fit the model's flags: {reason[:200]}", FAILED_WORK) from None
+        raise UserError(f"{path}: does not fit the model: {reason[:200]}", FAILED_WORK) from None
 
 
 def load_optimizer(optimizer, state):

@@ -413,15 +413,15 @@ DAMAGES = {  # what is done to a checkpoint, and the reason that is given
     "malicious": (lambda path: torch.save({"w": Malicious()}, path), "not a plain checkpoint"),
     "other_width": (
         lambda path: other_model(path, width=25),
-        "does not fit the model's flags: size mismatch for layers.0.weight",
+        "does not fit the model: size mismatch for layers.0.weight",
     ),
     "other_depth": (
         lambda path: other_model(path, depth_relu=2),
-        'does not fit the model\'s flags: Unexpected key(s) in state_dict: "layers.2.weight"',
+        'does not fit the model: Unexpected key(s) in state_dict: "layers.2.weight"',
     ),
     "wrong_k": (
         lambda path: other_model(path, num_classes=7),
-        "does not fit the model's flags: size mismatch for fc.0.weight",
+        "does not fit the model: size mismatch for fc.0.weight",
     ),
     "nan": (lambda path: spoil(path, float("nan")), "holds weights that are not finite"),
     "infinite": (lambda path: spoil(path, float("inf")), "holds weights that are not finite"),

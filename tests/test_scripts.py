@@ -369,7 +369,7 @@ def test_bare_checkpoints_validate_from_the_flags(train, measure, tmp_path):
     _, error = measure(
         "--dataset", "imagefolder", "--data_dir", "images", "--load_path", "bare", "--recompute", status=1
     )
-    assert "epoch_001.pth: does not fit the model's flags" in error
+    assert "epoch_001.pth: does not fit the model" in error
 
 
 def test_wrong_input_is_one_line(train, measure, tmp_path):
