@@ -219,7 +219,7 @@ def curves(panels, settings, x="epoch"):
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, (title, ylabel, scale, columns) in zip(axes, panels, strict=False):
         axis.set(title=title, xlabel=ABSCISSAE[x], ylabel=ylabel, yscale=scale)
-        axis.xaxis.set_major_locator(MaxNLocator(6))  # numbers of steps are wide
+        axis.xaxis.set_major_locator(MaxNLocator(4))  # numbers of steps are wide
         for position, (column, label) in enumerate(columns.items()):
             for setting in settings:
                 plot_series(axis, *setting.series(column, x), label, setting.style if several else style_of(position))

@@ -6,26 +6,27 @@ done
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 fail() { echo "${0##*/}: error: $1" >&2 && exit 2; }
 
-use_python() { # use_python REQUIREMENTS: set PYTHON to an interpreter that satisfies the file, if need be in .venv
-    PYTHON=${PYTHON:-python3}
+use_python() { # use_python REQUIREMENTS: set PYTHON to an interpreter that satisfies the file, if need be in $venv
+    PYTHON=${PYTHON:-python3} venv=${venv:-.venv}
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
         fail "$PYTHON is not Python 3.11 or later: install it, or set PYTHON=/path/to/python3"
     plan=$(PIP_CONFIG_FILE=/dev/null "$PYTHON" -m pip install --dry-run --no-index -r "$1" 2>&1) &&
         [[ $plan != *"Would install"* ]] && return
-    [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    PYTHON=$root/.venv/bin/python
-    echo "Using .venv; the first time, this installs $1 (several GB)" >&2
+    [ -x "$venv/bin/python" ] || "$PYTHON" -m venv "$venv"
+    PYTHON=$root/$venv/bin/python
+    echo "Using $venv; the first time, this installs $1 (several GB)" >&2
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1" >&2
 }
 
 runs=() run_flags=() plot_flags=()
 add_table() { # add_table TABLE FLAG...: add the runs of a table in tables.txt, with further flags, as folders in $out
-    local name run flags seeds common seed folder
+    local name run flags seeds common count seed folder
     while read name run flags; do # without -r, so that a line that ends in \ continues
         [ "$name" = "$1" ] || continue
         [ "$run" != common ] || { read seeds common <<<"$flags" && continue; }
-        for seed in $(seq "$seeds"); do
-            folder=$out/$run && [ "$seeds" = 1 ] || folder+=-$seed
+        count=$seeds && [[ $run != *\** ]] || { count=${run#*\*} && run=${run%\**}; }
+        for seed in $(seq "$count"); do
+            folder=$out/$run && [ "$count" = 1 ] || folder+=-$seed
             printf -v "run_flags[${#runs[@]}]" ' %q' $common $flags --seed $seed "${@:2}" --save_path "$folder" --resume
             runs+=("$folder")
         done

@@ -8,11 +8,8 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 cd "$root"
 if [ "${1:-}" = --oldest ]; then
-    shift
-    [ -x .venv-oldest/bin/python ] || "${PYTHON:-python3}" -m venv .venv-oldest
-    PYTHON=$root/.venv-oldest/bin/python
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt \
-        -c <(sed -n 's/>=/==/p' requirements.txt) >&2
+    shift && venv=.venv-oldest PIP_CONSTRAINT=$(mktemp) && export PIP_CONSTRAINT
+    sed -n 's/>=/==/p' requirements.txt >"$PIP_CONSTRAINT"
 fi
 use_python requirements-dev.txt
 "$PYTHON" -m ruff check .

@@ -42,6 +42,7 @@ def minutes(seconds):
 
 
 COLUMNS = {  # head: the column of summary.csv, and how its values are written
+    "seeds": ("seeds", "{:.0f}".format),
     "NC1": ("NC1", number),
     "NC2_H": ("NC2_H", number),
     "NC2_WWT": ("NC2_WWT", number),
@@ -76,6 +77,10 @@ class Table:
 
 ZOO = {
     "resnet18": "ResNet18, 10 to 50 of a class, N = 300",
+    "resnet18_exp10": "ResNet18, `exp:10`, n_max 60, N = 240",
+    "vgg11": "VGG11, N = 300",
+    "resnet50": "ResNet50, N = 300, batches of 60",
+    "resnet50_full": "then 160 epochs with batches of 300",
 }
 TABLES = {
     "recipe": Table(
@@ -133,13 +138,14 @@ TABLES = {
         runs="[cf][er]*",
     ),
     "zoo": Table(
-        "one seed",
+        "statistics of the training set",
         ZOO,
-        [*GEOMETRY, "optimality gap"],
+        ["seeds", *GEOMETRY, "optimality gap", "minutes"],
+        worst=GEOMETRY,
         figures={"zoo_theorem": "theorem"},
         bn_statistics="training_set",
     ),
-    "zoo_running": Table("one seed", ZOO, [*GEOMETRY, "optimality gap"]),
+    "zoo_running": Table("running statistics", ZOO, ["seeds", *GEOMETRY, "optimality gap"], worst=GEOMETRY),
     "small_lambda": Table(
         "three seeds",
         {"schedule": "`@scripts/small_lambda.flags`"},
@@ -148,11 +154,29 @@ TABLES = {
         figures={"small_lambda": "training"},
         x="step",
     ),
+    "small_lambda_without": Table(
+        "one seed",
+        {
+            "schedule": "`@scripts/small_lambda.flags`",
+            "recipe": "`@scripts/collapse.flags --epochs 900`",
+            "plain": "the paper's flags, 900 epochs",
+        },
+        ["train", *GEOMETRY, "optimality gap"],
+        figures={"small_lambda_without": "training"},
+        x="step",
+    ),
     "paper_schedule": Table(
         "one seed",
         {"paper": "`@scripts/small_lambda.flags --lr 0.001 --epochs 120`"},
         ["train", *GEOMETRY, "optimality gap", "minutes"],
         figures={"paper_schedule": "training"},
+        x="step",
+    ),
+    "paper_released": Table(
+        "one seed",
+        {"released": "the same with `--objective released --penalty_start 27`"},
+        ["train", *GEOMETRY, "optimality gap", "minutes"],
+        figures={"paper_released": "training"},
         x="step",
     ),
     "paper_counts": Table(

@@ -65,7 +65,6 @@ def test_help_prints_the_header_and_runs_nothing(checkout, tmp_path, name, word)
         ("reproduce.sh", ["imagenet"], "'imagenet' is not a data set of the paper"),
         ("reproduce.sh", [], "'' is not a data set of the paper"),
         ("reproduce.sh", ["svhn", "-j", "0"], "-j: '0' is not a whole number >= 1"),
-        ("reproduce_small.sh", [], "give TABLE and DIR"),
         ("check_gpu.sh", ["a", "b"], "give one DIR at most"),
     ],
 )
@@ -178,7 +177,7 @@ def test_the_table_of_plain_adam(checkout):
 
 def test_the_small_table_takes_digits_where_there_is_no_cifar10(checkout, tmp_path):
     folder, stub = checkout
-    assert call(folder / "scripts" / "reproduce_small.sh", tmp_path / "nothing", "--count", stub=stub)[0] == "15\n"
+    assert call(folder / "scripts" / "table.sh", "small", tmp_path / "nothing", "--count", stub=stub)[0] == "15\n"
     settings = commands_of(folder / "model_weights" / "small_digits" / "commands.txt")
     assert {args.dataset for args in settings} == {"digits"}
 
