@@ -34,7 +34,7 @@ def number(value):
 
 
 def percent(value):
-    return f"{100 * value:.2g} %"
+    return f"{100 * value:.{2 if value < 1 else 3}g} %"
 
 
 def minutes(seconds):
@@ -80,7 +80,7 @@ ZOO = {
     "resnet18_exp10": "ResNet18, `exp:10`, n_max 60, N = 240",
     "vgg11": "VGG11, N = 300",
     "resnet50": "ResNet50, N = 300, batches of 60",
-    "resnet50_full": "then 160 epochs with batches of 300",
+    "resnet50_full": "ResNet50, then 160 epochs with batches of 300",
 }
 TABLES = {
     "recipe": Table(
@@ -172,13 +172,6 @@ TABLES = {
         figures={"paper_schedule": "training"},
         x="step",
     ),
-    "paper_released": Table(
-        "one seed",
-        {"released": "the same with `--objective released --penalty_start 27`"},
-        ["train", *GEOMETRY, "optimality gap", "minutes"],
-        figures={"paper_released": "training"},
-        x="step",
-    ),
     "paper_counts": Table(
         "one seed each",
         {"fp32": "fp32, 150 epochs", "bf16": "bf16, 260 epochs"},
@@ -245,7 +238,8 @@ def markdown(name, results):
         cells = []
         for head in table.heads:
             column, form = COLUMNS[head]
-            worst = f" ({form(summary.loc[run, f'{column}_worst'])})" if head in table.worst else ""
+            several = head in table.worst and summary.loc[run, "seeds"] > 1
+            worst = f" ({form(summary.loc[run, f'{column}_worst'])})" if several else ""
             cells.append(f"{form(summary.loc[run, column])}{worst}")
         lines.append(["", label, *cells, ""])
     return "\n".join(" | ".join(line).strip() for line in lines)
