@@ -150,6 +150,19 @@ def test_a_run_stopped_at_any_step_ends_as_an_uncut_one(monkeypatch, tmp_path, c
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("name", ["ResNet18", "ResNet50", "VGG11", "densenet_cifar"])
+def test_20_steps_of_a_convolutional_model_are_the_same_in_two_parts(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--dataset digits --class_counts {','.join('4' * 10)} --batch_size 8 --epochs 4 --save_every 4 --sep_decay"
+    flags = [*flags.split(), "--model", name, "--planes", 4, "--no-bias"]
+    train_here(monkeypatch, *flags, "--save_path", "whole")
+    stop_at(monkeypatch, 8)  # the third of five steps of the second epoch
+    with pytest.raises(Interrupted):
+        train_here(monkeypatch, *flags, "--save_path", "cut")
+    train_here(monkeypatch, *flags, "--save_path", "cut", "--resume")
+    assert same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("number, flags", [(signal.SIGTERM, []), (signal.SIGINT, ["--nc_every", 1])])
 def test_a_signal_saves_and_says_how_to_go_on(start, train, tmp_path, number, flags):
     run = start(TRAIN, *LONG, *flags)
