@@ -261,7 +261,7 @@ def test_watch_follows_a_run_that_is_killed_and_resumed(start, train, tmp_path):
 def test_watch_ends_with_a_run_that_finishes(start, tmp_path):
     """Also where it began before there was a folder, and where --keep deletes checkpoints."""
     watch = start(VALIDATE, "--load_path", "run", "--watch", before=without_figures)
-    watch.wait_for(lambda: "waiting for a training run in run; Ctrl-C ends it" in watch.text("stdout"))
+    watch.wait_for(lambda: "waiting for a training run in run; Ctrl-C stops waiting" in watch.text("stdout"))
     start(TRAIN, *TINY, "--epochs", 40, "--save_every", 1, "--keep", 3, "--nc_every", 3, "--save_path", "run").wait()
     watch.wait()
     rows = [int(row["epoch"]) for row in rows_of(tmp_path / "run" / "nc_metrics.csv")]

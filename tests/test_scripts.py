@@ -340,7 +340,7 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     assert row["optimality_gap"] == pytest.approx(total / bound - 1, rel=1e-4)
     parts = [row[name] for name in GAP_COLUMNS[1:]]
     assert sum(parts) == pytest.approx(row["optimality_gap"]) and min(parts) >= -1e-9
-    assert f"The objective is {row['optimality_gap']:.1e} above the least that any network can reach" in out
+    assert f"The objective is {row['optimality_gap']:.1e} above the least value that any network can reach" in out
     largest = f"{max(parts):9.1e}  the"
     assert next(line for line in out.splitlines() if line.endswith("(the largest part)")).startswith(largest)
 
@@ -430,7 +430,7 @@ def test_resume_of_a_finished_run_changes_nothing(train, tmp_path):
     train(*TINY, "--save_path", "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     out, _ = train(*TINY, "--save_path", "run", "--resume")
-    assert "2 are done; a larger --epochs continues" in out
+    assert "2 are done; give a larger --epochs to continue" in out
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
