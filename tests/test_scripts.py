@@ -231,7 +231,7 @@ def test_a_run_is_not_overwritten(train, tmp_path):
     train(*TINY, "--save_path", "run")
     before = (tmp_path / "run" / "epoch_002.pth").read_bytes()
     _, error = train(*TINY, "--save_path", "run", status=2)
-    assert "give --resume to go on with it, --force to delete it" in error and error.count("\n") == 1
+    assert "give --resume to continue it, --force to delete it" in error and error.count("\n") == 1
     _, error = train(*TINY, "--save_path", "run", "--resume", "--lr", 0.5, status=2)
     assert "contradicts the flags: --lr is 0.5, in the run 0.001" in error
     assert (tmp_path / "run" / "epoch_002.pth").read_bytes() == before
