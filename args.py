@@ -378,8 +378,8 @@ def make_parser(description=None):
         "--revive",
         action=yes_no,
         default=False,
-        help="pass the gradients, blocked by an ordinary ReLU, that raise features at zero and, in an MLP, hidden "
-        "layers that are all zero for an image (default: off)",
+        help="pass gradients that raise features at zero and, in an MLP, hidden layers that are all zero for an image; "
+        "an ordinary ReLU blocks them (default: off)",
     )
     add("--no_shuffle", action="store_true", help="take batches in the order of the data set (default: off)")
     add(

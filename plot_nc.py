@@ -17,13 +17,13 @@ from utils import run_script
 def main():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was validated")
-    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
-    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as validate's")
+    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as in the validation script")
+    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
     parser.add_argument(
-        "--epoch", type=bounded(int, 1), metavar="E", help="the epoch of all figures but the curves (default: the last)"
+        "--epoch", type=bounded(int, 1), metavar="E", help="epoch of all figures except the curves (default: the last)"
     )
     parser.add_argument("--x", choices=ABSCISSAE, default="epoch", help="the x axis of nc_curves and training")
-    parser.add_argument("--animate", action="store_true", help="also the heatmaps over the checkpoints (default: off)")
+    parser.add_argument("--animate", action="store_true", help="also animate the heatmaps (default: off)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: RUN/figures of one run, figures of several)"
     )

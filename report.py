@@ -17,8 +17,8 @@ from utils import run_script
 def main():
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was validated")
-    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
-    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as validate's")
+    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as in the validation script")
+    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
     parser.add_argument("--out", type=Path, default="report.html", metavar="FILE", help="the file to write")
     args = parser.parse_args()
     folders = {folder.resolve(): folder for folder in args.runs}.values()

@@ -1,9 +1,9 @@
-"""Solve the unconstrained features problem (UFM): the closed form beside the result of direct minimisation.
+"""Solve the unconstrained features model (UFM) in closed form and by direct minimisation.
 
     python solve_ufm.py --class_counts 100,100,200,200,300,300,400,400,500,500 \\
         --weight_decay 0.005 --feature_decay_rate 0.00005
     python solve_ufm.py --logit_adjustment 1                               (other losses: see --help)
-    python solve_ufm.py --class_counts 20,50,100 --suggest_lambdas         (penalties with margins of up to 5)
+    python solve_ufm.py --class_counts 20,50,100 --suggest_lambdas         (penalties for a largest margin of 5)
     python solve_ufm.py --phase_diagram figures/phase_diagram              (where the smallest class collapses)
 
 With --bias, --logit_adjustment and --logit_scaling, and with --no_relu for the cross entropy, there is no closed form.
@@ -34,10 +34,10 @@ from nc_theory import (
 )
 from utils import Progress, UserError, run_script
 
-# What the two other modes take; all other flags would have no effect on them
+# Flags of the two other modes; any other flag would have no effect
 FLAGS_OF_PHASES = "class_counts loss grid seed phase_diagram".split()
 FLAGS_OF_SUGGESTION = "class_counts ratio suggest_lambdas".split()
-ZERO = 1e-6  # |h_k|^2 of a class at zero, in units of sqrt(lambda_W / (lambda_H n_k)): that of a margin of about one
+ZERO = 1e-6  # |h_k|^2 up to which a class has collapsed, in units of sqrt(lambda_W / (lambda_H n_k))
 
 
 def main():
@@ -93,11 +93,11 @@ def make_parser():
         "--dim",
         type=bounded(int, 1),
         metavar="D",
-        help="features d (default: as many as classes, twice as many with one of the five flags of the loss)",
+        help="number of features d (default: K; 2K with any of the five flags of the loss)",
     )
-    add("--level", choices=["class", "sample"], default="class", help="one feature a class, or all N of them free")
-    add("--restarts", type=bounded(int, 1), default=4, metavar="N", help="random starts")
-    add("--seed", type=bounded(int, 0), default=0, metavar="N", help="of the starts")
+    add("--level", choices=["class", "sample"], default="class", help="one feature per class, or all N features")
+    add("--restarts", type=bounded(int, 1), default=4, metavar="N", help="number of random starts")
+    add("--seed", type=bounded(int, 0), default=0, metavar="N", help="seed of the random starts")
     add("--json", action="store_true", help="print JSON instead of a table (default: off)")
     add(
         "--suggest_lambdas",
@@ -105,7 +105,7 @@ def make_parser():
         nargs="?",
         const=5.0,
         metavar="M",
-        help="print instead lambda_W and lambda_H for which no class of --class_counts collapses and the largest "
+        help="instead, print lambda_W and lambda_H for which no class of --class_counts collapses and the largest "
         "margin is M (default: off; M = 5 if left out)",
     )
     add("--ratio", type=positive, default=100.0, metavar="X", help="lambda_W / lambda_H for --suggest_lambdas")
@@ -113,18 +113,18 @@ def make_parser():
         "--phase_diagram",
         type=Path,
         metavar="FILE",
-        help="draw FILE.pdf and FILE.png instead: exponential profiles, with the number of classes and the largest "
-        "class of --class_counts, against lambda_W lambda_H (default: off)",
+        help="instead, draw FILE.pdf and FILE.png: the imbalance of exponential profiles, with K and n_max of "
+        "--class_counts, against lambda_W lambda_H (default: off)",
     )
     add("--grid", type=bounded(int, 2), default=13, metavar="N", help="points along each side of the phase diagram")
     return parser
 
 
 def solve(args):
-    """Return the solution of the flags' problem, with how it was found, as plain values.
+    """Return the solution of the problem that the flags describe, and how it was found, as plain values.
 
-    "closed_form" is the solution that is not found by search: the closed form, or that of a problem that splits by
-    class. "minimised" is the result of direct minimisation, which is left out for many classes that do not need it.
+    "closed_form" is the solution found without search: in closed form, or class by class. "minimised" is the result of
+    direct minimisation, which is left out for more than MOST_CLASSES classes if there is a solution without search.
     """
     problem = UFM(
         args.class_counts,
@@ -170,7 +170,7 @@ def print_suggestion(args):
     lambda_w, lambda_h = suggest_lambdas(args.class_counts, args.suggest_lambdas, args.ratio)
     margins = closed_form(UFM(args.class_counts, lambda_w, lambda_h)).margins
     print(f"--weight_decay {lambda_w:.6g} --feature_decay_rate {lambda_h:.6g}")
-    print(f"lambda_W and lambda_H of margins from {margins.min():.3g} to {margins.max():.3g}, no class collapsed")
+    print(f"lambda_W and lambda_H for margins from {margins.min():.3g} to {margins.max():.3g}, no class collapsed")
 
 
 def print_table(args, result):

@@ -1,10 +1,10 @@
-"""Summarize runs in a table, one row a setting: final metrics over its seeds, training time, time to collapse.
+"""Summarize runs in a table, one row per setting: final metrics over its seeds, training time, time to collapse.
 
     python summarize.py model_weights/*/       (print the table; write summary.md and, with all digits, summary.csv)
-    python summarize.py                        (list the runs below model_weights/ and how far they are)
+    python summarize.py                        (list the runs below model_weights/ and their progress)
 
-Runs that have not finished, have failed, or are not measured at their last epoch are listed below the table and are in
-no mean.
+Runs that have not finished, have failed, or are not measured at their last epoch are listed below the table and
+excluded from the means.
 """
 
 import math
@@ -28,10 +28,10 @@ def main():
         help="folder of a run (default: list the runs below model_weights/)",
     )
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="folder for summary.md and summary.csv")
-    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as validate's")
-    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as validate's")
+    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as in the validation script")
+    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
     parser.add_argument(
-        "--worst", action="store_true", help="in the table, the worst seed instead of the deviation (default: off)"
+        "--worst", action="store_true", help="show the worst seed instead of the deviation in the table (default: off)"
     )
     args = parser.parse_args()
     if not args.runs:

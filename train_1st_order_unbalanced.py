@@ -37,12 +37,12 @@ def main():
         with ranks.first_alone():
             args, run, data, model, device = prepare(ranks.argv)
         with run.lock():
-            run.check_startable(args.resume, args.force)  # again, now that no other process can start there
+            run.check_startable(args.resume, args.force)  # again, now that the folder is locked
             train(args, run, data, model, device, ranks)
 
 
 def prepare(argv):
-    """Return (args, run, data, model, device): what the flags mean, without having changed a file."""
+    """Return (args, run, data, model, device) as the flags describe them, without changing a file."""
     args = parse_args(__doc__.split("\n")[0], argv)
     run = Run(run_folder(args), bn_statistics=args.bn_statistics)
     if args.resume and run.config:
@@ -68,7 +68,7 @@ def prepare(argv):
 
 
 def train(args, run, data, model, device, ranks):
-    """Run the epochs that are left, and write the files of the run."""
+    """Train for the remaining epochs, and write the files of the run."""
     objective = from_flags(Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features)
     graphed = device.type == "cuda" and args.cuda_graph
     decay = {"weight_decay": objective.optimizer_decay, "for_cuda_graph": graphed}
@@ -82,7 +82,7 @@ def train(args, run, data, model, device, ranks):
         load_weights(model, args.init_from, device)
     ranks.connect(state, data.train)
     if not args.resume:
-        run.delete()  # only now that everything the new run needs is there
+        run.delete()  # only now that the new run is ready to start
     run.repair(state.epoch)
     if state.epoch < args.epochs:
         run.write_config(vars(args), training_flags(args), **facts(data, model, objective, device, ranks))
@@ -137,9 +137,9 @@ def train(args, run, data, model, device, ranks):
 
 
 def train_one_epoch(step, batches, state, checkpoints, stop, meanwhile):
-    """Make the steps of an epoch that are left; return the rows of all its steps, and what `meanwhile()` returned.
+    """Make the remaining steps of an epoch; return the rows of all its steps, and the result of `meanwhile()`.
 
-    It is called while the device works. A signal stops the epoch between steps.
+    `meanwhile` is called while the device works. A signal stops the epoch between steps.
     """
     state.model.train()
     began = time.perf_counter() - state.seconds
@@ -155,13 +155,13 @@ def train_one_epoch(step, batches, state, checkpoints, stop, meanwhile):
 
 
 def train_step(indices, *, ranks, split, model, objective, optimizer, shifts, penalty_scale, one, precision, clip_norm):
-    """Make one optimizer step on the images at `indices` (B,); return what it MEASURED. Nothing waits for a GPU."""
+    """Make one optimizer step on the images at `indices` (B,), not waiting for a GPU; return a tensor of MEASURED."""
     images, labels = split.batch(ranks.rows(indices), shifts)
     with autocast(precision, indices.device):
         logits, features = model(images)
     loss, data_term = objective(logits, features, labels, model.fc, penalty_scale, len(indices))
-    optimizer.zero_grad(set_to_none=ranks.count == 1)  # those of several ranks lie in one buffer
-    loss.backward(one)  # the gradient of the loss by itself, which no step has to make
+    optimizer.zero_grad(set_to_none=ranks.count == 1)  # the gradients of several ranks share one buffer
+    loss.backward(one)  # made once: backward() would make this tensor in every step
     with torch.no_grad():
         correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
         sums = ranks.sum_with_gradients(loss, data_term, correct)
@@ -173,12 +173,12 @@ def train_step(indices, *, ranks, split, model, objective, optimizer, shifts, pe
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What the run is
+# Facts about the run
 # ---------------------------------------------------------------------------------------------------------
 
 
 def facts(data, model, objective, device, ranks):
-    """Return what config.json records beside the flags."""
+    """Return what config.json records besides the flags."""
     decays = objective.effective_decays() or (None, None)
     return {
         "class_counts": data.class_counts,
@@ -207,7 +207,7 @@ def announce(args, run, data, model, device, ranks, checkpoints):
     for note in notes(args, len(data.train)):
         print(f"note       {note}")
     if epoch >= args.epochs:
-        print(f"epochs     {epoch} are done; a larger --epochs continues", flush=True)
+        print(f"epochs     {epoch} are done; give a larger --epochs to continue", flush=True)
         return
     print(f"theory     {run.theory_summary()}")
     print(f"epochs     {epoch + 1} to {args.epochs}, {len(checkpoints.state.rows)} steps each")

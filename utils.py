@@ -1,4 +1,4 @@
-"""Errors in one line, signals, progress, and files that are complete or absent."""
+"""One-line errors, ranks, signals, atomic file writes, and progress."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def message_of(error):
 
 
 def from_flags(function, flags, **others):
-    """Call `function` with the flags {name: value} that it has a parameter for, and with `others`, which win.
+    """Call `function` with the flags {name: value} that it has a parameter for; `others` take precedence.
 
     Parameters are named as the flags that set them, so that nothing is listed twice.
     """
@@ -41,11 +41,11 @@ def from_flags(function, flags, **others):
 def run_script(main, resume_hint="run the same command again", takes_ranks=False):
     """Run the `main` of an entry script and exit; errors are printed as one line, without a traceback.
 
-    resume_hint: how to continue after a signal or a failure of the machine. takes_ranks: torchrun may start it.
+    resume_hint: how to continue after a signal or a failure of the machine. takes_ranks: True if torchrun may start it.
     """
     name = Path(sys.argv[0]).name
     if not (takes_ranks or is_first_rank()):
-        time.sleep(5)  # torchrun ends this process after the first one, which has the error below
+        time.sleep(5)  # the first rank prints the error below, and torchrun then ends this one
     for number in STOP_SIGNALS:
         signal.signal(number, raise_interrupted)
     try:
@@ -91,7 +91,7 @@ def is_first_rank():
 
 
 def first_rank_only(method):
-    """Have a method that writes files do nothing on the other ranks."""
+    """Decorate a method that writes files to do nothing on the other ranks."""
 
     @functools.wraps(method)
     def written_once(*args, **kwargs):
@@ -108,7 +108,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """SIGTERM or SIGINT has arrived. Not an `Exception`, so that no handler of errors catches it."""
+    """Raised on SIGTERM or SIGINT. Not an `Exception`, so that `except Exception` does not catch it."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -196,7 +196,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if terminal else None
 
     def step(self, text):
-        """Count one more as done and show `text` beside it."""
+        """Advance by one and show `text`."""
         self.done += 1
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)

@@ -32,8 +32,8 @@ from nc_theory import GAP_COLUMNS
 from objective import Objective
 from utils import FAILED_WORK, Progress, UserError, from_flags, run_script
 
-CLASSES_PRINTED = 100  # at most so many rows of the table, evenly spaced
-WATCH_SECONDS = 2  # between looks at the folder with --watch
+CLASSES_PRINTED = 100  # at most, evenly spaced
+WATCH_SECONDS = 2  # between two looks at the folder with --watch
 
 
 def main():
@@ -80,10 +80,10 @@ def main():
 
 
 def measure_all(args, run, measurement, device, loggers):
-    """Measure the checkpoints without a row, with --watch up to the last epoch; return the number of damaged ones."""
+    """Measure the checkpoints without a row (--watch: up to the last epoch); return the number of damaged ones."""
     measured, damaged = set(), set()
     while True:
-        ended = not args.watch or run.checkpoint(args.epochs).exists()  # before listing, so that the last one is listed
+        ended = not args.watch or run.checkpoint(args.epochs).exists()  # checked first, so that the last one is listed
         done = measured if args.recompute else set(run.read_rows()["epoch"])
         todo = {e: path for e, path in run.checkpoints().items() if e not in done | damaged}
         with Progress(len(todo), "checkpoint") as progress:
@@ -115,7 +115,7 @@ def read_ahead(checkpoints, device):
 
 def wait_for_run(folder):
     """Wait until training has written the config.json of the run in `folder`."""
-    print(f"waiting for a training run in {folder}; Ctrl-C ends it", flush=True)
+    print(f"waiting for a training run in {folder}; Ctrl-C stops waiting", flush=True)
     while not (folder / "config.json").exists():
         time.sleep(WATCH_SECONDS)
 
@@ -147,7 +147,7 @@ def print_table(run):
 
 
 def explain_gap(row, certified):
-    """Return in words how far a row is from the optimum, and why."""
+    """Return how far a row is from the optimum, and why, as text."""
     reasons = {
         "gap_within": "the features of a class are not equal",
         "gap_head": "the head is not the best one for the class means",
@@ -155,7 +155,7 @@ def explain_gap(row, certified):
     }
     largest = max(reasons, key=lambda name: row[name])
     above = f"{'' if certified else 'at most '}{row['optimality_gap']:.1e} above"
-    lines = [f"The objective is {above} the least that any network can reach, relative to it:"]
+    lines = [f"The objective is {above} the least value that any network can reach, in relative terms:"]
     for name, reason in reasons.items():
         lines.append(f"{row[name]:9.1e}  {reason}{' (the largest part)' if name == largest else ''}")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""Find out in ten minutes whether one GPU trains correctly, and how fast, and what is lost where.
+"""Check in ten minutes that a GPU trains correctly, how fast it is, and where time is lost.
 
     python benchmarks/check_gpu.py [--data_dir DIR]       (or scripts/check_gpu.sh [DIR])
 
 The parts run one after the other, each in processes of its own that end at its limit. Every figure is printed, and
-added to benchmarks/results/check_gpu_DEVICE.csv, as soon as it is known. --device cpu rehearses everything at a small
-size. The exit status is 1 if a part failed, was cut, or found a difference where there must be none.
+added to benchmarks/results/check_gpu_DEVICE.csv, as soon as it is known. --device cpu runs everything at a small size.
+The exit status is 1 if a part failed, ran past its limit, or found a difference where there must be none.
 """
 
 import argparse
@@ -51,7 +51,7 @@ CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
 
 
 def agreement(device, size, data):
-    """Whether a captured step trains as the plain one, and the GPU as the CPU."""
+    """Compare a captured training step with an uncaptured one, and the GPU with the CPU."""
     for model in ("MLP", "ResNet18"):
         for precision in precisions(device):
             make = partial(build, model, precision, device, size, data)
@@ -69,7 +69,7 @@ def agreement(device, size, data):
 
 
 def resume(device, size, data):
-    """Whether a run that was killed ends as one that was not."""
+    """Compare a run that was killed and resumed with an uninterrupted one."""
     flags = f"--dataset digits --width {size.width} --depth_relu 2 --batch_size 102 --no-bias"
     flags += f" --sep_decay --epochs {size.epochs} --save_every 2 --device {device.type} --save_path"
     command = [sys.executable, TRAIN, *flags.split()]
@@ -91,7 +91,7 @@ def resume(device, size, data):
 
 
 def rates(device, size, data):
-    """Steps of the MLP a second, against the usual loop, the same products alone, and what the machine can do."""
+    """Time steps of the MLP against the usual loop, the same matrix products alone, and one large product."""
     with training.ProcessPoolExecutor(1, training.multiprocessing.get_context("spawn")) as elsewhere:
         setting = (size.steps, "MLP", size.batch, size.width, size.fraction, device)
         works = {"usual": lambda: elsewhere.submit(run_usual_training, *setting).result()}
@@ -119,7 +119,7 @@ def rates(device, size, data):
 
 
 def paper(device, size, data):
-    """The paper's command for the MLP, and the recipe with the paper's counts, for as long as there is time."""
+    """Run the paper's command for the MLP, and the recipe with the paper's counts, each until its time is up."""
     measured = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
     precision = "tf32" if "tf32" in precisions(device) else "fp32"
     command = f"--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --precision {precision}"
@@ -144,7 +144,7 @@ def paper(device, size, data):
 
 
 def images(device, size, data):
-    """Images of ResNet18 a second, in each memory format, with deterministic algorithms of cuDNN or the fastest."""
+    """Time ResNet18 in each memory format, with the deterministic or the fastest algorithms of cuDNN."""
     for precision in precisions(device):
         for layout in (torch.contiguous_format, torch.channels_last):
             for deterministic in (True, False):
@@ -159,7 +159,7 @@ PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limit
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What they need
+# Helpers of the parts
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +202,7 @@ def products_of_a_step(ours, dtype):
 
 
 def train_for(seconds, words, data):
-    """Run the training script in this process, on `data`, and end it as SIGTERM does after so many seconds."""
+    """Run the training script in this process, on `data`, and stop it by SIGTERM after `seconds`."""
     stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     with (
         mock.patch.object(sys, "argv", [str(TRAIN), *words]),
@@ -217,7 +217,7 @@ def train_for(seconds, words, data):
 
 @contextlib.contextmanager
 def library_choice(layout, deterministic):
-    """Within it, `OurTraining` has this memory format, and cuDNN deterministic algorithms or the fastest it finds."""
+    """Have `OurTraining` use this memory format, and cuDNN deterministic algorithms or the fastest it finds."""
 
     def to_device(model, data, precision, device):
         return model.to(device, memory_format=layout), data.to(device, layout)

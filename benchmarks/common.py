@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, images, timing in turn, and tables. Run them from the repository's root."""
+"""Shared by the benchmarks: flags, images, timing in turn, and tables. Run them from the repository's root."""
 
 import argparse
 import statistics
@@ -21,12 +21,12 @@ COUNTS = [1000, 1000, 2000, 2000, 3000, 3000, 4000, 4000, 5000, 5000]  # the pap
 
 
 def make_parser(description):
-    """Return a parser with the flags that every benchmark of speed has."""
+    """Return a parser with the flags that all timing benchmarks have."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
-    parser.add_argument("--width", type=int, default=1024, help="of the MLP")
+    parser.add_argument("--width", type=int, default=1024, help="width of the MLP")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--pairs", type=int, default=5, help="how often each of the things compared is timed")
-    parser.add_argument("--fraction", type=float, default=1, help="of the paper's 30,000 training images")
+    parser.add_argument("--pairs", type=int, default=5, help="timings of each candidate")
+    parser.add_argument("--fraction", type=float, default=1, help="share of the paper's 30,000 training images")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV files")
     return parser
 
@@ -38,10 +38,10 @@ def paper_args(model, batch_size, width, precision="fp32"):
 
 
 def random_images(fraction=1.0):
-    """Return images of 8 bits, a random pattern per class under noise, in the numbers of the paper's data.
+    """Return random 8-bit images, a pattern per class plus noise, as many as in the paper's data.
 
-    No time here depends on what images show, but NC1 needs classes that a network can tell apart: on noise alone the
-    pseudo-inverse of the usual way, which is fp32, cuts off most of the between-class covariance.
+    Timings do not depend on the content of the images, but NC1 needs classes that a network can separate: on pure noise
+    the pseudo-inverse of the usual way, in fp32, cuts off most of the between-class covariance.
     """
     torch.manual_seed(0)
     counts = [int(count * fraction) for count in COUNTS]

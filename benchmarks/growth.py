@@ -1,9 +1,9 @@
-"""Time how the cost grows: of measuring with N, d and K, and of an epoch with the batch size and the width.
+"""Time how the cost of measuring grows with N, d and K, and that of an epoch with batch size and width.
 
     python benchmarks/growth.py
 
-Measuring is both passes and all columns, on features that are in memory; its peak memory is on top of them. An epoch is
-one of the MLP with N = 30,000.
+Measuring means both passes and all columns, on features that are already in memory and not part of the peak memory. An
+epoch is one of the MLP with N = 30,000.
 """
 
 import multiprocessing
@@ -29,10 +29,10 @@ SHAPES = [(batch, 1024) for batch in (32, 64, 128, 256, 512, 1024)] + [(256, wid
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=10, help="of a timed run of training")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a timed training run")
     options = parser.parse_args()
     device = pick_device(options.device, 0)
-    context = multiprocessing.get_context("spawn")  # a process for each size: its peak memory never falls
+    context = multiprocessing.get_context("spawn")  # a process for each size, because peak memory never falls
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as elsewhere:
         sizes = [(int(num * options.fraction), dim, num_classes) for num, dim, num_classes in SIZES]
         rows = list(elsewhere.map(partial(measure, device=device, repeats=options.pairs), *zip(*sizes, strict=True)))

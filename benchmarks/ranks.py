@@ -1,6 +1,6 @@
 """Time a run on one process against the same run on several, started by torchrun, in turn.
 
-    python benchmarks/ranks.py --ranks 2                (on a CPU the processes share its cores: below 1)
+    python benchmarks/ranks.py --ranks 2                (processes share the CPU's cores: ratio below 1)
     python benchmarks/ranks.py --ranks 8 --model ResNet50 --batch_size 2048 --classes 1000                 (8 GPUs)
 
 Each run trains on random images in a folder; a rate is the median over the epochs after the first.
@@ -23,7 +23,7 @@ from engine.run import Run
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--model", default="MLP")
-    parser.add_argument("--batch_size", type=int, default=256, help="of all ranks together")
+    parser.add_argument("--batch_size", type=int, default=256, help="images per batch, over all ranks")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=3)

@@ -1,4 +1,4 @@
-"""The usual way, written for comparison: what a training script for this paper does without a thought of speed."""
+"""The usual way, for comparison: a training script for this paper that is not optimised for speed."""
 
 from functools import cache
 from itertools import islice
@@ -34,14 +34,14 @@ class Images(Dataset):
 
 
 def run_usual_training(steps, *setting):
-    """Make `steps` more steps of the setting's `usual_training`."""
+    """Run the next `steps` steps of `usual_training` in this setting."""
     for _ in islice(usual_training(*setting), steps):
         pass
 
 
-@cache  # the one generator of a setting goes on from call to call
+@cache  # calls of a setting continue one generator
 def usual_training(model, batch_size, width, fraction, device):
-    """Train without end, and yield the loss and the correct images of each step.
+    """Train without end, yielding the loss and the number of correct images of each step.
 
     A loader in another process, Adam, two penalties, and a second forward pass for the accuracy.
     """

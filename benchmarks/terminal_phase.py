@@ -1,4 +1,4 @@
-"""Train one MLP plainly and by scripts/collapse.flags, and draw terminal_phase.png, the figure of docs/recipe.md.
+"""Train an MLP with plain Adam and scripts/collapse.flags, and draw terminal_phase.png, the figure of docs/recipe.md.
 
     python benchmarks/terminal_phase.py --data_dir ~/data        (CIFAR-10, 2,410 images)
 

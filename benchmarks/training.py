@@ -65,7 +65,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--model", default="MLP")
     parser.add_argument("--batch_size", type=int, help="default: 256 for the MLP, else 32")
-    parser.add_argument("--steps", type=int, default=20, help="of a timed run")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a timed run")
     options = parser.parse_args()
     device, data = pick_device(options.device, 0), random_images(options.fraction)
     keep_freed_memory()
@@ -73,7 +73,7 @@ def main():
     precisions = ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
     ours = {precision: OurTraining(paper_args(*setting, precision), data, device) for precision in precisions}
 
-    # The usual loop has a process of its own, which the allocator and the switches of ours do not reach.
+    # The usual loop has its own process, so that our allocator and precision settings do not affect it.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as elsewhere:
         usual = partial(elsewhere.submit, run_usual_training, options.steps, *setting, options.fraction, device)
         works = {"usual loop, fp32": lambda: usual().result()}
@@ -91,7 +91,7 @@ def main():
 
 
 def share_of_ceiling(training):
-    """Return a row: the arithmetic of a whole epoch of the MLP a second, against a large matrix product.
+    """Return a row: the FLOP/s of a whole epoch of the MLP, compared with those of a large matrix product.
 
     Only the matrix products of the layers count: one forward, and two backward, but none to the images.
     """

@@ -12,11 +12,11 @@ class _Reached(Exception):
 
 @contextlib.contextmanager
 def training_set_statistics(model, batches):
-    """Within it, every BatchNorm layer in eval mode uses the mean and variance of its input over the training set.
+    """Have every BatchNorm layer in eval mode use the mean and variance of its input over the training set.
 
-    Layer after layer, each with the layers before it normalised in the same way, so that the model is the function
-    that it would be in training mode on one batch of all images. Averages of batch statistics are not: they miss the
-    variance between batches. On leaving, the running statistics are what they were.
+    They are computed layer by layer, with the layers before normalised in the same way. The model is then the function
+    that it would be in training mode on one batch of all images. Averages of batch statistics would not do: they miss
+    the variance between batches. On leaving the context, the running statistics are restored.
 
     model: in eval mode. batches: a function that returns an iterator of the images (B, ...) of the training set; it is
     called once for each layer, and no more than one batch is in memory.
@@ -53,8 +53,8 @@ def _layers_in_order(model, images):
 def _input_statistics(model, layer, batches):
     """Return the mean and biased variance (C,) of a layer's input over all batches, in float64.
 
-    Batches are merged by their counts, means and sums of squared deviations (Chan, Golub, LeVeque, 1983), which does
-    not cancel when the mean is large.
+    Batches are merged by their counts, means and sums of squared deviations (Chan, Golub, LeVeque, 1983), which
+    avoids cancellation when the mean is large.
     """
     count, mean, squares = 0, 0.0, 0.0
 
@@ -84,7 +84,7 @@ def _input_statistics(model, layer, batches):
 
 
 def synchronise_batch_norm(model, device, all_reduce):
-    """Have the BatchNorm2d layers of a model train on the batches of all ranks together.
+    """Make the BatchNorm2d layers of a model normalise over the batches of all ranks in training.
 
     all_reduce(tensor): sums a tensor over the ranks, in place. On GPUs the layers become nn.SyncBatchNorm, which does
     not train on the CPU.
@@ -118,7 +118,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum of a tensor over the ranks; a rank's gradient is the sum of the gradients of all their losses."""
+    """Sum a tensor over the ranks; the gradient is summed over the ranks as well."""
 
     @staticmethod
     def forward(context, tensor, all_reduce):

@@ -1,4 +1,4 @@
-"""The batches of each epoch, drawn on the CPU and sent to the device while it works on the epoch before."""
+"""The batches of each epoch, drawn on the CPU and sent to the device while it trains on the previous one."""
 
 import torch
 
@@ -10,7 +10,7 @@ class Batches:
     """The batches of a training set with `labels` (N,) on the device; other arguments are named as the flags.
 
     sizes: the lengths of the batches of an epoch.
-    shifts: the crops and mirrorings (N, 3) of the epoch drawn last, always the same tensor, or None.
+    shifts: the crops and mirrorings (N, 3) of the epoch drawn last, always in the same tensor, or None.
     """
 
     def __init__(self, labels, *, batch_size, seed, no_shuffle=False, stratified=False, data_augmentation=False):
@@ -24,7 +24,7 @@ class Batches:
         return epoch_batches(order, self.batch_size, even=self.stratified)
 
     def draw(self, epoch):
-        """Return the indices (B,) of each batch of an epoch, on the device, and set `shifts`. Nothing waits."""
+        """Return the indices (B,) of each batch of an epoch, on the device, and set `shifts`, without waiting."""
         if self.shifts is not None:
             self.shifts.copy_(send(random_shifts(self.count, epoch=epoch, seed=self.seed), self.device))
         order = epoch_order(self.count, epoch=epoch, seed=self.seed, shuffle=self.shuffle, labels=self.labels)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, the state to resume from, which of them are kept, and writing in the background."""
+"""Checkpoints of a run: weights, the state to resume from, which ones to keep, and writing in the background."""
 
 import pickle
 import shutil
@@ -14,7 +14,7 @@ from engine.optim import optimizer_tensors
 from engine.step_log import check_finite
 from utils import FAILED_WORK, UserError, atomic_write, first_rank_only, message_of
 
-RESUME_SECONDS = 20  # between two writings of last.pt: the most training that a killed process loses
+RESUME_SECONDS = 20  # between two saves of last.pt: the most training that a killed process loses
 
 
 def is_due(epoch, every, epochs):
@@ -30,7 +30,7 @@ def is_power_of_two(epoch):
 class TrainingState:
     """Everything that training changes: after `epoch` complete epochs, and `step` steps of the next one.
 
-    Batches depend on the seed and the epoch alone, and schedules on the epoch: there is no generator and no scheduler.
+    Batches depend on the seed and the epoch alone, and schedules on the epoch: no generator or scheduler has a state.
     """
 
     model: torch.nn.Module
@@ -56,7 +56,7 @@ class Checkpoints:
         self.run, self.state, self.epochs, self.save_every, self.keep = run, state, epochs, save_every, keep
         self.thread, self.pending = ThreadPoolExecutor(1), None
         self.saved = time.monotonic()  # when last.pt was written, or the process began
-        self.waited = 0.0  # seconds
+        self.waited = 0.0  # seconds that training has waited for the thread
 
     def is_due(self, epoch):
         """Return True if the weights are to be saved: every `save_every` epochs, with --keep also at powers of two."""
@@ -107,24 +107,24 @@ class Checkpoints:
                 state.rows[:step] = saved["record"].reshape(state.rows.shape)[:step]
         except UserError:
             raise
-        except Exception as error:  # whatever the content of an unrelated file leads to
+        except Exception as error:  # an unrelated file raises exceptions of many types
             reason = message_of(error)[:100]
             raise UserError(f"{path}: not the state of a run with these flags ({reason})", FAILED_WORK) from None
         state.epoch, state.step, state.seconds = epoch, step, seconds
 
     @first_rank_only
     def prune(self):
-        """Delete the checkpoints that --keep does not keep, of those that are complete."""
+        """Delete the complete checkpoints that --keep does not keep."""
         checkpoints = self.run.checkpoints()
         for epoch in set(checkpoints) - self.kept(list(checkpoints)):
             checkpoints[epoch].unlink(missing_ok=True)
 
     def kept(self, epochs):
-        """Return those of the epochs with a checkpoint that --keep keeps: the last ones, and the powers of two."""
+        """Return the epochs, out of those with a checkpoint, that --keep keeps: the last ones and the powers of two."""
         return {*epochs[-self.keep :], *filter(is_power_of_two, epochs)} if self.keep else set(epochs)
 
     def bytes_needed(self):
-        """Return (checkpoints to come, bytes of disk): those, last.pt, and the file that replaces either."""
+        """Return (number of checkpoints to come, bytes of disk for them, last.pt and one temporary file)."""
         due = [epoch for epoch in range(self.state.epoch + 1, self.epochs + 1) if self.is_due(epoch)]
         size = sum(value.numel() * value.element_size() for value in self.state.model.state_dict().values())
         count = len(self.kept(due))
@@ -136,7 +136,7 @@ class Checkpoints:
         return round(waited, 4)
 
     def disk_summary(self):
-        """Return what the run will write and what the disk has left, with a warning if that is less."""
+        """Return how much disk space the run needs and how much is free, with a warning if that is less."""
         count, needed = self.bytes_needed()
         free = shutil.disk_usage(self.run.folder).free
         text = f"{count} checkpoints and last.pt: {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free"
@@ -145,7 +145,7 @@ class Checkpoints:
         return text
 
     def _write(self, path, state):
-        """Write `state` as it is now in the background; wait for the file before it."""
+        """Write a copy of `state` in the background, once the previous file is written."""
         began = time.perf_counter()
         self.wait()
         self.waited += time.perf_counter() - began
@@ -185,8 +185,8 @@ def save_when_complete(path, state, wait):
 def to_host(state):
     """Return a copy of a nested dict, list or tuple with its tensors on the CPU, and a function that waits for it.
 
-    Tensors on a GPU are copied there first, in the order of its work, so that later steps need not wait; from there
-    a stream of its own fills pinned memory. The copy is complete when the function has returned.
+    Tensors on a GPU are first copied on the GPU, in stream order, so that later steps need not wait. Another stream
+    then copies them to pinned memory. The copy is complete when the returned function has returned.
     """
     copies = copy_state(state, lambda tensor: tensor.detach().clone())
     if not torch.cuda.is_initialized():
@@ -216,7 +216,7 @@ def copy_state(state, copy):
 def load_torch(path, device="cpu"):
     """Return the tensors and plain values of a file that torch.save wrote.
 
-    A pickle that would run code is refused, and so is a file with a wrong checksum, which torch.load does not check.
+    Raises UserError for a pickle that would run code, and for a wrong checksum, which torch.load does not check.
     """
     path = Path(path)
     if not path.is_file():  # opening a pipe would wait for ever
@@ -231,7 +231,7 @@ def load_torch(path, device="cpu"):
         raise
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a plain checkpoint, cannot be read", FAILED_WORK) from None
-    except Exception as error:  # whatever damaged bytes lead the readers of zip files and pickles to
+    except Exception as error:  # damaged files raise exceptions of many types
         opened = not isinstance(error, OSError) or error.filename is None
         reason = "truncated or damaged" if opened else error.strerror
         raise UserError(f"{path}: {reason}, cannot be read", FAILED_WORK) from None
@@ -263,7 +263,7 @@ def load_state_dict(model, state, path):
 
 
 def load_optimizer(optimizer, state):
-    """Load an optimizer's state dict, but for its hyperparameters, which the flags and the device set."""
+    """Load an optimizer's state dict, except its hyperparameters, which the flags and the device set."""
     groups = [dict(group) for group in optimizer.param_groups]
     expected = OPTIMIZER_STATE[type(optimizer).__name__]
     if optimizer.defaults.get("amsgrad"):
@@ -276,4 +276,4 @@ def load_optimizer(optimizer, state):
             raise ValueError("the optimizer's state belongs to another model or optimizer")
 
 
-OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}  # kept for a parameter
+OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}  # of each parameter

@@ -13,10 +13,10 @@ class GraphedStep:
     state: a function that returns all tensors that a step changes. Those that the first step creates, such as an
         optimizer's moments, must start at zero.
     capture: `capture(step, indices)` returns a function that replays the step and returns what it returned; by default
-        a `CudaGraphs`. It is called for the largest size first, whose memory the others then fit into.
+        a `CudaGraphs`. It is called for the largest size first, whose memory the others reuse.
 
     Capturing runs the step a few times; afterwards the state is restored, as if no step had been made. Raises
-    RuntimeError from the error that a capture ended with, which shows the ones before it in a traceback.
+    RuntimeError if a capture fails; its traceback shows the first cause.
     """
 
     def __init__(self, step, sizes, state, device, capture=None):
@@ -29,7 +29,7 @@ class GraphedStep:
                 self.replays[size] = indices, capture(step, indices)
         except Exception as error:
             raise RuntimeError(
-                "the step cannot be captured, for the first reason above: give --no-cuda_graph"
+                "the step cannot be captured; the first error above says why: give --no-cuda_graph"
             ) from error
         with torch.no_grad():
             for tensor in state():

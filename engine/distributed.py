@@ -15,10 +15,10 @@ from torch import distributed
 from engine.batch_norm import synchronise_batch_norm
 from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, message_of, under_torchrun
 
-AGREE_SECONDS = 0.5  # between two exchanges of the ranks about signals
-ENDING_SECONDS = 3  # that the other ranks give the first one to end and print why
+AGREE_SECONDS = 0.5  # between two exchanges of signals among the ranks
+ENDING_SECONDS = 3  # that the other ranks wait for the first one to print its error and end
 STOP_SECONDS = 60  # that the others wait for the first one to write last.pt after a signal
-TIMEOUT = timedelta(hours=1)  # of a message between ranks: the first one may be solving for the optimum meanwhile
+TIMEOUT = timedelta(hours=1)  # of a collective operation: the first rank may be solving for the optimum meanwhile
 
 # ---------------------------------------------------------------------------------------------------------
 # Device, precision, memory
@@ -50,7 +50,7 @@ def pick_device(device, gpu_id):
 
 
 def send(tensor, device):
-    """Return a tensor of the CPU on the device, which may still be at work: the copy to a GPU is from pinned memory."""
+    """Return a CPU tensor on the device without waiting for it: the copy to a GPU is from pinned memory."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -86,7 +86,7 @@ def set_precision(precision, device):
 
 
 def bf16_speed(device):
-    """Return which of bf16 and fp32 is faster on this CPU, by timing one product of the MLP's size; "" on a GPU."""
+    """Return which of bf16 and fp32 is faster on this CPU, by timing one matrix product; "" on a GPU."""
     if device.type != "cpu":
         return ""
     times = {}
@@ -102,7 +102,7 @@ def bf16_speed(device):
 
 
 def autocast(precision, device):
-    """Return the autocast context of the network's body; weights are not cached, so that CUDA graphs can hold it."""
+    """Return the autocast context of the network's body, without a weight cache, so that CUDA graphs can capture it."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
@@ -128,7 +128,7 @@ def get_ranks():
 
 
 class OneProcess:
-    """All of a run in one process, which has nobody to wait for or to share with. `Ranks` has the same methods."""
+    """A run in one process: the methods of `Ranks`, without anything to wait for or to exchange."""
 
     count = 1
     argv = None  # the command line as it is
@@ -160,9 +160,9 @@ class Ranks(OneProcess):
     """The processes that torchrun has started for one run, each a rank; the first one prints and writes files.
 
     Every rank draws the same batches, takes its rows of each, and computes its share of the batch's loss. The sum of
-    their gradients is then that of one device, and all make the same optimizer step.
+    the gradients is then that of one device, and all make the same optimizer step.
 
-    Use as a context manager. On leaving, the other ranks wait for the first; where it fails or is stopped, they end
+    Use as a context manager. On leaving, the other ranks wait for the first; if it fails or is stopped, they end
     with its exit status and print nothing.
     """
 
@@ -176,7 +176,7 @@ class Ranks(OneProcess):
 
     @property
     def argv(self):
-        """The flags; when torchrun restarts a run that had begun, with --resume and without --force."""
+        """The flags; if torchrun restarts a run that had begun, with --resume and without --force."""
         if not self.all_attempts.check(["begun"]):
             return sys.argv[1:]
         return [word for word in sys.argv[1:] if word != "--force"] + ["--resume"]
@@ -190,7 +190,7 @@ class Ranks(OneProcess):
             self.store.set("prepared", "")
 
     def await_first(self, event, seconds=math.inf):
-        """Return when the first rank has announced `event`, or after `seconds`; if it has ended, end as it did."""
+        """Wait until the first rank announces `event`, at most `seconds`; if it has ended, end with its exit status."""
         deadline = time.monotonic() + seconds
         while self.rank and not self.store.check([event]):
             if self.store.check(["ended"]):
@@ -206,14 +206,14 @@ class Ranks(OneProcess):
             signal.signal(number, signal.SIG_DFL if self.rank else signal.SIG_IGN)
         if not self.rank:
             self.store.set("ended", str(exit_status(error)))
-        if isinstance(error, LostRank):  # had the first rank failed, it would have said so before it was gone
+        if isinstance(error, LostRank):  # if the first rank had failed, the store would say so already
             patience = 0
         else:
             patience = math.inf if error is None else ENDING_SECONDS if isinstance(error, Exception) else STOP_SECONDS
         self.await_first("nothing more", patience)
 
     def connect(self, state, split):
-        """Connect the ranks, and have the model of a `TrainingState` train on all of them as on one device.
+        """Connect the ranks, and make the model of a `TrainingState` train on all of them as on one device.
 
         Raises UserError if a rank has another state or another training set than the first.
         """
@@ -231,7 +231,7 @@ class Ranks(OneProcess):
         parameters = list(model.parameters())
         self.buffer = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters) + 3)
         offset = 0
-        for parameter in parameters:  # in its own strides: the optimizer pairs their elements as they lie in memory
+        for parameter in parameters:  # with its strides: the optimizer pairs elements by their order in memory
             parameter.grad = self.buffer.as_strided(parameter.size(), parameter.stride(), offset)
             offset += parameter.numel()
         self.all_attempts.set("begun", "")
@@ -241,7 +241,7 @@ class Ranks(OneProcess):
         return batch.tensor_split(self.count)[self.rank]
 
     def sum_with_gradients(self, *scalars):
-        """Sum the gradients, in place, and three scalars over the ranks in one message; return the scalars' sums."""
+        """Sum the gradients, in place, and three scalars over the ranks in one all-reduce; return the scalars' sums."""
         self.buffer[-3:] = torch.stack(scalars)
         return all_reduce(self.buffer)[-3:]
 
@@ -257,7 +257,7 @@ class SharedStopFlag(StopFlag):
     """A StopFlag whose `check()`, called equally often on all ranks, raises in the same call on each of them.
 
     About every AGREE_SECONDS the ranks exchange the signals that have arrived, and how many calls are to pass until the
-    next exchange. Each reads the answer one exchange later, so that nobody waits for it.
+    next exchange. They read the answer one exchange later, so that no rank waits for it.
     """
 
     def __enter__(self):
@@ -281,7 +281,7 @@ class SharedStopFlag(StopFlag):
 
 
 class LostRank(UserError):
-    """Another rank has ended in the middle of the work."""
+    """Raised when another rank has ended during the run."""
 
     def __init__(self):
         super().__init__("another rank has ended; to continue, run the same command with --resume", FAILED_WORK)
@@ -289,7 +289,7 @@ class LostRank(UserError):
 
 @contextlib.contextmanager
 def lost_rank():
-    """Turn the error of a message between ranks that has failed into LostRank."""
+    """Turn the error of a failed collective operation into LostRank."""
     try:
         yield
     except RuntimeError:
@@ -304,7 +304,7 @@ def all_reduce(tensor, operation=distributed.ReduceOp.SUM):
 
 
 def exit_status(error):
-    """Return the exit status of a process that an exception ends, or nothing (None)."""
+    """Return the exit status of a process that ends with an exception, or with None."""
     if isinstance(error, Interrupted):
         return 128 + error.signal
     if isinstance(error, SystemExit):

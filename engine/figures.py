@@ -55,7 +55,7 @@ CLASS_VALUES = {"margins": r"margin $M_k$", "mean_norms_sq": r"class-mean norm $
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
 WIDE = 20  # largest n_k / smallest n_k above which their axis is logarithmic
 VECTOR_CLASSES = 30  # number of classes above which heatmaps are images in a PDF, not vectors
-FRAMES, FRAMES_PER_SECOND = 60, 5  # of an animation; at most so many frames
+FRAMES, FRAMES_PER_SECOND = 60, 5  # of an animation; FRAMES at most
 
 
 @matplotlib.style.context(STYLE_FILE)
@@ -83,7 +83,7 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     out.mkdir(parents=True, exist_ok=True)
     suffix, written = runs[0].suffix, []
     for name, figure in figures.items():
-        if runs[0].comparison and not name.startswith("heatmaps"):  # they say it themselves
+        if runs[0].comparison and not name.startswith("heatmaps"):  # which have it in their titles
             figure.suptitle(runs[0].comparison)
         for kind in ("pdf", "png"):
             written.append(out / f"{name}{suffix}.{kind}")
@@ -105,7 +105,7 @@ class Setting:
     """Runs that differ only in their seed, and what figures show of them at one epoch."""
 
     label: str  # the flags in which the setting differs from the others of a figure
-    name: str  # the same as a part of a file name; "" for one setting
+    name: str  # the label as a part of a file name; "" for one setting
     style: dict  # colour and marker in a figure of several settings
     runs: list
     epoch: int | None  # None if there is no epoch with a geometry in all runs
@@ -141,7 +141,7 @@ class Setting:
         return np.array(values) if all(map(len, values)) else None
 
     def series(self, column, x):
-        """Return where all runs have a value (E,), the mean over the runs, and the values (E, S).
+        """Return (x (E,), values (E, S)) at the epochs where all S runs have a value; x is their mean.
 
         A column of the log is taken from there, any other one from the rows.
         """
@@ -172,7 +172,7 @@ def geometry_epochs(runs):
 
 
 def choose_epoch(runs, epoch):
-    """Return `epoch`, or the last one if it is None, of those with a geometry; None if there are none."""
+    """Return `epoch`, or if it is None the last epoch with a geometry in all runs, or None if there is none."""
     epochs = geometry_epochs(runs)
     if epoch is None:
         return epochs[-1] if epochs else None
@@ -183,7 +183,7 @@ def choose_epoch(runs, epoch):
 
 
 def thinned(values, most):
-    """Return at most so many of the values of a list, evenly spaced, with the first and the last one."""
+    """Return at most `most` values of a list, evenly spaced, including the first and the last."""
     return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
 
 
@@ -200,8 +200,8 @@ def style_of(index):
 def curves(panels, settings, x="epoch"):
     """Draw columns of the rows or the log against `x`: mean (geometric on a log axis) and range over the seeds.
 
-    One setting has an axis for each of `panels` of which it has a column; several have an axis for each column that any
-    of them has.
+    A single setting has an axis for each panel of which it has a column; several settings have an axis for each column
+    that any of them has.
     """
     several, run = len(settings) > 1, settings[0].runs[0]
     if not several:
@@ -219,7 +219,7 @@ def curves(panels, settings, x="epoch"):
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, (title, ylabel, scale, columns) in zip(axes, panels, strict=False):
         axis.set(title=title, xlabel=ABSCISSAE[x], ylabel=ylabel, yscale=scale)
-        axis.xaxis.set_major_locator(MaxNLocator(4))  # numbers of steps are wide
+        axis.xaxis.set_major_locator(MaxNLocator(4))  # step numbers are wide
         for position, (column, label) in enumerate(columns.items()):
             for setting in settings:
                 plot_series(axis, *setting.series(column, x), label, setting.style if several else style_of(position))
@@ -248,7 +248,7 @@ def curves(panels, settings, x="epoch"):
 
 
 def abscissa(run, epochs, x):
-    """Return the ends of the epochs (E,) of a run on an x axis of ABSCISSAE."""
+    """Return the x (E,) at which epochs (E,) of a run end, for a key of ABSCISSAE."""
     ends = {"epoch": np.array, "step": run.steps_until, "minutes": lambda e: run.seconds_until(e) / 60}[x](epochs)
     if np.isnan(ends).any():
         raise UserError(f"{run.folder}: no {'config.json' if x == 'step' else 'train_log.jsonl'}: --x {x} is not known")
@@ -277,7 +277,7 @@ def listed(*texts):
 
 
 def in_common(settings, *columns):
-    """Split columns of texts, one text a setting: what settings have in common, and for each its label and the rest."""
+    """Split columns of texts, one per setting: return what all share, and each setting's label with the rest."""
     shared = [texts[0] for texts in columns if len(set(texts)) == 1]
     others = [texts for texts in columns if len(set(texts)) > 1]
     labels = [setting.label for setting in settings]
@@ -285,7 +285,7 @@ def in_common(settings, *columns):
 
 
 def legend_below(figure, handles, labels, title, **options):
-    """Make a figure higher by a legend below it, a row for each handle."""
+    """Add a legend below a figure, a row for each handle, and make the figure taller to fit it."""
     labels = [textwrap.fill(label, 115) for label in labels]
     figure.set_figheight(figure.get_figheight() + 0.15 * (1 + sum(label.count("\n") + 1 for label in labels)))
     figure.legend(handles, labels, title=title, loc="outside lower center", **options)
@@ -319,7 +319,7 @@ def theorem(settings):
 
 
 def plot_theorem(axes, setting, style, colour):
-    """Plot a setting into the axes of `theorem`, and return {text: mark} of measured, theory and collapse."""
+    """Plot a setting into the axes of `theorem`, and return its legend {text: handle}."""
     geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
     for axis, name in zip(axes, CLASS_VALUES, strict=True):
         plot_classes(axis, counts, np.array([geometry[name] for geometry in setting.geometries]), style)
@@ -342,10 +342,10 @@ def plot_theorem(axes, setting, style, colour):
 
 
 def theory_values(setting, span):
-    """Return sizes n (P,) of a class, the theory's margins and squared norms (2, P) there, and how to draw them.
+    """Return class sizes n (P,), the theory's margins and squared norms (2, P) at these, and plot options.
 
-    A closed form is a curve from the least to the largest of `span` and a little further, since a class depends on the
-    others only through K and N. Where there is none, as with a bias, the values are those of the classes: points.
+    A closed form gives a curve that covers `span`, because a class depends on the others only through K and N. Without
+    a closed form, as with a bias, the theory is known at the n_k alone, and is drawn as points.
     """
     geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
     sizes = np.geomspace(max(1, 0.9 * min(span)), min(1.05 * max(span), counts.sum()), 100)
@@ -386,14 +386,12 @@ def count_scale(settings):
 def plot_classes(axis, counts, values, style):
     """Plot values (S, K) of S seeds against the class counts (K,): their mean, with bars from least to largest."""
     mean = values.mean(0)
-    spread = (
-        np.abs([values.min(0) - mean, values.max(0) - mean]) if len(values) > 1 else None
-    )  # rounding may be below 0
+    spread = np.abs([values.min(0) - mean, values.max(0) - mean]) if len(values) > 1 else None  # abs: rounding errors
     axis.errorbar(counts, mean, spread, linestyle="none", **style)
 
 
 def measured_texts(settings):
-    """Return what a legend says of measured points: columns of epoch and seeds, one text a setting."""
+    """Return the legend texts of measured points: their epochs and their seeds, one text per setting."""
     return (
         [f"measured at epoch {setting.epoch}" for setting in settings],
         [f"mean and range over {setting.seeds}" if setting.seeds else "" for setting in settings],

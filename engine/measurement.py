@@ -1,4 +1,4 @@
-"""A model at an epoch -> a row of metrics, its geometry, and its accuracy class by class."""
+"""Measure a model at an epoch: a row of metrics, its geometry, and its accuracy class by class."""
 
 import contextlib
 import math
@@ -19,7 +19,7 @@ from nc_theory import GAP_COLUMNS, optimality_gap
 from nc_theory.losses import losses_and_gradients
 from utils import FAILED_WORK, UserError, from_flags
 
-BATCH = 512  # images of a forward pass
+BATCH = 512  # images per forward pass
 FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statistics; above, they are computed twice
 
 
@@ -34,7 +34,7 @@ class Measurement:
         self.device, self.after_batch, self.ranks = data.train.labels.device, after_batch, ranks or OneProcess()
 
     def record(self, epoch, loggers=()):
-        """Measure the model as it is and add the row to the run and the loggers; return the row."""
+        """Measure the model, add the row to the run and the loggers, and return the row."""
         row, parts, accuracies = self.measure()
         row, parts = {"epoch": epoch, **row}, {name: part.numpy() for name, part in parts.items()}
         accuracies = [{"epoch": epoch, **accuracy} for accuracy in accuracies]
@@ -102,7 +102,7 @@ class Measurement:
         return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
 
     def forward(self, split):
-        """Yield (logits, features, labels) of a split in order, batch by batch; of a rank's rows of each batch."""
+        """Yield (logits, features, labels) of a split, batch by batch in order; of each batch, this rank's rows."""
         if not len(split):
             return
         size = BATCH * self.ranks.count

@@ -8,9 +8,9 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """What changes from epoch to epoch. Fields are named as the flags; epochs are counted from 1.
+    """The learning rate and penalty scale of each epoch. Fields are named as the flags; epochs are counted from 1.
 
-    Everything depends on the epoch alone, so a resumed run needs no scheduler state.
+    Both depend on the epoch alone, so a resumed run needs no scheduler state.
     """
 
     epochs: int
@@ -41,7 +41,7 @@ class Schedule:
         """Return the factor of both penalties in an epoch; it ends at 1.
 
         After `penalty_hold_epochs` at `penalty_start`, it falls geometrically in `penalty_fall_epochs`. In the warm-up
-        it rises linearly from zero, whatever it would be otherwise.
+        it is also multiplied by a factor that rises linearly from zero.
         """
         done = epoch - 1
         scale = 1.0

@@ -41,10 +41,10 @@ from utils import UserError, atomic_write
 
 COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  # that the rows of a run must have
 POINTS = 400  # of a curve, at most
-MARKED = 30  # points of a curve up to which each has a marker
+MARKED = 30  # points up to which a curve has markers
 ENTRIES = 1_400_000  # of all matrices, at most: 5 MB
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
-DASHES = ["solid", "dash", "dashdot"]  # of the first settings, of those whose colours are in use already, and so on
+DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
 FACTS = ("class_counts", "num_parameters", "device", "git_commit")
 CLASS_LABELS = {"margins": "margin M<sub>k</sub>", "mean_norms_sq": "class-mean norm ‖μ<sub>k</sub>‖²"}
 
@@ -54,7 +54,7 @@ class Page(Template):
 
 
 def write_report(runs, path):
-    """Write the report of runs to `path`, and return it. Runs that differ only in their seed: mean and range.
+    """Write the report of runs to `path`, and return the path. Seeds of a setting are shown as mean and range.
 
     Raises UserError if Plotly is not installed, or a run has no rows or lacks one of COLUMNS.
     """
@@ -117,7 +117,7 @@ def compact(values):
 
 
 def runs_table(settings):
-    """Return HTML: a table of the flags and facts in which settings differ; folded, those they share and folders."""
+    """Return HTML: a table of the flags and facts that differ between settings, then the shared ones and folders."""
     facts = pd.DataFrame([facts_of(setting.runs[0]) for setting in settings]).fillna("-")
     differs = facts.nunique() > 1
     differing = facts.loc[:, differs].assign(seed=[", ".join(str(run.seed) for run in s.runs) for s in settings])
@@ -128,7 +128,7 @@ def runs_table(settings):
 
 
 def folded(what, items):
-    """Return pairs of texts as an HTML list that opens with a click on its length and what it holds."""
+    """Return pairs of texts as a collapsed HTML list, headed by its length and `what` it holds."""
     entries = [f"<li><b>{escape(name)}</b> {escape(str(value))}</li>" for name, value in items]
     return f"<details><summary>{len(entries)} {what}</summary><ul>{''.join(entries)}</ul></details>"
 
@@ -142,7 +142,7 @@ def facts_of(run):
 
 
 def table(frame):
-    """Return a DataFrame of texts as an HTML table; lines break before a deviation, heads may after an underscore."""
+    """Return a DataFrame of texts as an HTML table, with a line break before each deviation."""
     with pd.option_context("display.max_colwidth", None):
         head, end, body = frame.to_html(index=False, border=0).partition("</thead>")
     return f'<div class="table">{head.replace("_", "_<wbr>")}{end}{body.replace(" ± ", "<br>± ")}</div>'
@@ -180,7 +180,7 @@ def panel(title, traces, xtitle, ytitle, xscale="linear", yscale="linear"):
 
 
 def trace(mark, setting, x, y, hover, **options):
-    """Return a line, or what `options` make of it; `hover` follows the setting's label when the mouse is over it."""
+    """Return a Plotly trace, a line unless `options` say otherwise; its hover text is the label and `hover`."""
     label = [escape(line) for line in textwrap.wrap(setting.label, 40)]
     shown = {"hovertemplate": "<br>".join([*label, hover]) + "<extra></extra>", "mode": "lines"}
     return mark | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
@@ -219,7 +219,7 @@ def curve(mark, setting, column, scale):
 
 
 def ranges(values):
-    """Return what a hover text says of the range of values (P, S) over several seeds."""
+    """Return the hover texts (P,) on the range of values (P, S) over several seeds."""
     ends = zip(values.min(1), values.max(1), strict=True)
     return [f"<br>{low:.3g} to {high:.3g} over the seeds" if values.shape[1] > 1 else "" for low, high in ends]
 
@@ -258,9 +258,9 @@ def points(mark, setting, values):
 
 
 def heatmaps(setting, entries):
-    """Return the matrices of a setting's first run, divided by their norms, at epochs with about `entries` numbers.
+    """Return the matrices of a setting's first run, divided by their norms, at as many epochs as `entries` allow.
 
-    A frame holds the differences from the theory if there is one, and what was measured if not.
+    A frame holds the differences from the theory if there is one, else the measured matrices.
     """
     run, size = setting.runs[0], 3 * len(setting.class_counts) ** 2
     epochs = thinned(geometry_epochs([run]), min(FRAMES, max(2, entries // size)))

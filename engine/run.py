@@ -46,7 +46,7 @@ from utils import (
     write_json,
 )
 
-# The ends of the names of the CSV, geometry/ and figures of each --theory and --bn_statistics.
+# Suffixes of the names of the CSV, geometry/ and figures for each --theory and --bn_statistics.
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}
 BN_SUFFIXES = {"running": "", "training_set": "_bn"}
 SUFFIXES = [batch_norm + theory for batch_norm in BN_SUFFIXES.values() for theory in THEORY_SUFFIXES.values()]
@@ -66,7 +66,7 @@ CALL_FLAGS = set(
 class Run:
     """A run's folder. config.json is read once, when the object is made; {} if there is none.
 
-    theory, bn_statistics: the --theory and --bn_statistics whose rows and geometry are meant.
+    theory, bn_statistics: the --theory and --bn_statistics whose rows and geometry are read and written.
     """
 
     def __init__(self, folder, theory="objective", bn_statistics="running"):
@@ -128,13 +128,13 @@ class Run:
 
     @property
     def comparison(self):
-        """What the rows are measured with and compared with, where it is not the default; "" otherwise."""
+        """The theory and the BatchNorm statistics of the rows, if they are not the default; "" otherwise."""
         theory = f"theory {self.theory}" if self.theory != "objective" else ""
         batch_norm = "training-set BatchNorm statistics" if self.bn_statistics != "running" else ""
         return ", ".join(filter(None, (theory, batch_norm)))
 
     def theory_summary(self):
-        """Return what the theory says of the run, in one line; only a closed form, which takes no time, is computed."""
+        """Return what the theory predicts, in one line; only a closed form is computed, because it takes no time."""
         if self.problem is None:
             return self.no_optimum
         if (optimum := closed_form(self.problem)) is None:
@@ -158,7 +158,7 @@ class Run:
         return self.read_rows()
 
     def read_rows(self):
-        """Read nc_metrics.csv again: another process may have added rows."""
+        """Read nc_metrics.csv again, because another process may have added rows."""
         self.rows = read_rows(self.csv)
         return self.rows
 
@@ -257,7 +257,7 @@ class Run:
             )
         if holds_results and not (resume or force):
             raise UserError(
-                f"{self.folder} holds a run: give --resume to go on with it, --force to delete it, or --save_path"
+                f"{self.folder} holds a run: give --resume to continue it, --force to delete it, or --save_path"
             )
 
     def check_class_counts(self, class_counts):
@@ -270,7 +270,7 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the folder for this run; raise UserError if another process is training there."""
+        """Lock the folder for this run; raise UserError if another process is training there."""
         if not is_first_rank():  # the first one holds it for all
             yield
             return
@@ -286,7 +286,7 @@ class Run:
 
     @contextlib.contextmanager
     def rows_lock(self):
-        """Hold the rows for this process, waiting for another one that is adding a row."""
+        """Lock the rows for this process, after waiting for another one that is adding a row."""
         path = self.csv.with_name(f".{self.csv.name}.lock")
         try:
             held = filelock.FileLock(path).acquire(timeout=LOCK_SECONDS)
@@ -296,7 +296,7 @@ class Run:
             yield
 
     def write_config(self, flags, training_flags, **facts):
-        """Write config.json; when a run is resumed, only the flags that the resuming call may change are renewed."""
+        """Write config.json; when a run is resumed, keep the facts and CALL_FLAGS of its first call."""
         if self.config:
             kept = {name: value for name, value in self.flags.items() if name in CALL_FLAGS}
             self.config |= {"flags": flags | kept, "training_flags": training_flags}
@@ -422,7 +422,7 @@ def write_table(path, table):
 
 
 def last_epoch(path):
-    """Return the epoch of a table's last row without reading the others; infinity if there is none, or only a part."""
+    """Return the epoch of a table's last row without reading the others; infinity if it is missing or cut off."""
     with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
         file.seek(-min(200, path.stat().st_size), os.SEEK_END)
         line = file.readlines()[-1]

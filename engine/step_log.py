@@ -1,4 +1,4 @@
-"""What the steps of an epoch measured, and the line of the log that they make."""
+"""The measurements of an epoch's steps, and the log entries computed from them."""
 
 import torch
 

@@ -38,7 +38,7 @@ def state(run):
 
 
 def shortfall(run):
-    """Return why a run is in no mean, in one line, or None if it is trained and measured to its last epoch."""
+    """Return in one line why a run is not in the means, or None if it is trained and measured to its last epoch."""
     if (text := state(run)) != "finished":
         return text
     if len(run.log) and last_measured(run) < (epoch := run.log["epoch"].iloc[-1]):
@@ -62,7 +62,7 @@ def result(run):
 def time_to_collapse(run, threshold):
     """Return the (epoch, steps, seconds) from which on all of COLLAPSE are at most `threshold`; NaN if there is none.
 
-    The epoch is one with a row; what happened between it and the row before is not known.
+    The epoch is one with a row; the collapse may have begun any time after the row before.
     """
     below = (run.rows[COLLAPSE] <= threshold).all(axis=1)
     stays = run.rows["epoch"][below[::-1].cummin()]
@@ -133,7 +133,7 @@ def text_tables(table, worst=False):
 
 
 def not_counted(runs):
-    """Return a line for each run that is in no mean: its folder, and why."""
+    """Return a line for each run that is excluded from the means: its folder, and why."""
     return [f"{run.folder}: {reason}" for run in runs if (reason := shortfall(run))]
 
 
@@ -143,7 +143,7 @@ def plain_table(table):
 
 
 def cell(row, name, other):
-    """Return a value and, over several seeds, its `other`: "std", the standard deviation, or "worst"."""
+    """Format a value and, over several seeds, its `other`: "std", the standard deviation, or "worst"."""
     text = written(name, row[name])
     if text == "-" or row["seeds"] == 1:
         return text
@@ -160,7 +160,7 @@ def collapse_cell(row, unit, threshold):
 
 
 def written(name, value, digits=2):
-    """Format a column's value: a time, a count, an accuracy with two decimals, anything else to so many digits."""
+    """Format a column's value: a time, a count, an accuracy with two decimals, anything else to `digits` digits."""
     if math.isnan(value):
         return "-"
     if name.startswith("seconds"):

@@ -1,4 +1,4 @@
-"""The model zoo. Every model(images) returns (logits, features >= 0) and has a linear head `fc`."""
+"""The model zoo. Every model(images) returns (logits, features) and has a linear head `fc`."""
 
 from functools import partial
 
@@ -50,7 +50,7 @@ def build_model(
 def to_device(model, data, precision, device):
     """Return a model and its images on the device, in the memory format that is fastest there.
 
-    That is the model's own, but for fp32 on a GPU, whose convolutions are made for NCHW unless they use tensor cores.
+    That is the model's own format, except in fp32 on a GPU, where convolutions without tensor cores prefer NCHW.
     """
     layout = torch.contiguous_format if (device.type, precision) == ("cuda", "fp32") else model.memory_format
     return model.to(device, memory_format=layout), data.to(device, layout)

@@ -1,4 +1,4 @@
-"""The base class of all models: a body with non-negative features, and a linear head."""
+"""The base class of all models: a body that returns features, and a linear head."""
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class RevivingRowReLU(RevivingReLU):
     """ReLU that passes, for images all of whose outputs (B, d) are zero, the gradients that would raise them.
 
     An image that no unit of a hidden layer responds to has the same features as every other such image, whatever its
-    class, and an ordinary ReLU gives it no gradient that could part them.
+    class, and an ordinary ReLU gives it no gradient that could separate them.
     """
 
     @staticmethod
@@ -64,10 +64,10 @@ class FeatureReLU(RevivableReLU):
 
 
 class Classifier(nn.Module):
-    """A body `embed`, images (B, 3, 32, 32) -> features (B, d) >= 0, and a head `fc`, features -> logits (B, K)."""
+    """A body `embed`, images (B, 3, 32, 32) -> features (B, d), and a head `fc`, features -> logits (B, K)."""
 
     fc: nn.Sequential
-    memory_format = torch.channels_last  # in which convolutions are fastest, but for fp32 on a GPU
+    memory_format = torch.channels_last  # fastest for convolutions, except in fp32 on a GPU
 
     def embed(self, images):
         raise NotImplementedError

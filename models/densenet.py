@@ -8,7 +8,7 @@ from models.classifier import Classifier, FeatureReLU, linear_head
 
 
 class DenseLayer(nn.Module):
-    """A 1 x 1 bottleneck and a 3 x 3 convolution whose `growth` new channels are put before the old ones."""
+    """A 1 x 1 bottleneck and a 3 x 3 convolution whose `growth` new channels are prepended to the input."""
 
     def __init__(self, in_planes, growth):
         super().__init__()

@@ -54,7 +54,7 @@ __all__ = [
 
 
 MOST_CLASSES = 200  # beyond which direct minimisation takes too long for a problem that nearly splits by class
-SPLIT = 1e-9  # gap of the solution class by class up to which the problem is taken to split
+SPLIT = 1e-9  # largest gap of the class-by-class solution at which the problem counts as split
 
 
 def solve(problem):
@@ -69,7 +69,7 @@ def split_optimum(problem):
     """Return the Optimum of a UFM that splits by class, without direct minimisation, or None if it does not split.
 
     Beyond MOST_CLASSES classes, the result for a variant of the cross entropy with ReLU and no bias is the best with
-    orthogonal features even if features should share directions: its `gap` is then large.
+    orthogonal features, even if features share directions at the minimum. Its `gap` is then large.
     """
     optimum = closed_form(problem)
     if optimum is None and problem.relu and not problem.bias:

@@ -1,4 +1,4 @@
-"""(UFM) for variants of the cross entropy, where it splits by class: fast for any number of classes."""
+"""Solve (UFM) class by class for variants of the cross entropy: fast for any number of classes."""
 
 import math
 
@@ -22,11 +22,11 @@ def solve_by_class(problem):
         min over z of (n_k/N) l_k(z) + sqrt(lambda_W lambda_H n_k) |z|,
 
     which is solved for all classes at once. It is the minimum of (UFM) if no two gradients at the z_k have a positive
-    inner product; the optimum's `gap` says so. It is large where the lambdas are so small that rounding prevails.
+    inner product; the optimum's `gap` says so. It is also large if rounding dominates because of tiny lambdas.
     """
     counts, parameters = problem.counts.numpy(), problem.loss_parameters
     root_w, root_h = math.sqrt(problem.lambda_w), math.sqrt(problem.lambda_h)
-    strengths = np.sqrt(counts) / (counts.sum() * root_w * root_h)  # n_k/N in units of what |z| costs
+    strengths = np.sqrt(counts) / (counts.sum() * root_w * root_h)  # n_k/N over the factor of |z|
     with np.errstate(all="ignore"):
         logits = shrunken_minima(parameters, strengths)
     losses, residuals = parameters.losses_and_residuals(logits, np.arange(len(counts)))
@@ -54,7 +54,7 @@ def solve_by_class(problem):
 
 
 def shrunken_minima(parameters, strengths):
-    """Return the minima z_k (K, K), one row a class, of strength_k l_k(z) + |z|, by Newton's method on all rows.
+    """Return the minima z_k (K, K), one row per class, of strength_k l_k(z) + |z|, by Newton's method on all rows.
 
     A row is zero if and only if |strength_k grad l_k(0)| <= 1.
     """
@@ -87,7 +87,7 @@ def shrunken_minima(parameters, strengths):
 
 
 def newton_steps(parameters, strengths, z, labels):
-    """Return Newton's steps (P, K) at logits z (P, K) of classes (P,), and how fast they descend (P,).
+    """Return Newton's steps (P, K) at logits z (P, K) of classes (P,), and their rates of descent (P,).
 
     The second derivative of a row is diag(a) - u u^T - v v^T, so that a step takes O(K) operations (Woodbury).
     """
@@ -107,6 +107,6 @@ def newton_steps(parameters, strengths, z, labels):
     adjugate = inner[:, ::-1, ::-1] * [[1, -1], [-1, 1]]
     step += np.einsum("pki,pij,pj->pk", scaled, adjugate, along) / determinant[:, None]
     decrease = -(gradients * step).sum(1)
-    lost = ~((decrease > 0) & np.isfinite(decrease))  # by rounding: go downhill
+    lost = ~((decrease > 0) & np.isfinite(decrease))  # by rounding: follow the gradient
     step[lost], decrease[lost] = -gradients[lost], np.square(gradients[lost]).sum(1)
     return step, decrease

@@ -1,6 +1,6 @@
 """Lower bounds of (UFM), which prove that a solution is the global minimum, and the optimality gap of a network.
 
-(UFM) is not convex in W and H, but it is in the logits Z = W H (K, K), one column a class. The least penalty of a Z is
+(UFM) is not convex in W and H, but it is in the logits Z = W H (K, K), one column per class. The least penalty of Z is
 sqrt(lambda_W lambda_H) times a gauge of Z diag(sqrt(n)): the gauge whose unit ball is the convex hull of c v^T with
 |c| <= 1, |v| <= 1 and, with ReLU, v >= 0 (without ReLU it is the nuclear norm). By convex duality any logits give a
 lower bound of the minimum, and those of a global minimiser give the minimum itself.
@@ -19,9 +19,9 @@ from nc_theory.losses import losses_and_gradients
 GAP_COLUMNS = ("optimality_gap", "gap_within", "gap_head", "gap_means")  # of `optimality_gap`
 ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
 ROUNDING = 1e-8  # an eigenvector with no entry below -ROUNDING may be non-negative
-TINY = 1e-14  # a probability that comes out as small as -TINY is zero
+TINY = 1e-14  # a probability down to -TINY is zero up to rounding
 BIAS_STEPS = 20  # of Newton's method
-RERUNS = 10  # of L-BFGS-B from where it ended
+RERUNS = 10  # of L-BFGS-B, each from the last result
 
 
 def polar(matrix, relu=True):
@@ -47,7 +47,7 @@ def polar(matrix, relu=True):
 
 
 def lower_bound(problem, logits, bias=None):
-    """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column a class, and a bias (K,).
+    """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column per class, and a bias (K,).
 
     With p_k the softmax of D (z_k + b) + i_k, g_k = w_k D (p_k - t_k) the gradient of the loss, and G the matrix of
     columns -(sqrt(n_k)/N) g_k, the bound of the cross entropy and its variants is
@@ -59,12 +59,12 @@ def lower_bound(problem, logits, bias=None):
     logits and is tight at a global minimiser.
 
     With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
-    s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore moved to the best for the given W H first. The
-    result is -inf if that fails, and for logits that are not finite.
+    s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore first replaced by the best one for the given W H.
+    The result is -inf if that fails, and for logits that are not finite.
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
-    logits = np.asarray(logits, dtype=np.float64).T  # one row a class
+    logits = np.asarray(logits, dtype=np.float64).T  # one row per class
     if problem.bias:
         logits = logits + best_bias(problem, logits, np.zeros(len(counts)) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
@@ -79,7 +79,7 @@ def lower_bound(problem, logits, bias=None):
     slopes = shares[:, None] * slopes
     rest = (slopes * residuals).sum(0)
     if problem.bias and not problem.bias_decay:
-        residuals = residuals - rest / slopes.sum(0)  # exactly what is wanted, not up to rounding
+        residuals = residuals - rest / slopes.sum(0)  # makes r zero exactly, not only up to rounding
     largest = polar((slopes * residuals / np.sqrt(counts)[:, None]).T, problem.relu)
     target = math.sqrt(problem.lambda_w) * math.sqrt(problem.lambda_h)
     scale = min(1.0, target / largest) if largest > 0 else 1.0
@@ -101,7 +101,7 @@ def lower_bound(problem, logits, bias=None):
 
 
 def best_bias(problem, logits, bias):
-    """Return the bias (K,) that is best for W H, logits (K, K) with one row a class, by Newton's method."""
+    """Return the best bias (K,) for W H, logits (K, K) with one row per class, by Newton's method."""
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
 
@@ -123,7 +123,7 @@ def best_bias(problem, logits, bias):
 
 
 def bias_hessian(problem, logits, shares):
-    """Return the second derivative (K, K) of the mean loss by the bias, at logits (K, K) with one row a class."""
+    """Return the Hessian (K, K) of the mean loss with respect to the bias, at logits (K, K), one row per class."""
     if problem.loss == "MSE":
         return np.eye(len(shares))
     parameters, labels = problem.loss_parameters, np.arange(len(shares))
@@ -174,7 +174,7 @@ def best_head(problem, weight, means, bias):
     """Return the least mean loss plus head penalties over W and b, for given class means (K, d).
 
     W is sought in the span of the means, along their principal directions, each in units of its own curvature. The
-    problem is convex; L-BFGS is run again, with its memory cleared, while that gains something.
+    problem is convex; L-BFGS is run again, with its memory cleared, as long as the value falls.
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()

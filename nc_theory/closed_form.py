@@ -2,7 +2,7 @@
 
 For orthonormal directions u_k and h_k = |h_k| u_k the problem splits by class. The penalties of a margin M of class k
 are least if they are shared equally between head and feature, where they sum to a constant times M (inequality of the
-arithmetic and geometric means); what is left is a convex problem in M. All ratios are computed by their logarithms,
+arithmetic and geometric means); what is left is a convex problem in M. All ratios are computed via logarithms,
 so that lambdas of 1e-300 and counts of 1e9 neither overflow nor underflow.
 """
 

@@ -17,7 +17,7 @@ def seli(class_counts):
     W W^T = V S V^T. Eigenvectors of K x K matrices give the same: with D = diag(n), the class means have
     H^T H = D^(-1/2) (D^(1/2) (I - 11^T/K) D^(1/2))^(1/2) D^(-1/2), and W W^T = ((I - 11^T/K) D (I - 11^T/K))^(1/2).
 
-    Both matrices are unchanged if classes of equal counts trade places. The eigenvectors that tell such classes apart
+    Both matrices are unchanged if classes of equal counts are swapped. The eigenvectors that tell such classes apart
     are known, so that the eigenvalue problem is as large as the number of distinct counts, at most sqrt(2 N).
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
@@ -32,7 +32,7 @@ def seli(class_counts):
 def root_of_all_classes(matrix, distinct, groups, sizes):
     """Return the square root (K, K) of a matrix that is known on groups of classes of equal counts.
 
-    matrix: (G, G), its restriction to the span of the normalised indicators of the groups. Across that span it
+    matrix: (G, G), its restriction to the span of the normalised indicators of the groups. Orthogonally to that span it
     multiplies by the count. distinct: (G,) counts. groups: (K,) group of each class. sizes: (G,) classes of each group.
     """
     block = (square_root(matrix) - distinct.sqrt().diag()) / sizes.outer(sizes).sqrt()

@@ -1,4 +1,4 @@
-"""Cross-entropy losses against class imbalance, as one family: for training in PyTorch, and for the solver in NumPy.
+"""Cross-entropy losses for imbalanced classes, as one family: for training in PyTorch, and for the solver in NumPy.
 
 At logits z in R^K, a sample of class k costs
 
@@ -94,7 +94,7 @@ class LossParameters:
     def losses_and_residuals(self, logits, labels):
         """Return the losses (S,) of logits (S, K) with labels (S,), and p - t (S, K), p the softmax of D z + i.
 
-        All is computed relative to the score of the own class, and so exact also where the loss is tiny.
+        All is computed relative to the score of the sample's own class, so that tiny losses are accurate.
         """
         rows = np.arange(len(logits))
         scores = logits * self.scales + self.offsets
@@ -115,7 +115,7 @@ class LossParameters:
         return self.weights[labels] * losses, residuals
 
     def gradients(self, residuals, labels):
-        """Return the gradients (S, K) of the losses by the logits, w D (p - t), of residuals p - t (S, K)."""
+        """Return the gradients (S, K) of the losses with respect to the logits, w D (p - t), from p - t (S, K)."""
         return residuals * self.scales * self.weights[labels][:, None]
 
 

@@ -1,4 +1,4 @@
-"""Direct minimisation of (UFM) in float64, where no closed form exists and to check those that do."""
+"""Direct minimisation of (UFM) in float64, for problems without a closed form and to check the closed forms."""
 
 import math
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from nc_theory.certificate import lower_bound
 from nc_theory.losses import losses_and_gradients
 from nc_theory.problem import Optimum, class_margins
 
-RERUNS = 10  # of L-BFGS-B from where it ended
+RERUNS = 10  # of L-BFGS-B, each from the last result
 KICK = 1e-2  # length of a step away from zero, in scaled variables
 DEAD = 1e-4  # features shorter than this, in scaled variables, are at zero
 
 
 @dataclass(frozen=True, eq=False)
 class Minimum:
-    """The result of `solve_numerically`, with what tells how far it can be trusted."""
+    """The result of `solve_numerically`, and what shows how far it can be trusted."""
 
     optimum: Optimum
     losses: list  # value of (UFM) at the end of each start, the best first
@@ -28,11 +28,11 @@ class Minimum:
 def solve_numerically(problem, *, dim=None, level="class", starts=4, seed=0):
     """Minimise a UFM in float64 with L-BFGS-B from random starts, and return a `Minimum`.
 
-    Every other start gives each class a feature of its own; from the others, a class may stay at zero for good. The
+    Every other start gives each class a feature of its own; from the others, a class may never leave zero. The
     variants of the cross entropy stop at the first start whose result is certified to be the minimum.
 
     dim: the number of features d. Default: K, and 2K for the variants, where features share directions and d = K has
-    other local minima. level: "class" has one feature a class, weighted n_k/N, since features collapse at a minimum;
+    other local minima. level: "class" has one feature per class, weighted n_k/N, since features collapse at a minimum;
     "sample" leaves all N features free. starts: the number of starts. seed: of the starts.
 
     Raises ValueError for d < K, and for counts that are not whole numbers at level "sample".
@@ -88,7 +88,7 @@ class ScaledProblem:
         self.bias_decay = problem.bias_decay / self.cost
 
     def split(self, x):
-        """Return V (K, d), U (S, d) and b (K,) of a flat vector, as views where there are such entries."""
+        """Return V (K, d), U (S, d) and b (K,) of a flat vector, as views (b: zeros if there is no bias)."""
         (num_classes, dim), (samples, _) = self.shapes
         head, features, bias = np.split(x, [num_classes * dim, (num_classes + samples) * dim])
         return (
@@ -116,9 +116,9 @@ class ScaledProblem:
 
         apart: start with a feature of its own for each class.
 
-        The minimiser is run again from where it ended while that gains something, for two reasons. A line search that
+        The minimiser is run again from its last result as long as the value falls, for two reasons. A line search that
         fails on rounding ends a run early, which cleared memory repairs. And zero is a critical point for a feature,
-        whether or not the class belongs there, so that features at zero are kicked away from it.
+        even if it is not zero at the minimum, so that features at zero are kicked away from it.
         """
         head, features = (random.standard_normal(shape) for shape in self.shapes)
         if self.problem.relu:
@@ -165,7 +165,7 @@ class ScaledProblem:
             features[np.arange(len(features)), self.labels] = norms
             directions = np.eye(*head.shape)[np.unique(self.labels[dead])]
         else:
-            directions = np.linalg.svd(features)[2][::-1]  # those of the smallest singular values, or of none, first
+            directions = np.linalg.svd(features)[2][::-1]  # the unused directions and the least used ones first
         gradients = losses_and_gradients(self.problem, np.tile(bias, (len(features), 1)), self.labels)[1]
         for number, label in enumerate(np.unique(self.labels[dead])):
             own, direction = dead & (self.labels == label), directions[number]
@@ -201,7 +201,7 @@ class ScaledProblem:
             WWT=head @ head.T,
             WH=logits,
             bias=bias,
-            # Directions of class means below DEAD times the largest are zero up to the minimiser's error, as W is there
+            # Singular values of the class means below DEAD times the largest are zero up to the minimiser's error
             duality=logits @ torch.linalg.pinv(gram, rtol=DEAD**2, hermitian=True),
             loss=float(end.fun * self.cost),
             method="numerical",

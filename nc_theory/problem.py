@@ -130,6 +130,6 @@ def validate_counts(class_counts):
 
 
 def class_margins(logits):
-    """Return the margins (K,) of logits W H (K, K), one column a class: its logit minus the mean of the others."""
+    """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others."""
     own = logits.diag()
     return own - (logits.sum(0) - own) / (len(logits) - 1)

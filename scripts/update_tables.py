@@ -70,7 +70,7 @@ class Table:
     heads: list  # of the other columns, in COLUMNS
     worst: tuple = ()  # heads of columns that also show the worst seed, in brackets
     figures: dict = None  # file name in docs/figures: figure of plot_nc.py
-    runs: str = "*"  # of which runs the figures are: a pattern in the table's folder
+    runs: str = "*"  # glob pattern, in the table's folder, of the runs in the figures
     x: str = "epoch"  # the x axis of the figures
     bn_statistics: str = "running"
 

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over a pipe by its DevTools protocol: no package is needed."""
+"""A headless Chromium, driven through its DevTools protocol over a pipe, without any package."""
 
 import base64
 import contextlib
@@ -28,7 +28,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def message(self):
-        """Return the next message of the browser, after noting what it says of errors and of loading."""
+        """Return the next message of the browser, after recording errors and page loads in it."""
         while b"\0" not in self.buffer:
             ready, _, _ = select.select([self.from_browser], [], [], SECONDS)
             chunk = os.read(self.from_browser, 1 << 20) if ready else b""
@@ -76,7 +76,7 @@ class Browser:
             time.sleep(0.05)
 
     def mouse(self, selector, *kinds, across=0.5):
-        """Send mouse events, as mousePressed, to the first element of a CSS selector, so far across it."""
+        """Send mouse events, such as mousePressed, to the first element of a CSS selector, at `across` of its width."""
         element = f"document.querySelector('{selector}')"
         self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
         box = self.evaluate(f"{element}.getBoundingClientRect().toJSON()")

@@ -1,4 +1,4 @@
-"""Helpers of all tests: the real scripts in processes of their own, what they wrote, and real images if any."""
+"""Shared helpers: running the real scripts in their own processes, reading what they wrote, and real images."""
 
 import csv
 import itertools
@@ -21,7 +21,7 @@ UNPACK = ROOT.parent / "shared" / "tools" / "unpack-cifar10"  # beside a develop
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 
-# Scripts run in children of a process that has imported torch and the rest already: seconds saved in each test.
+# Scripts run in forks of a process that has already imported torch and so on, which saves seconds in each test.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["train_1st_order_unbalanced", "validate_NC_unbalanced", "summarize", "sklearn.datasets", "torchvision"]
@@ -46,7 +46,7 @@ def nothing():
 
 
 def without_figures():
-    """Have validate draw no figures and no report, which take longer than all the rest of a small run."""
+    """Have validation draw no figures and no report, which take longer than the rest of a small run."""
     import engine.figures
     import engine.report
 
@@ -55,7 +55,7 @@ def without_figures():
 
 
 class Script:
-    """An entry script in a process of its own, which may be waited for, or sent signals while it runs."""
+    """An entry script in its own process, which tests can wait for or send signals to."""
 
     numbers = itertools.count()
 
@@ -116,7 +116,7 @@ def validate(run_script):
 
 @pytest.fixture
 def measure(validate):
-    """validate without its figures."""
+    """Run validation without its figures and report."""
     return lambda *flags, **options: validate(*flags, before=without_figures, **options)
 
 

@@ -1,4 +1,4 @@
-"""Flags: the paper's commands, one clear line for each wrong one, and the run's name and config."""
+"""Flags: the paper's commands, one-line errors for wrong flags, and the run's name and config."""
 
 import argparse
 import json
@@ -112,7 +112,7 @@ def test_every_number_is_checked(flag, text):
     assert f"--{flag}: {text!r} is not a" in error
 
 
-def test_no_number_is_left_out():
+def test_the_list_of_numeric_flags_is_complete():
     kinds = ("bounded", "epochs_or_share", "number_or_off")
     types = {action.dest: getattr(action.type, "__qualname__", "") for action in make_parser()._actions}
     numbers = {name for name, kind in types.items() if any(kind_of in kind for kind_of in kinds)}
@@ -128,8 +128,8 @@ def test_help_is_grouped_and_says_every_default():
     assert text.count("(default: ") == len(described)
 
 
-def test_every_flag_is_either_of_the_run_or_local_and_changes_the_name_or_not():
-    """Two settings that train differently never share a folder; the others do."""
+def test_a_flag_changes_the_name_exactly_if_it_changes_training():
+    """Settings that train differently never share a folder; settings that train alike do."""
     values = {
         "data_augmentation": "", "model": "VGG11", "depth_linear": "2", "loss": "MSE", "objective": "released",
         "sep_decay": "", "weight_decay": "0.5", "feature_decay_rate": "0.5", "optimizer": "SGD", "lr": "0.5",
@@ -167,7 +167,7 @@ def test_flags_from_a_file_and_later_ones_win(tmp_path):
     assert (args.lr, args.bias, args.width) == (0.5, False, 8)
 
 
-def test_every_switch_of_the_recipe_can_be_taken_back():
+def test_every_switch_of_the_recipe_can_be_turned_off():
     recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
     default = vars(parse())
     switched = {name for name, value in vars(parse(recipe)).items() if value is True and default[name] is False}
@@ -194,7 +194,7 @@ def adopt(text, config):
     return parse_args(argv=shlex.split(text), config=config, folder="x")
 
 
-def test_config_gives_the_flags_that_were_not_typed():
+def test_config_gives_the_defaults():
     args = adopt("--load_path x --recompute --device cpu", config_of(PAPER + " --width 77 --save_path y --device cuda"))
     assert (args.width, args.bias, args.save_path, args.recompute, args.device) == (77, False, None, True, "cpu")
 
@@ -220,14 +220,14 @@ def test_epochs_are_part_of_a_run_only_if_its_learning_rate_depends_on_them():
         ("bias", "yes"), ("revive", None), ("no_shuffle", "yes"),
     ],
 )  # fmt: skip
-def test_a_config_that_no_command_line_gives_is_named(flag, value):
+def test_a_config_with_impossible_flags_is_an_error(flag, value):
     config = config_of(PAPER)
     config["flags"][flag] = value
     with pytest.raises(UserError, match=rf"x/config.json: damaged, argument --{flag}[:/]"):
         adopt("", config)
 
 
-def test_every_config_that_a_command_line_gives_is_taken(tmp_path):
+def test_every_possible_config_is_accepted(tmp_path):
     for flags in (PAPER, "--class_counts 1,1,1,1,1,1,1,1,1,2", "--imbalance exp:1234567 --n_max 5", "--wandb False"):
         adopt("", config_of(flags + f" --init_from {tmp_path}/x --decay_type step_1_2 --lr 1 --run_name mine"))
     with pytest.raises(UserError, match=r"x/config.json and the flags: --n_max: only with"):
@@ -250,7 +250,7 @@ def test_config_and_profiles():
 
 
 def test_config_and_shares_of_the_epochs():
-    """A share is the number that it stands for, here and there; the number of epochs may come from the config."""
+    """Shares are compared as numbers of epochs; the total number of epochs may come from the config."""
     config = config_of("--epochs 250 --patience 36% --penalty_warmup_epochs 20%")
     for text in ("--epochs 250 --patience 36% --penalty_warmup_epochs 20%", "--patience 36%", "--patience 90", ""):
         args = adopt(text, config)
@@ -260,8 +260,8 @@ def test_config_and_shares_of_the_epochs():
 
 
 @pytest.mark.parametrize("model", ["MLP", "ResNet18"])
-def test_a_switch_taken_back_contradicts_the_config(model):
-    """Also one that has its place in the run's name only where it is on."""
+def test_a_switch_turned_off_contradicts_the_config(model):
+    """Also for a flag that is part of the run's name only when it is on."""
     with pytest.raises(UserError, match="--revive is False, in the run True"):
         adopt("--no-revive", config_of(f"--model {model} --revive"))
     with pytest.raises(UserError, match="--revive is True, in the run False"):
@@ -318,13 +318,13 @@ def test_flags_without_effect_are_noted():
 
 
 def test_the_hash_of_a_run_is_that_of_earlier_versions():
-    """It finds the folders that they made."""
+    """So that their folders are found."""
     assert run_name(parse(PAPER)).endswith("_133af656")
     assert run_name(parse("--model ResNet18 --imbalance exp:5")).endswith("_923e1437")
 
 
 def test_a_run_name_is_part_of_the_folder(tmp_path, monkeypatch):
-    """Together with the hash, so that two settings never share a folder; a folder named otherwise is found."""
+    """With the hash, so that no two settings share a folder; a folder with another name but this hash is found."""
     monkeypatch.chdir(tmp_path)
     a, b = run_folder(parse("--run_name mine")), run_folder(parse("--run_name mine --lr 1"))
     assert a.name.startswith("mine_") and b.name.startswith("mine_") and a != b

@@ -11,7 +11,7 @@ from models import MODELS, build_model
     "name", [name for name in MODELS if name in ("ResNet18", "ResNet50", "VGG11", "densenet_cifar")]
 )
 def test_the_model_is_that_of_one_batch_of_all_images(name):
-    """In float64: features and logits agree to rounding, whatever the batches, and nothing is left changed."""
+    """In float64, features and logits agree to rounding for any batches, and the model is unchanged afterwards."""
     torch.manual_seed(0)
     model = build_model(name, 4, planes=4).double()
     images = torch.rand(22, 3, 32, 32, dtype=torch.float64) + 3.0

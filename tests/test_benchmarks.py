@@ -1,4 +1,4 @@
-"""The benchmarks run, at a size at which their figures mean nothing: their tables have the rows that they promise."""
+"""The benchmarks run at a tiny size, where timings mean nothing, and write the rows that they promise."""
 
 import signal
 import subprocess
@@ -44,7 +44,7 @@ def test_ranks(tmp_path):
 
 
 def test_the_usual_nc1_is_ours(monkeypatch, tmp_path):
-    """The usual way is fp32 throughout, from images of 8 bits: these are, and their classes are far apart."""
+    """The usual way is fp32 on 8-bit images; the images here are 8-bit, with classes far apart."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from reference import usual_nc1
 
@@ -67,8 +67,8 @@ def check_gpu(folder, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_the_check_of_a_gpu_is_rehearsed(tmp_path):
-    """Every part ends, and finds that what must be equal is."""
+def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path):
+    """Every part ends, and finds equal what must be equal."""
     with check_gpu(tmp_path) as process:
         out, error = process.communicate(timeout=600)
     rows = rows_of(tmp_path / "check_gpu_cpu.csv")

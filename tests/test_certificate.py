@@ -41,7 +41,7 @@ MEMBERS = {
 
 
 def random_problem(random):
-    """A problem where none, some or all classes collapse, of any member, with and without ReLU and bias."""
+    """A random problem: any loss variant, with or without ReLU and bias, where none, some or all classes collapse."""
     num_classes = int(random.integers(2, 9))
     counts = random.integers(1, 300, num_classes)
     limits = [1.5, 2.0, 0.6, 2.0, 0.3]
@@ -64,7 +64,7 @@ def random_problem(random):
 
 
 def projected_power_iteration(gram, vector):
-    """A local maximum of v^T gram v over |v| = 1, v >= 0."""
+    """Return a local maximum of v^T gram v over |v| = 1, v >= 0."""
     for _ in range(300):
         vector = np.maximum(gram @ vector, 0)
         vector /= max(np.linalg.norm(vector), 1e-300)
@@ -102,7 +102,7 @@ def test_polar_with_repeated_eigenvalues():
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=40, **REPRODUCIBLE)
 def test_the_bound_is_never_above_the_minimum_found(seed):
-    """Neither that of the minimiser's logits, nor that of any other logits, near it or far."""
+    """Neither the bound from the minimiser's logits nor that from other logits, near or far."""
     random = np.random.default_rng(seed)
     problem = random_problem(random)
     optimum = solve(problem)
@@ -203,7 +203,7 @@ def test_weighted_cross_entropy_has_its_closed_form():
 def test_margins_and_smoothing_have_a_closed_form(variant):
     problem = UFM([1, *SMALL], 2e-2, 2e-3, variant=variant)
     closed, found = closed_form(problem), solve_numerically(problem).optimum
-    assert closed.collapsed[0].item() == (variant.class_weights == 0)  # its weight rescues the class of one image
+    assert closed.collapsed[0].item() == (variant.class_weights == 0)  # class weights prevent its collapse
     assert not closed.collapsed.all()
     assert lower_bound(problem, closed.WH) == pytest.approx(closed.loss, rel=1e-12)
     assert found.loss == pytest.approx(closed.loss, rel=1e-10)
@@ -252,7 +252,7 @@ def test_a_thousand_classes_in_seconds():
     assert time.process_time() - start < 10
 
 
-def test_too_many_classes_to_search_are_said_to_be_uncertified():
+def test_too_many_classes_to_search_are_reported_as_uncertified():
     counts = np.geomspace(10, 500, MOST_CLASSES + 1).round()
     optimum = solve(UFM(counts, 1e-5, 1e-7, variant=LossVariant(logit_adjustment=1)))
     assert optimum.method == "class by class" and not optimum.certified and 0 < optimum.gap < 1
@@ -286,7 +286,7 @@ def within(features, labels, means):
 
 
 def least_over_heads(problem, means):
-    """The least value over W and b for one feature a class, by Newton's method with autograd's Hessian."""
+    """The least value over W and b for one feature per class, by Newton's method with autograd's Hessian."""
     labels, counts = torch.arange(len(means)), problem.counts
     module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
     decays = torch.full((means.shape[1],), problem.lambda_w, dtype=torch.float64)
@@ -336,7 +336,7 @@ def test_the_gap_of_a_network_and_its_three_parts(member, bias, bias_decay):
 
 @pytest.mark.parametrize("member", ["plain", "VS"])
 def test_the_gap_at_the_optimum_is_zero(member):
-    """Features and a head with the optimum's geometry, without spread: nothing is left but the certificate's gap."""
+    """For features and a head with the optimum's geometry and no spread, only the certificate's gap is left."""
     problem = UFM([30, 60, 90, 120], 5e-3, 5e-4, variant=MEMBERS[member])
     optimum = solve(problem)
     values, vectors = torch.linalg.eigh(optimum.HTH)

@@ -158,7 +158,7 @@ def test_idx_archives(tmp_path, name, folder, mean, std):
 
 
 def test_packed_idx_files_need_no_network(tmp_path, monkeypatch):
-    """The .gz files as they are distributed, in place of a download."""
+    """The distributed .gz files, put in place by hand, are unpacked."""
     from torchvision.datasets import MNIST
 
     images, raw = pictures((28, 28)), tmp_path / "MNIST" / "raw"
@@ -203,7 +203,7 @@ def test_absent_archive_says_what_to_do(tmp_path, name):
 @pytest.mark.parametrize("name", ["cifar10", "mnist", "svhn"])
 def test_no_network_for_a_download(tmp_path, monkeypatch, name):
     for variable in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # nobody listens there
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")  # no server
     with pytest.raises(UserError, match=rf"{name}: .* is absent, and the download failed"):
         load_data(name, tmp_path)
 
@@ -283,7 +283,7 @@ def test_many_files_are_decoded_by_several_processes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_bytes_are_normalised_in_the_batch_to_the_last_bit(tmp_path, memory_format):
-    """As all images at once were by `images / 255`, less the mean, over the standard deviation, in fp32."""
+    """As if all images were normalised at once in fp32: (images / 255 - mean) / std."""
     write_folder(tmp_path)
     split = load_data("imagefolder", tmp_path).train.to("cpu", memory_format)
     assert split.pixels.dtype == torch.uint8
@@ -351,7 +351,7 @@ def test_digits():
     assert np.array_equal(np.bincount(data.train.labels), data.class_counts)
     assert np.array_equal(np.bincount(np.concatenate([data.train.labels, data.test.labels])), np.bincount(labels))
     pixels = torch.cat([data.train.images, data.test.images])
-    assert abs(pixels.mean()) < 0.01 and abs(pixels.std() - 1) < 0.15  # resizing takes some of the deviation
+    assert abs(pixels.mean()) < 0.01 and abs(pixels.std() - 1) < 0.15  # resizing lowers the deviation
 
 
 def test_a_class_with_too_few_images_is_named():
@@ -419,7 +419,7 @@ def test_an_epoch_is_a_permutation():
 
 
 def test_a_stratified_epoch_has_every_class_in_proportion():
-    """Each batch is within two images of its share, each epoch another permutation of all, images not only offsets."""
+    """Each batch is within two images of its share; each epoch permutes all images, within the classes too."""
     counts = torch.tensor([3, 10, 40, 97])
     labels = torch.arange(4).repeat_interleave(counts)[torch.randperm(150, generator=torch.Generator().manual_seed(0))]
     orders = [epoch_order(150, epoch=epoch, seed=1, labels=labels) for epoch in (1, 2)]
@@ -435,8 +435,8 @@ def test_a_stratified_epoch_has_every_class_in_proportion():
 
 
 @pytest.mark.parametrize("count, batch_size", [(23, 5), (20, 5), (21, 5), (3, 5), (1, 1), (2410, 200)])
-def test_batches_are_as_many_whether_even_or_not(count, batch_size):
-    """ceil(N/B) of them, in order; the last one takes what is left, or all sizes are the same but for one image."""
+def test_even_batches_are_as_many_as_uneven_ones(count, batch_size):
+    """ceil(N/B) batches in order; the last one has the remainder, or (even) sizes differ by at most one."""
     usual, even = (epoch_batches(torch.arange(count), batch_size, even=even) for even in (False, True))
     assert len(usual) == len(even) == math.ceil(count / batch_size)
     assert torch.equal(torch.cat(usual), torch.arange(count)) and torch.equal(torch.cat(even), torch.arange(count))
@@ -456,7 +456,7 @@ def test_images_go_with_their_labels_in_both_memory_formats():
 
 
 def test_the_order_is_the_same_on_every_machine():
-    """Written down: a change of the generator would break every comparison with earlier runs."""
+    """Fixed numbers: another generator would break every comparison with earlier runs."""
     assert order()[:6] == FIRST_OF_SEED_1
 
 

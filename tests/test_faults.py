@@ -1,4 +1,4 @@
-"""Runs that are cut, full disks, damaged and hostile files: nothing is lost, and every error is one line.
+"""Interrupted runs, full disks, damaged and hostile files: nothing is lost, and every error is one line.
 
 The table in docs/faults.md says which test shows what.
 """
@@ -40,7 +40,7 @@ LONG = [*TINY, "--epochs", 100_000, "--save_every", 2, "--save_path", "run"]
 
 
 def same_runs(a, b):
-    """Whether two runs have the same files with the same content, but for wall times, --save_path and --resume."""
+    """Return True if two runs have the same files and content, except wall times, --save_path and --resume."""
     contents = []
     for folder in (a, b):
         content = {}
@@ -79,7 +79,7 @@ def test_every_test_in_the_docs_is_there():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Runs that are cut
+# Interrupted runs
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +91,7 @@ def test_every_test_in_the_docs_is_there():
     ],
 )
 def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, number, flags):
-    """Thirteen kills each, most by SIGKILL; last.pt is written so often that many fall into its writing."""
+    """Thirteen kills each, mostly SIGKILL; last.pt is written so often that many kills hit a write."""
     flags = [*TINY, "--epochs", 12, "--save_every", 3, *flags]
     often = functools.partial(exec, "import engine.checkpoints\nengine.checkpoints.RESUME_SECONDS = 0.02")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -117,7 +117,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, nu
 
 
 def stop_at(monkeypatch, call):
-    """Have a signal come at the given call of `check`, after a step or a batch of a measurement, in this process."""
+    """Send this process a signal at the given call of `check`, after a step or a batch of a measurement."""
     calls = iter(range(1, 10**9))
 
     def check(signals):
@@ -128,7 +128,7 @@ def stop_at(monkeypatch, call):
 
 
 def train_here(monkeypatch, *flags):
-    """Run training in this process, which may raise."""
+    """Run training in this process."""
     monkeypatch.setattr("sys.argv", [TRAIN, *map(str, flags)])
     training.main()
 
@@ -168,7 +168,7 @@ def test_a_signal_saves_and_says_how_to_go_on(start, train, tmp_path, number, fl
     run = start(TRAIN, *LONG, *flags)
     run.wait_for(lambda: len(epochs(tmp_path)) >= 2)
     run.signal(number)
-    run.signal(number)  # a second one cuts nothing short
+    run.signal(number)  # a second signal is ignored
     _, error = run.wait(128 + number)
     assert error == f"{TRAIN}: stopped by {number.name}; to continue, run the same command with --resume\n"
     last = max(line["epoch"] for line in log_of(tmp_path / "run")) + 2
@@ -226,7 +226,7 @@ def test_what_a_kill_leaves_half_written_is_deleted(train, tmp_path):
 
 
 def test_two_processes_in_one_folder(start, train, tmp_path):
-    """The second stops; the lock dies with its holder, and validate does not mind it."""
+    """The second stops. The lock is freed when its holder dies, and validation ignores it."""
     run = start(TRAIN, *LONG)
     run.wait_for(lambda: epochs(tmp_path))
     _, error = train(*LONG, "--resume", status=2)
@@ -246,7 +246,7 @@ def without_flock():
 
 
 def test_two_processes_without_flock(start, train, tmp_path):
-    """There the lock is a file that names its holder: it is free if the process of that machine is gone."""
+    """The lock is then a file that names its holder, and is free if that process no longer exists."""
     run = start(TRAIN, *LONG, before=without_flock)
     run.wait_for(lambda: epochs(tmp_path))
     _, error = train(*LONG, "--resume", status=2, before=without_flock)
@@ -272,17 +272,17 @@ def test_watch_follows_a_run_that_is_killed_and_resumed(start, train, tmp_path):
 
 
 def test_watch_ends_with_a_run_that_finishes(start, tmp_path):
-    """Also where it began before there was a folder, and where --keep deletes checkpoints."""
+    """Also if it starts before the folder exists, and if --keep deletes checkpoints."""
     watch = start(VALIDATE, "--load_path", "run", "--watch", before=without_figures)
-    watch.wait_for(lambda: "waiting for a training run in run; Ctrl-C ends it" in watch.text("stdout"))
+    watch.wait_for(lambda: "waiting for a training run in run; Ctrl-C stops waiting" in watch.text("stdout"))
     start(TRAIN, *TINY, "--epochs", 40, "--save_every", 1, "--keep", 3, "--nc_every", 3, "--save_path", "run").wait()
     watch.wait()
     rows = [int(row["epoch"]) for row in rows_of(tmp_path / "run" / "nc_metrics.csv")]
     assert set(rows) >= {*range(1, 41, 3), 2, 4, 8, 16, 32, 38, 39, 40}
 
 
-def test_watch_waits_until_a_signal(start, train, tmp_path):
-    """For a run that never begins, and for the checkpoints of one that has failed."""
+def test_watch_waits_until_a_signal(start, train):
+    """For a run that has not begun, and for checkpoints of one that failed."""
     watch = start(VALIDATE, "--load_path", "run", "--watch", before=without_figures)
     watch.wait_for(lambda: "waiting for a training run" in watch.text("stdout"))
     train(*TINY, "--lr", 1e30, "--save_path", "run", status=1)
@@ -318,8 +318,8 @@ def disk(tmp_path):
 ON_DISK = [*TINY, "--epochs", 8, "--save_every", 1, "--save_path", "disk/run"]
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(disk, train, measure, tmp_path):
-    """3 MB: room for some checkpoints of 300 kB. With more room it goes on."""
+def test_a_full_disk_stops_the_run_and_loses_nothing(disk, train, tmp_path):
+    """3 MB hold only some of the checkpoints of 300 kB. With more room the run continues."""
     folder = disk("size=3m")
     out, error = train(*ON_DISK, status=1)
     assert "warning: the disk of disk/run is too small; raise --save_every or give --keep" in out
@@ -336,7 +336,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(disk, train, measure, tmp_p
     assert same_runs(folder / "run", tmp_path / "whole")
 
 
-def test_a_full_disk_stops_validate_and_keeps_its_rows(disk, train, measure, tmp_path):
+def test_a_full_disk_stops_validate_and_keeps_its_rows(disk, train, measure):
     folder = disk("size=50m")
     train(*ON_DISK)
     used = shutil.disk_usage(folder).used
@@ -380,7 +380,7 @@ def test_an_error_while_writing_names_the_file_and_leaves_the_old_one(tmp_path):
 
 
 def test_keep_limits_the_checkpoints(train, tmp_path):
-    """The last three and the powers of two; resumed with another number, that number."""
+    """The last three and the powers of two; after a resume with another --keep, that many."""
     flags = [*TINY, "--save_every", 2, "--save_path", "run"]
     out, _ = train(*flags, "--epochs", 20, "--keep", 3)
     assert epochs(tmp_path) == [1, 2, 4, 8, 16, 17, 19, 20]
@@ -464,7 +464,7 @@ def test_a_damaged_last_pt_is_named_and_nothing_is_lost(monkeypatch, tmp_path, d
     train_here(monkeypatch, *TINY, "--save_path", "run")
     if DAMAGES[damage][1].startswith(("truncated", "not")):
         DAMAGES[damage][0](tmp_path / "run" / "last.pt")
-    else:  # a state like any other, but for its weights
+    else:  # a normal state, except for its weights
         DAMAGES[damage][0](tmp_path / "run" / "epoch_002.pth")
         model = torch.load("run/epoch_002.pth", weights_only=True)
         torch.save(load_torch("run/last.pt") | {"model": model}, "run/last.pt")
@@ -477,7 +477,7 @@ def test_a_damaged_last_pt_is_named_and_nothing_is_lost(monkeypatch, tmp_path, d
 
 
 def test_a_checkpoint_of_a_gpu_loads_on_a_machine_without(train, measure, tmp_path):
-    """Written here as a GPU writes it: the same storages, said to lie on cuda:0."""
+    """The file is written as on a GPU: the same storages, tagged cuda:0."""
     train(*TINY, "--save_path", "run")
     path = tmp_path / "run" / "epoch_002.pth"
     expected = weights(path)
@@ -496,7 +496,7 @@ def test_a_checkpoint_of_a_gpu_loads_on_a_machine_without(train, measure, tmp_pa
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
-    """The last good checkpoint and last.pt stay, also where the loss does not tell yet."""
+    """The last good checkpoint and last.pt stay, also if the loss is still finite."""
     monkeypatch.chdir(tmp_path)
     train_here(monkeypatch, *TINY, "--save_every", 1, "--save_path", "run")
     before = {path: path.read_bytes() for path in Path("run").glob("*.p*")}
@@ -560,7 +560,7 @@ TENSORS = st.sampled_from(
 
 @st.composite
 def damage(draw):
-    """(file, function of its bytes): bytes of it changed, cut out or put in, or a value that it holds replaced."""
+    """Draw (file, function of its bytes) that changes, removes or inserts bytes, or replaces a value."""
     name = draw(st.sampled_from(FILES))
     if draw(st.booleans()):
         where, length = draw(st.floats(0, 1)), draw(st.sampled_from([0, 1, 5, 1000, 10**9]))
@@ -580,7 +580,7 @@ def damage(draw):
 
 
 def replace_in_state(choose, value, content):
-    """A value of a nested state dict replaced or, with [], taken out, at any depth."""
+    """Replace a value of a nested state dict at any depth or, with [], remove it."""
     state = torch.load(io.BytesIO(content), weights_only=True)
     at = state
     while isinstance(at[key := choose.choice(list(at))], dict) and at[key] and choose.random() < 0.8:
@@ -594,7 +594,7 @@ def replace_in_state(choose, value, content):
 
 
 def replace_in_text(choose, value, content):
-    """A value of a JSON file, or a cell of a CSV file, replaced."""
+    """Replace a value of a JSON file, or a cell of a CSV file."""
     lines = content.decode().splitlines()
     if lines[0] == "{":
         at = config = json.loads(content)
@@ -614,7 +614,7 @@ def replace_in_text(choose, value, content):
 
 
 def run_here(monkeypatch, module, *flags):
-    """(exit status, lines on standard error) of an entry script in this process; stops where it hangs."""
+    """Run an entry script in this process, with a time limit; return (exit status, lines on standard error)."""
     monkeypatch.setattr("sys.argv", [module.__name__, *map(str, flags)])
     error = io.StringIO()
 
@@ -643,7 +643,7 @@ SCRIPTS = {  # which scripts read the file
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 def test_damaged_files_of_a_run_are_clean_errors(monkeypatch, tmp_path):
-    """500 damages: a script ends well or with one line; what it does not write itself stays as it was."""
+    """500 cases: a script succeeds or prints one line, and files that it does not write stay unchanged."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validation, "draw_runs", lambda runs, out: [out / "x"])  # seconds each time
     known, real = {}, validation.load_data

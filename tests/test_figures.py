@@ -40,13 +40,13 @@ LOG = [json.loads(line) for line in (RECORDED / "train_log.jsonl").read_text().s
 
 @pytest.fixture(autouse=True)
 def style():
-    """As the figures are drawn in the end."""
+    """Apply the style that draw_runs uses."""
     with matplotlib.style.context(STYLE_FILE):
         yield
 
 
 def recorded(folder, factor=1.0, **flags):
-    """A copy of the recorded run with other flags, all that was measured times a factor; returns its folder."""
+    """Copy the recorded run, with other flags and all measurements times a factor; return its folder."""
     shutil.copytree(RECORDED, folder)
     config = json.loads((folder / "config.json").read_text())
     config["flags"] |= flags
@@ -100,7 +100,7 @@ def geometry(epoch):
 
 
 def test_figures_of_a_run(run_script, tmp_path):
-    """In its own folder: PDF whose text stays text in embedded TrueType fonts, PNG of the same size, a GIF."""
+    """In the run's folder: PDFs with text in embedded TrueType fonts, PNGs of the same size, a GIF."""
     recorded(tmp_path / "run")
     out, _ = run_script("plot_nc.py", "run", "--animate")
     figures = {path.name: path for path in (tmp_path / "run" / "figures").iterdir()}
@@ -117,7 +117,7 @@ def test_figures_of_a_run(run_script, tmp_path):
 
 
 def test_figures_of_several_runs(run_script, tmp_path):
-    """In a folder of their own, heatmaps a setting; the runs' folders stay as they were."""
+    """In a folder of their own, with heatmaps per setting; the runs' folders are unchanged."""
     three_seeds(tmp_path)
     recorded(tmp_path / "other", lr=0.01)
     run_script("plot_nc.py", "seed1", "seed2", "seed3", "other", "other", "--out", "all", "--epoch", 41)
@@ -141,7 +141,7 @@ def test_figures_of_several_runs(run_script, tmp_path):
         (["odd"], "odd/geometry/epoch_080.npz: missing or damaged"),
     ],
 )
-def test_one_line_on_what_is_missing(run_script, tmp_path, flags, message):
+def test_missing_files_are_a_one_line_error(run_script, tmp_path, flags, message):
     (tmp_path / "empty").mkdir()
     for name in ("run", "old", "torn", "odd"):
         recorded(tmp_path / name)
@@ -209,7 +209,7 @@ def test_curves_of_a_run_are_its_columns(tmp_path):
 
 
 def test_the_loss_ends_at_the_optimum_of_what_was_minimised(tmp_path):
-    """`released` halves the data term, and with it the value of the problem that it stands for."""
+    """`released` halves the data term, and so the optimum of the objective."""
     released = recorded(tmp_path / "released", objective="released")
     problem = UFM(COUNTS, lambda_w=2 * 0.01, lambda_h=2 * 0.0005 / 10)  # ten batches an epoch
     line = curves(TRAINING_PANELS, settings_of(released)).axes[0].lines[2]
@@ -300,7 +300,7 @@ def test_settings_are_overlaid_and_named_by_what_differs(tmp_path):
 
 
 def test_the_theorem_is_a_curve_over_n_k(tmp_path):
-    """The formula of the theorem in NumPy, n_k free and N, K those of the run; collapse where it says so."""
+    """The theorem's formula in NumPy, as a function of n_k at the run's N and K, with the threshold of collapse."""
     lambda_w, lambda_h, total, classes = 0.01, 0.0005, 1020, 10
     figure = theorem(settings_of(recorded(tmp_path / "run")))
     sizes = figure.axes[0].lines[1].get_xdata()
@@ -318,7 +318,7 @@ def test_the_theorem_is_a_curve_over_n_k(tmp_path):
     assert legend_of(figure) == ["measured at epoch 80", "theory", r"collapse: $n_k\leq5.78$"]
 
 
-def test_a_threshold_far_from_the_classes_is_only_said(tmp_path):
+def test_a_threshold_far_from_the_classes_is_in_the_legend_alone(tmp_path):
     run = recorded(tmp_path / "run")
     problem = {"class_counts": COUNTS, "lambda_w": 0.01, "lambda_h": 5e-6}
     set_config(run, problems={"objective": problem, "nominal": problem})
@@ -339,7 +339,7 @@ def test_a_threshold_far_from_the_classes_is_only_said(tmp_path):
     ],
 )
 def test_the_curve_meets_the_theory_of_the_classes(tmp_path, theory, loss, bias, form, counts):
-    """Whichever theory a run is compared with: at the run's n_k the curve has the values that validate stored."""
+    """For every theory, the curve at the run's n_k has the values that validation stored."""
     run = recorded(tmp_path / "run", loss=loss, bias=bias)
     set_config(run, class_counts=counts)
     suffix = THEORY_SUFFIXES[theory]
@@ -390,7 +390,7 @@ def test_settings_in_the_theorem_have_a_row_each(tmp_path):
 
 
 def write_accuracies(folder, values, epoch=80):
-    """A class_accuracy.csv in which classes come in no order, and other epochs and splits must be left alone."""
+    """Write a class_accuracy.csv with unordered classes, and with other epochs and splits to be ignored."""
     rows = [
         {"epoch": e, "split": split, "class": label, "n_k": COUNTS[label], "accuracy": value + shift}
         for e, split, shift in ((epoch, "test", 0), (epoch, "train", 50), (41, "test", 30))
@@ -426,7 +426,7 @@ def test_test_accuracy_of_each_class(tmp_path):
 
 @pytest.mark.parametrize("epoch", [41, 80])
 def test_heatmaps_are_the_matrices_of_the_epoch(epoch):
-    """On one colour scale, beside the theory's; the differences' norms are the distances of the CSV."""
+    """On the theory's colour scale; the norms of the differences are the distances of the CSV."""
     parts = dict(geometry(epoch))
     axes = np.array(heatmaps(parts, epoch).axes[:9]).reshape(3, 3)
     meshes = [[axis.collections[0] for axis in row] for row in axes]
@@ -456,7 +456,7 @@ def test_heatmaps_without_a_theory_or_with_all_classes_collapsed():
 
 
 def test_the_animation_goes_through_the_checkpoints_on_fixed_scales(tmp_path):
-    """Its last frame is the last epoch's heatmaps, on the colours of the largest entries of all epochs."""
+    """The last frame shows the last epoch, on colour scales that cover the entries of all epochs."""
     path = tmp_path / "animation.gif"
     write_animation(path, settings_of(RECORDED)[0])
     gif = Image.open(path)
@@ -512,7 +512,7 @@ def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
             assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes)
 
 
-def test_figures_say_what_is_compared_with_what(tmp_path, monkeypatch):
+def test_figures_name_their_theory_and_statistics(tmp_path, monkeypatch):
     run, titles = recorded(tmp_path / "run"), []
     (run / "nc_metrics.csv").rename(run / "nc_metrics_bn_nominal.csv")
     (run / "geometry").rename(run / "geometry_bn_nominal")

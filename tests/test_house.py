@@ -1,4 +1,4 @@
-"""The structure of the repository: imports go down only, the train script is short, the library installs alone."""
+"""The structure of the repository: layered imports, a short training script, a library that installs alone."""
 
 import ast
 import shutil
@@ -18,7 +18,7 @@ OURS = ENTRIES | SCIENCE | {"args", "engine", "utils"}
 
 
 def imports_of(path):
-    """The top-level names of our own modules that a file imports, anywhere in it."""
+    """Return the top-level names of our own modules that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -28,7 +28,7 @@ def imports_of(path):
     return names & OURS
 
 
-def room(name):
+def files_of(name):
     return sorted((ROOT / name).glob("*.py")) if (ROOT / name).is_dir() else [ROOT / f"{name}.py"]
 
 
@@ -47,11 +47,11 @@ def room(name):
     ids=["utils", "nc_theory", "nc_metrics", "nc_layers", "science", "engine", "args", "entries"],
 )
 def test_imports_go_down_only(names, allowed):
-    for path in (path for name in names for path in room(name)):
+    for path in (path for name in names for path in files_of(name)):
         assert imports_of(path) <= allowed, path
 
 
-def test_every_module_belongs_to_a_floor():
+def test_every_module_belongs_to_a_layer():
     assert {path.stem for path in ROOT.glob("*.py")} == OURS - {"engine", "models", "nc_theory"}
 
 

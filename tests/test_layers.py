@@ -44,7 +44,7 @@ def small():
 
 
 def by_hand(features):
-    """NC1 by SciPy, and the share of samples that are nearest to the mean of their own class, in percent."""
+    """Return NC1 by SciPy, and the percentage of samples that are nearest to the mean of their own class."""
     features, labels = features.detach().double().numpy(), LABELS.numpy()
     means = np.stack([features[labels == k].mean(0) for k in range(3)])
     nearest = ((features[:, None] - means) ** 2).sum(2).argmin(1)
@@ -106,7 +106,7 @@ def test_samples_against_the_means_of_others():
 
 
 def test_memory_does_not_grow_with_the_loader():
-    """Maps of a batch are gone once the next but one is read."""
+    """The feature maps of a batch are freed once the batch after the next is read."""
     alive = []
 
     def features(maps):
@@ -203,7 +203,7 @@ def test_heads_of_hugging_face():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is given
+# Bad input
 # ---------------------------------------------------------------------------------------------------------
 
 

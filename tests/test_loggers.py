@@ -13,7 +13,7 @@ TINY = "--dataset digits --width 24 --depth_relu 1 --batch_size 200 --no-bias --
 
 
 def events(folder):
-    """{tag: {epoch: value}} of the scalars in a folder of event files, and the epochs that have heatmaps."""
+    """Return {tag: {epoch: value}} of the scalars in a folder of event files, and the epochs with heatmaps."""
     accumulator = event_accumulator.EventAccumulator(str(folder))
     accumulator.Reload()
     tags = accumulator.Tags()
@@ -24,7 +24,7 @@ def events(folder):
 
 
 def same(values, rows, column):
-    """Whether event values are those of a DataFrame's column, to float32."""
+    """Return True if event values equal a DataFrame's column in float32."""
     return values == {row["epoch"]: pytest.approx(row[column], rel=1e-6) for _, row in rows.iterrows()}
 
 
@@ -60,7 +60,7 @@ def test_columns_without_a_value_are_left_out(train, measure, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--tensorboard"], ["--wandb", "True"]], ids=["tensorboard", "wandb"])
 def test_a_missing_package_is_one_line_before_any_work(run_script, tmp_path, flags):
-    """Neither is needed for anything else."""
+    """Nothing else needs either package."""
     code = "import runpy, sys\nsys.modules.update(tensorboard=None, wandb=None)\n"
     code += f"runpy.run_path({str(ROOT / 'train_1st_order_unbalanced.py')!r}, run_name='__main__')"
     (tmp_path / "without.py").write_text(code)

@@ -105,7 +105,7 @@ def test_without_any_variant_it_is_the_cross_entropy_to_the_bit(batch):
     )
 
 
-def test_training_never_asks_for_a_value():
+def test_training_never_reads_a_value():
     """On the meta device, where tensors have no values, reading one is an error."""
     module = VariantLoss(ALL, COUNTS).to("meta")
     losses = module(torch.empty(9, 4, device="meta"), torch.empty(9, dtype=torch.int64, device="meta"))
@@ -152,7 +152,7 @@ def test_huge_logits(size):
         ({"label_smoothing": 1}, "label_smoothing must be below 1, got 1.0"),
     ],
 )
-def test_bad_values_are_one_clear_line(values, message):
+def test_bad_values_are_a_one_line_error(values, message):
     with pytest.raises(ValueError, match=message) as error:
         LossVariant(**values)
     assert "\n" not in str(error.value)

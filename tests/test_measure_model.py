@@ -1,4 +1,4 @@
-"""measure_model.py as it is called, its values against features collected by hand and SciPy."""
+"""measure_model.py as a user runs it, against features collected by hand and SciPy."""
 
 import re
 
@@ -55,7 +55,7 @@ def own_model(tmp_path):
     return namespace["build"](3)
 
 
-def test_a_model_of_ones_own(run_script, images, tmp_path):
+def test_a_model_from_a_file(run_script, images, tmp_path):
     model = own_model(tmp_path)
     flags = ["--model", "own.py:build", "--data_dir", images, "--size", 32, "--layers", "0.0,0,head", "--batch_size", 5]
     out, _ = run_script(SCRIPT, *flags, "--out", "out")

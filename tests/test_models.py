@@ -129,7 +129,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_channels_last_gives_the_same(name):
-    """In float64: in fp32, what rounding does to the features of a deep network depends on the processor."""
+    """In float64, because fp32 rounding in a deep network depends on the processor."""
     torch.manual_seed(0)
     model, images = small(name, planes=8).double().eval(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = model(images)[1]
@@ -150,7 +150,7 @@ def test_bf16_leaves_head_and_features_in_fp32(name):
 
 
 def test_tf32_leaves_the_head_at_least_fp32(monkeypatch):
-    """Where TF32 is on, the head's products, and those of its gradients, do not use the GPU's fp32 matrix products."""
+    """With TF32 on, neither the head nor its gradients use the GPU's fp32 matrix products."""
     torch.manual_seed(0)
     head = small("MLP", bias=True, depth_linear=2).fc
     features = torch.rand(5, 32, requires_grad=True)
@@ -198,7 +198,7 @@ def learn_some_images(model):
 
 
 @pytest.mark.parametrize("revive", [False, True])
-def test_images_without_an_active_hidden_unit_are_parted_if_revived(revive):
+def test_images_without_an_active_hidden_unit_are_separated_if_revived(revive):
     torch.manual_seed(0)
     model = small("MLP", revive=revive)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_images_without_an_active_hidden_unit_are_parted_if_revived(revive):
     assert model.layers(images.flatten(1)).any(1).any() == revive
 
 
-def test_a_dead_network_lives_again_only_if_it_is_told_to():
+def test_a_dead_network_recovers_only_with_revive():
     for revive in (False, True):
         torch.manual_seed(0)
         model = small("MLP", revive=revive)
@@ -219,7 +219,7 @@ def test_a_dead_network_lives_again_only_if_it_is_told_to():
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_planes_scale_every_width(name):
-    """The first stage has as many channels as said, the features in proportion; parameter names stay."""
+    """The first stage has `planes` channels, the features in proportion; parameter names are unchanged."""
     default, small = build_model(name, 4), build_model(name, 4, planes=8)
     assert list(small.state_dict()) == list(default.state_dict())
     first = [model.state_dict()[next(iter(model.state_dict()))].shape[0] for model in (default, small)]
@@ -232,7 +232,7 @@ def test_planes_scale_every_width(name):
 
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_reviving_passes_a_gradient_to_dead_features(name):
-    """With every pre-activation below zero, an ordinary last ReLU passes none to the layers before it."""
+    """If all pre-activations are negative, an ordinary last ReLU passes no gradient to the layers before."""
     for revive in (False, True):
         torch.manual_seed(0)
         model = build_model(name, 4, planes=8, revive=revive).eval()

@@ -62,7 +62,7 @@ def full_nc1(features, labels, num_classes):
         ([50, 20, 3, 7], 40, 1e-2),
         ([30, 30, 30, 30], 3, 0.5),  # d < K
         ([1, 8, 1, 12], 10, 0.3),  # one sample in a class
-        ([10, 20, 30], 20, 3e-5),  # NC1 about 1e-9, where trace(Sigma_T) - trace(Sigma_B) has no digits left
+        ([10, 20, 30], 20, 3e-5),  # NC1 about 1e-9, where trace(Sigma_T) - trace(Sigma_B) cancels completely
     ],
 )
 def test_nc1_is_the_full_formula(counts, dim, noise):
@@ -392,7 +392,7 @@ def test_nc0(case):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is given
+# Input
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -492,7 +492,7 @@ def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
 
 
 def test_it_runs_outside_the_checkout(tmp_path):
-    """nc_metrics and nc_theory need each other, torch, NumPy and SciPy, and nothing else of this repository."""
+    """nc_metrics and nc_theory need torch, NumPy and SciPy, and nothing else of this repository."""
     for name in ("nc_metrics.py", "nc_theory"):
         (tmp_path / name).symlink_to(ROOT / name)
     code = "import nc_metrics, sys; print(*{name.split('.')[0] for name in sys.modules})"

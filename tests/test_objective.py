@@ -1,4 +1,4 @@
-"""The loss that is trained, against literal formulas in float64, and the (UFM) that it stands for."""
+"""The training loss against literal formulas in float64, and the (UFM) that it corresponds to."""
 
 import json
 import math

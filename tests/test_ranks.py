@@ -1,4 +1,4 @@
-"""One run on several processes that torchrun has started: the run of one device, however it is cut."""
+"""A run on several processes started by torchrun gives the result of one device, even if interrupted."""
 
 import os
 import re
@@ -19,7 +19,7 @@ FLAGS = "--dataset digits --no-bias --sep_decay --lr 0.001 --width 24 --depth_re
 
 
 class Torchrun:
-    """`torchrun SCRIPT FLAGS` on `ranks` processes of this machine, which may be sent signals while it runs."""
+    """`torchrun SCRIPT FLAGS` on `ranks` processes of this machine, to which tests can send signals."""
 
     def __init__(self, folder, ranks, flags, options=(), script=ROOT / TRAIN):
         self.out, self.error = folder / ".ranks.stdout", folder / ".ranks.stderr"
@@ -56,7 +56,7 @@ class Torchrun:
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(ranks, *flags) starts it in a folder of its own."""
+    """torchrun(ranks, *flags) starts training in a folder of its own."""
     started = []
 
     def start(ranks, *flags, **options):
@@ -153,7 +153,7 @@ def test_batch_norm_takes_the_batches_of_all_ranks(torchrun, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Runs that are cut
+# Interrupted runs
 # ---------------------------------------------------------------------------------------------------------
 
 CUT = [*FLAGS, "--batch_size", 8, "--save_every", 100, "--epochs"]
@@ -176,7 +176,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(torchrun, train, tmp
 
 
 def test_a_killed_rank_ends_the_others_and_torchrun_goes_on(torchrun, tmp_path):
-    """First rank 1 is killed, then rank 0 of the second attempt; the third one ends as a run that was not cut."""
+    """First rank 1 is killed, then rank 0 of the second attempt; the third one ends like an uninterrupted run."""
     flags = [*FLAGS, "--batch_size", 8, "--epochs", 12, "--save_every", 12]
     run = torchrun(2, *flags, "--save_path", "cut", "--force", options=["--max-restarts=2"])
     for attempt, rank in enumerate((1, 0)):

@@ -1,4 +1,4 @@
-"""What README.md and docs/ show works as it stands there."""
+"""The commands, examples and links of README.md and docs/ work as written."""
 
 import re
 import shlex
@@ -59,7 +59,7 @@ def test_the_sweep_of_extending_gives_commands(tmp_path):
 
 
 def from_root(command):
-    """The flags of a `python SCRIPT FLAGS`, whose @FILE is one of the repository."""
+    """Return the flags of `python SCRIPT FLAGS`, with @FILE relative to the repository."""
     return [word.replace("@", f"@{ROOT}/") for word in shlex.split(command)[2:]]
 
 

@@ -161,7 +161,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path):
     bare = recorded(tmp_path / "bare")
     for name in ("config.json", "train_log.jsonl"):
         (bare / name).unlink()
-    theory, _ = traces_of(report_of(bare)[1], "margin M<sub>k</sub>")  # no problem known, so no curve: a dash a class
+    theory, _ = traces_of(report_of(bare)[1], "margin M<sub>k</sub>")  # no curve without a known problem
     assert theory["mode"] == "markers" and len(theory["x"]) == 10
     for path in (bare / "geometry").iterdir():
         change_geometry(path, lambda name, array: None if name.endswith("_theory") else array)
@@ -207,7 +207,7 @@ def test_ten_runs_of_a_hundred_classes_take_less_than_8_mb(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Where it comes from, and where it cannot
+# The scripts that write it, and their errors
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +219,7 @@ def test_ten_runs_of_a_hundred_classes_take_less_than_8_mb(tmp_path):
         (["run", "--theory", "nominal"], "run: no rows in nc_metrics_nominal.csv"),
     ],
 )
-def test_one_line_on_what_is_missing(run_script, tmp_path, flags, message):
+def test_missing_files_are_a_one_line_error(run_script, tmp_path, flags, message):
     (tmp_path / "empty").mkdir()
     recorded(tmp_path / "run")
     _, error = run_script("report.py", *flags, status=2)

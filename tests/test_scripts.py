@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def test_files_of_a_run(train, validate, tmp_path):
-    """By the run's name, found again from the same flags: file by file."""
+    """Each file of a run in the default folder, which validation finds from the same flags."""
     out, _ = train(*TINY, "--epochs", 5, "--save_every", 3)
     folder = next((tmp_path / "model_weights").iterdir())
     assert str(folder.name) in out and "epoch 5/5" in out
@@ -60,7 +60,7 @@ def test_files_of_a_run(train, validate, tmp_path):
 
 
 def test_the_row_is_that_of_the_checkpoint(train, measure, tmp_path):
-    """Accuracies and NC1 of the CSV against an evaluation written here, image by image."""
+    """Accuracies and NC1 of the CSV against an independent evaluation, image by image."""
     train(*TINY, "--save_path", "run")
     measure("--load_path", "run")
     row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
@@ -190,7 +190,7 @@ def test_a_flag_has_its_effect(train, tmp_path, flags):
     assert not same_weights(tmp_path / "plain" / "epoch_001.pth", tmp_path / "flag" / "epoch_001.pth")
 
 
-def test_bf16_on_a_cpu_says_what_it_costs(train, tmp_path):
+def test_bf16_on_a_cpu_prints_its_speed(train):
     out, _ = train(*TINY, "--epochs", 1, "--precision", "bf16", "--save_path", "run")
     assert re.search(r"bf16 \(on this CPU a bf16 product is \d+\.\d times (as fast as|slower than) one in fp32\)", out)
 
@@ -214,13 +214,13 @@ def test_init_from_takes_the_weights(train, tmp_path):
     assert "nothing.pth: no such file" in error
 
 
-def test_resume_ends_where_an_uncut_run_ends(train, measure, tmp_path):
-    """Adam's state, the schedule and the order of the batches go on; the log has each epoch once."""
+def test_resume_ends_where_an_uncut_run_ends(train, tmp_path):
+    """Adam's state, the schedule and the order of batches continue; the log has each epoch once."""
     flags = [*TINY, "--patience", 3, "--save_every", 2, "--nc_every", 1]
     train(*flags, "--epochs", 5, "--save_path", "whole")
     train(*flags, "--epochs", 3, "--save_path", "cut")
     with open(tmp_path / "cut" / "train_log.jsonl", "a") as file:
-        file.write('{"epoch": 4, "lr": 0.1}\n{"epoch": 5, "l')  # as a kill leaves it
+        file.write('{"epoch": 4, "lr": 0.1}\n{"epoch": 5, "l')  # as after a kill
     train(*flags, "--epochs", 5, "--save_path", "cut", "--resume")
     assert same_weights(tmp_path / "whole" / "epoch_005.pth", tmp_path / "cut" / "epoch_005.pth")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
@@ -231,12 +231,12 @@ def test_a_run_is_not_overwritten(train, tmp_path):
     train(*TINY, "--save_path", "run")
     before = (tmp_path / "run" / "epoch_002.pth").read_bytes()
     _, error = train(*TINY, "--save_path", "run", status=2)
-    assert "give --resume to go on with it, --force to delete it" in error and error.count("\n") == 1
+    assert "give --resume to continue it, --force to delete it" in error and error.count("\n") == 1
     _, error = train(*TINY, "--save_path", "run", "--resume", "--lr", 0.5, status=2)
     assert "contradicts the flags: --lr is 0.5, in the run 0.001" in error
     assert (tmp_path / "run" / "epoch_002.pth").read_bytes() == before
     for path in (tmp_path / "run").glob("epoch_*"):
-        path.rename(tmp_path / path.name)  # to save space, say: log and metrics are a run as well
+        path.rename(tmp_path / path.name)  # as if to save space: log and metrics alone still count as a run
     train(*TINY, "--save_path", "run", status=2)
     (tmp_path / "run" / "last.pt").rename(tmp_path / "last.pt")
     (tmp_path / "run" / "nc_metrics_bn_nominal.csv").write_text("epoch,NC1\n1,2\n")
@@ -268,8 +268,8 @@ def test_done_rows_are_kept_and_damaged_checkpoints_named(train, measure, tmp_pa
     assert [row["epoch"] for row in rows_of(tmp_path / "run" / "nc_metrics.csv")] == ["1", "3"]
 
 
-def test_training_says_what_the_theory_says(train, tmp_path):
-    """From the closed form alone: with a bias, where there is none, training does not wait for a minimisation."""
+def test_training_prints_the_prediction_of_the_theory(train):
+    """From the closed form only. With a bias there is none, and training does not wait for a minimisation."""
     expected = solve(UFM([34, 34, 68, 68, 102, 102, 136, 136, 170, 170], 1e-4, 1e-5))
     out, _ = train(*TINY, "--epochs", 1, "--save_path", "run")
     assert f"least loss {expected.loss:.6f}; margins {expected.margins.min():.3f} to" in out
@@ -310,7 +310,7 @@ def test_without_sep_decay_no_theory(train, measure, tmp_path):
 
 @pytest.mark.parametrize("loss", ["CrossEntropy", "MSE"])
 def test_a_run_with_bias_meets_its_own_optimum(train, measure, tmp_path, loss):
-    """Not the closed form without one: the minimiser of the problem with a free bias."""
+    """That is the minimiser with a free bias, not the closed form without a bias."""
     flags = [*TINY, "--bias", "--loss", loss, "--save_path", "run"]
     train(*flags)
     measure(*flags)
@@ -327,7 +327,7 @@ def test_a_run_with_bias_meets_its_own_optimum(train, measure, tmp_path, loss):
     ids=lambda flags: " ".join(map(str, flags)),
 )
 def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, flags):
-    """The objective in float64 over all images in one batch, over the optimum, less one; and its parts in words."""
+    """(objective in float64 over all images in one batch) / optimum - 1, and its parts in words."""
     flags = [*TINY, "--weight_decay", 0.01, "--feature_decay_rate", 0.0005, *flags, "--save_path", "run"]
     train(*flags)
     out, _ = measure(*flags)
@@ -340,7 +340,7 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     assert row["optimality_gap"] == pytest.approx(total / bound - 1, rel=1e-4)
     parts = [row[name] for name in GAP_COLUMNS[1:]]
     assert sum(parts) == pytest.approx(row["optimality_gap"]) and min(parts) >= -1e-9
-    assert f"The objective is {row['optimality_gap']:.1e} above the least that any network can reach" in out
+    assert f"The objective is {row['optimality_gap']:.1e} above the least value that any network can reach" in out
     largest = f"{max(parts):9.1e}  the"
     assert next(line for line in out.splitlines() if line.endswith("(the largest part)")).startswith(largest)
 
@@ -356,7 +356,7 @@ def test_a_deep_head_has_no_theory_but_a_nominal_one(train, measure, tmp_path):
 
 
 def test_bare_checkpoints_validate_from_the_flags(train, measure, tmp_path):
-    """A folder of the released code: epoch_*.pth and nothing else."""
+    """A folder as the released code writes it, with epoch_*.pth and nothing else."""
     write_folder(tmp_path / "images", train=6)
     flags = ["--dataset", "imagefolder", "--data_dir", "images", "--model", "ResNet18", "--no-bias", "--sep_decay"]
     train(*flags, "--epochs", 1, "--save_path", "run")
@@ -390,7 +390,7 @@ def test_wrong_input_is_one_line(train, measure, tmp_path):
 
 
 def test_a_diverged_run_leaves_a_folder_that_can_be_used_again(train, measure, tmp_path):
-    """Its message promises no checkpoint, for there is none; what the next run is does not depend on its leftovers."""
+    """The error mentions no checkpoint, since there is none; the next run does not depend on what is left."""
     _, error = train(*TINY, "--lr", 1e30, "--save_path", "run", status=1)
     advice = "lower --lr or give --clip_grad_norm 1"
     assert re.fullmatch(rf"{TRAIN}: error: the loss is not finite in epoch 1, step \d+: {advice}\n", error)
@@ -430,7 +430,7 @@ def test_resume_of_a_finished_run_changes_nothing(train, tmp_path):
     train(*TINY, "--save_path", "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     out, _ = train(*TINY, "--save_path", "run", "--resume")
-    assert "2 are done; a larger --epochs continues" in out
+    assert "2 are done; give a larger --epochs to continue" in out
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
@@ -478,7 +478,7 @@ def test_watch_measures_a_finished_run_and_ends(train, measure, tmp_path):
 
 
 def test_rows_with_the_statistics_of_the_training_set(train, measure, tmp_path):
-    """Files of their own, next to those of the running averages: the geometry is that of one batch in training mode."""
+    """In files beside those of the running averages; the geometry is that of one batch in training mode."""
     write_folder(tmp_path / "images", train=6)
     flags = ["--dataset", "imagefolder", "--data_dir", "images", "--model", "VGG11", "--planes", 8, "--batch_size", 7]
     train(*flags, "--epochs", 1, "--no-bias", "--sep_decay", "--save_path", "run")
@@ -500,8 +500,8 @@ def test_rows_with_the_statistics_of_the_training_set(train, measure, tmp_path):
     assert np.abs(running - expected).max() > 1e-3
 
 
-def test_a_run_in_a_notebook(train, measure, tmp_path):
-    """load_run gives the config, the same data and the model of any checkpoint; features gives what the model says."""
+def test_a_run_in_a_notebook(train, tmp_path):
+    """load_run gives the config, the same data and the model of any checkpoint; features gives the model's features."""
     write_folder(tmp_path / "images", train=6)
     flags = ["--dataset", "imagefolder", "--data_dir", "images", "--width", 16, "--batch_size", 5, "--save_every", 1]
     train(*flags, "--class_counts", "6,2,4", "--epochs", 3, "--save_path", "run")

@@ -75,7 +75,7 @@ def test_a_wrong_call_is_one_line(checkout, tmp_path, name, args, words):
     assert not (tmp_path / "calls").exists()
 
 
-def test_an_old_python_is_named(checkout, tmp_path):
+def test_an_old_python_is_named(checkout):
     folder, stub = checkout
     stub.write_text("#!/bin/sh\nexit 1\n")
     _, error = call(folder / "scripts" / "quickstart.sh", stub=stub, status=2)
@@ -198,7 +198,7 @@ esac
 
 
 def test_a_table_is_run_summarised_and_drawn(checkout, tmp_path):
-    """In this order; a run that failed is in the table, and not in the figures."""
+    """In this order; a failed run is listed in the table but not drawn."""
     folder, stub = checkout
     stub.write_text(STUB)
     arguments = "plain", tmp_path / "my data", "-j", "1"
@@ -232,7 +232,7 @@ def test_a_stopped_table_stops_its_jobs(checkout, tmp_path):
 
 
 def test_missing_data_stop_a_table_before_its_jobs(checkout, tmp_path):
-    """One line from datasets.py: the data are read by the real Python."""
+    """With one line from datasets.py, because the real Python reads the data."""
     folder, stub = checkout
     reads = (
         f'case $2 in *load_data*) PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@" ;; esac'

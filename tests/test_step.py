@@ -1,4 +1,4 @@
-"""What a step launches, reads and leaves behind, and what an epoch reads: seen on the CPU, as it would be on a GPU."""
+"""The operations, host reads and leftovers of a step, and the host reads of an epoch, checked on the CPU."""
 
 import gc
 from functools import partial
@@ -76,7 +76,7 @@ class NothingGoesToTheHost(TorchFunctionMode):
     [({}, 74), ({"precision": "bf16"}, 105), ({"clip_grad_norm": 1.0}, 79), ({"revive": True}, 101)],
     ids=["fp32", "bf16", "clipped", "revived"],
 )
-def test_a_step_of_the_papers_mlp_is_so_many_operations(flags, most):
+def test_a_step_of_the_papers_mlp_launches_few_operations(flags, most):
     """Four of them normalise the images, which lie on the device as bytes."""
     step, indices = build(**flags), torch.arange(8)
     step(indices)
@@ -135,7 +135,7 @@ def test_no_autograd_node_outlives_a_step():
 
 
 class OnDevice(torch.Tensor):
-    """A tensor as on a GPU: what is computed from it is there too, until it is read, which is an event."""
+    """A tensor that behaves as if on a GPU: results stay there, and reading one is recorded as an event."""
 
     events = ()
 

@@ -1,4 +1,4 @@
-"""summarize.py on run folders made by hand, and on real ones: numbers counted here, not by its own code."""
+"""summarize.py on hand-made and on real run folders, against numbers computed independently."""
 
 import csv
 import json
@@ -71,14 +71,14 @@ def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
         ([0.01, 0.01, 0.01], (1, 2, 2.0)),
     ],
 )
-def test_time_to_collapse_is_from_when_on_the_distances_stay_small(tmp_path, distances, expected):
-    """Epoch, ceil(7/4) = 2 steps an epoch, 2 seconds an epoch."""
+def test_time_to_collapse_is_when_the_distances_become_small_for_good(tmp_path, distances, expected):
+    """An epoch has ceil(7/4) = 2 steps and takes 2 seconds."""
     found = time_to_collapse(write_run(tmp_path / "a", distances=distances), 0.05)
     assert found == expected or (expected is None and all(map(math.isnan, found)))
 
 
 @pytest.mark.parametrize("name", ["NC2_H", "NC2_WWT", "NC3_WH"])
-def test_time_to_collapse_asks_all_three(tmp_path, name):
+def test_time_to_collapse_needs_all_three_distances(tmp_path, name):
     run = write_run(tmp_path / "a", distances=[0.9, 0.04, 0.04])
     run.rows.loc[1, name] = 0.06
     assert time_to_collapse(run, 0.05)[0] == 9
@@ -87,7 +87,7 @@ def test_time_to_collapse_asks_all_three(tmp_path, name):
 
 
 def test_time_to_collapse_over_seeds(tmp_path):
-    """Median and slowest; not reached where one seed did not; nothing where there is no optimum."""
+    """Median and slowest seed; "not reached" if a seed misses it; a dash without an optimum."""
     ends = {"a": [0.9, 0.9, 0.04], "b": [0.9, 0.04, 0.04], "c": [0.04, 0.04, 0.009]}
     runs = [write_run(tmp_path / name, "--seed", f"{i}", distances=end) for i, (name, end) in enumerate(ends.items())]
     table = summarize([("x", runs)])

@@ -1,4 +1,4 @@
-"""sweep.sh and the Slurm array: what runs where, what a failed or stopped job leaves, and wrong calls."""
+"""sweep.sh and the Slurm array: assignment of jobs, failed and stopped jobs, and wrong calls."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ def test_each_job_has_a_gpu_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("jobs, share", [(1, 1), (2, 2), (64, 2)])
 def test_jobs_on_the_cpu_share_the_cores(tmp_path, jobs, share):
-    """As many jobs as there are lines count, at most; each has a core at least."""
+    """Never more jobs than lines, and at least one core each."""
     path = write_sweep(tmp_path, *(f"echo $OMP_NUM_THREADS >{tmp_path}/{i}" for i in range(2)))
     sweep("-j", jobs, path, CUDA_VISIBLE_DEVICES="")
     cores = len(os.sched_getaffinity(0))
@@ -124,7 +124,7 @@ def test_wrong_calls_are_one_line(tmp_path):
 
 
 def resumable(folder):
-    """A line that counts to 30 in a file, takes its time to stop on SIGTERM, and continues in the next call."""
+    """A job that counts to 30 in a file, stops slowly on SIGTERM, and continues in the next call."""
     save = f"sleep 0.3; echo saved >>{folder}/run; exit 143"
     count = f"for i in $(seq $(wc -l <{folder}/run) 30); do echo $i >>{folder}/run; sleep 0.05; done"
     return f"touch {folder}/run; trap '{save}' TERM; {count}"
@@ -132,7 +132,7 @@ def resumable(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_continues(tmp_path, number):
-    """The jobs end too, in their own way, before the sweep does; those that wait do not start."""
+    """Running jobs shut down before the sweep ends; waiting ones do not start."""
     run = tmp_path / "run"
     path = write_sweep(tmp_path, f"echo x >>{tmp_path}/before", resumable(tmp_path), f"echo x >>{tmp_path}/after")
     process = subprocess.Popen([SWEEP, path], env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -182,7 +182,7 @@ def test_a_slurm_task_runs_its_line(tmp_path, array_task):
 
 @pytest.mark.parametrize("sent, requeued", [(signal.SIGUSR1, "requeue 4711\n"), (signal.SIGTERM, None)])
 def test_a_slurm_task_that_must_stop_can_go_on(tmp_path, array_task, sent, requeued):
-    """SIGUSR1: its time is nearly up, so it puts itself back; SIGTERM: cancelled, or preempted."""
+    """SIGUSR1: time is nearly up, so the task requeues itself; SIGTERM: cancelled or preempted."""
     line = f"trap 'echo stopped >>{tmp_path}/ran; exit 143' TERM; echo ran >>{tmp_path}/ran; "
     path = write_sweep(tmp_path, line + f"until [ -e {tmp_path}/go ]; do sleep 0.1; done")
     task = array_task(path, 1)

@@ -30,7 +30,7 @@ PAPER = [10 * n for n in SMALL]
 
 
 def literal_loss(head, features, labels, counts, lambda_w, lambda_h, loss, bias=None):
-    """(UFM), written down: head (K, d), one feature a class (K, d) with weight n_k / N."""
+    """(UFM) written out: head (K, d), and one feature per class (K, d) with weight n_k / N."""
     total, value = sum(counts), 0.0
     for k, count in enumerate(counts):
         logits = head @ features[k] + (0 if bias is None else bias)
@@ -52,7 +52,7 @@ def realise(optimum, loss, lambda_w, lambda_h):
     return np.diag(np.sqrt(lambda_h * counts / lambda_w) * norms), np.diag(norms)
 
 
-# The same examples in every run, and no search for a smaller one: minimisation is slow for that.
+# The same examples in every run, without shrinking, because minimisation is slow.
 REPRODUCIBLE = {"deadline": None, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
 
 # Penalties are drawn by where the largest class lies against its threshold, so that none, some or all collapse.
@@ -124,7 +124,7 @@ def test_the_threshold_is_sharp(loss, num_classes):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_all_samples_free_collapse_to_the_class_means(loss):
-    """Over all N features, not one a class: the same minimum, and no spread within a class."""
+    """Over all N features instead of one per class: the same minimum, and no spread within a class."""
     counts = [12, 12, 25, 40]
     closed = closed_form(UFM(counts, 2e-2, 2e-3, loss=loss))
     found = solve_numerically(UFM(counts, 2e-2, 2e-3, loss=loss), level="sample")
@@ -146,7 +146,7 @@ def test_geometry_of_the_minimum_is_the_closed_form():
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_balanced_classes(loss):
-    """Equal norms, and centred class means that are the simplex ETF."""
+    """Equal norms, and centred class means that form the simplex ETF."""
     optimum = solve(UFM([300] * 7, 1e-3, 1e-4, loss=loss))
     assert optimum.mean_norms_sq.min().item() == pytest.approx(optimum.mean_norms_sq.max().item(), rel=1e-14)
     centring = torch.eye(7, dtype=torch.float64) - 1 / 7
@@ -297,8 +297,8 @@ def test_mse_has_the_same_closed_form_without_relu():
     assert normalised(found.duality, closed.duality) < 1e-6  # D is given up to a factor
 
 
-def test_the_duality_ignores_directions_that_the_features_leave_empty():
-    """The class means of the ETF are of rank K-1: D is centred as W and H are, not what rounding makes of 0/0."""
+def test_the_duality_ignores_directions_without_features():
+    """The class means of the ETF have rank K-1: D is centred like W and H, and not dominated by 0/0 rounding."""
     found = solve(UFM([50] * 5, 1e-3, 1e-4, relu=False))
     scale = found.duality.abs().max().item()
     assert found.duality.sum(0).abs().max().item() < 1e-4 * scale > found.duality.sum(1).abs().max().item()
@@ -326,7 +326,7 @@ def test_seli_of_balanced_classes_is_the_etf():
 
 
 def test_the_square_root_of_a_singular_matrix_has_no_part_in_its_kernel():
-    """Whatever the sign of the rounding with which an eigenvalue of zero comes out."""
+    """Whatever the sign of the rounding error of a zero eigenvalue."""
     counts = torch.tensor([7.0, 5, 11, 3], dtype=torch.float64)
     centring = torch.eye(4, dtype=torch.float64) - 1 / 4
     matrix = centring * counts @ centring
@@ -336,7 +336,7 @@ def test_the_square_root_of_a_singular_matrix_has_no_part_in_its_kernel():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What is read off the closed forms
+# What follows from the closed forms
 # ---------------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def test_optimum_reference_means_and_predictions(between):
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("batch", [1, 10, 1000])
 def test_collapsed_features_keep_their_digits(offset, batch):
-    """NC1 of 1e-10, of features far from the origin, in batches and in an order that mix the classes."""
+    """NC1 of 1e-10 for features far from the origin, in batches that mix the classes."""
     features, labels, _ = samples([300, 500, 200], 6, noise=1e-5, seed=3)
     features += offset
     expected = full_nc1(features, labels, 3)

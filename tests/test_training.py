@@ -45,7 +45,7 @@ def build(optimizer="Adam", clip_grad_norm=None, **flags):
 
 
 def capture(step, indices):
-    """As the capture of a CUDA graph: it makes steps of its own, and the replay fills a fixed result."""
+    """Imitate the capture of a CUDA graph, which runs steps, and whose replay fills a fixed result."""
     result = torch.empty(len(MEASURED))
     for _ in range(4):
         step(indices)
@@ -132,7 +132,7 @@ def test_the_largest_batch_is_captured_first():
 
 
 def test_a_failed_capture_shows_its_first_cause_and_the_way_out():
-    """As torch.cuda.graph does: the end of the capture raises an error that says nothing of the first one."""
+    """With torch.cuda.graph, the end of a failed capture raises an error that hides the first one."""
 
     def capture(step, indices):
         try:
@@ -279,7 +279,7 @@ def test_files_are_written_in_order_while_training_continues(tmp_path, monkeypat
 
 
 def test_the_writer_waits_for_the_copy_and_training_does_not(tmp_path, monkeypatch):
-    """On a GPU the copy to the host is under way when training goes on; here it is made when it is waited for."""
+    """On a GPU the copy to the host runs while training continues; here it is made when waited for."""
     arrived, waits = threading.Event(), []
 
     def to_host(state):
@@ -371,7 +371,7 @@ def test_class_accuracies_of_an_empty_split():
 
 
 def test_a_gpu_that_cannot_be_initialised_is_not_used(monkeypatch, capsys):
-    """Such as with a driver that is too old: it is counted all the same."""
+    """Such as with a driver that is too old, where the GPU is still counted."""
 
     def init():
         raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040)")
