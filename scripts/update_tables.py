@@ -172,6 +172,13 @@ TABLES = {
         figures={"paper_schedule": "training"},
         x="step",
     ),
+    "paper_released": Table(
+        "one seed",
+        {"released": "the same with `--objective released --penalty_start 27`"},
+        ["train", *GEOMETRY, "optimality gap", "minutes"],
+        figures={"paper_released": "training"},
+        x="step",
+    ),
     "paper_counts": Table(
         "one seed each",
         {"fp32": "fp32, 150 epochs", "bf16": "bf16, 260 epochs"},
