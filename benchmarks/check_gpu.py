@@ -41,7 +41,7 @@ from utils import Interrupted, run_script
 TRAIN = ROOT / "train_1st_order_unbalanced.py"
 GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 8192, "steps": 50, "pairs": 5}
 GPU |= {"epochs": 400, "seconds": (150, 80), "patience": 1}
-CPU = {"width": 32, "planes": 4, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
+CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
 CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
 
 

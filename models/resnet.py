@@ -1,5 +1,6 @@
 """ResNet for 32 x 32 images: a 3 x 3 stem without pooling (He et al., 2016, section 4.2, at ImageNet widths)."""
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,6 +57,8 @@ class ResNet(Classifier):
 
     def __init__(self, block, num_blocks, *, depth_linear, num_classes, bias, planes=64, revive=False):
         super().__init__()
+        if planes < 8:  # oneDNN corrupts memory in `shortcut` in channels_last on CPUs without AVX-512 (torch 2.14)
+            self.memory_format = torch.contiguous_format
         self.conv1 = nn.Conv2d(3, planes, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         in_planes = planes
