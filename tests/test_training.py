@@ -386,9 +386,9 @@ def test_a_gpu_that_cannot_be_initialised_is_not_used(monkeypatch, capsys):
 
 
 def test_images_are_channels_last_but_for_fp32_on_a_gpu(monkeypatch):
-    model = build_model("ResNet18", 4, planes=4)
-    for kind, precision, last in (("cpu", "fp32", True), ("cuda", "fp32", False), ("cuda", "bf16", True)):
-        formats = []
+    settings = [("cpu", "fp32", 8, True), ("cuda", "fp32", 8, False), ("cuda", "bf16", 8, True), ("cpu", "fp32", 7, False)]
+    for kind, precision, planes, last in settings:
+        model, formats = build_model("ResNet18", 4, planes=planes), []
         monkeypatch.setattr(model, "to", lambda device, memory_format, formats=formats: formats.append(memory_format))
         data = SimpleNamespace(to=lambda device, memory_format, formats=formats: formats.append(memory_format))
         to_device(model, data, precision, torch.device(kind))
