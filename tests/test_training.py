@@ -386,7 +386,8 @@ def test_a_gpu_that_cannot_be_initialised_is_not_used(monkeypatch, capsys):
 
 
 def test_images_are_channels_last_but_for_fp32_on_a_gpu(monkeypatch):
-    settings = [("cpu", "fp32", 8, True), ("cuda", "fp32", 8, False), ("cuda", "bf16", 8, True), ("cpu", "fp32", 7, False)]
+    settings = [("cpu", "fp32", 8, True), ("cuda", "fp32", 8, False), ("cuda", "bf16", 8, True)]
+    settings += [("cpu", "fp32", 7, False)]
     for kind, precision, planes, last in settings:
         model, formats = build_model("ResNet18", 4, planes=planes), []
         monkeypatch.setattr(model, "to", lambda device, memory_format, formats=formats: formats.append(memory_format))
