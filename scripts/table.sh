@@ -8,13 +8,13 @@
 #   recipe         The recipe of docs/recipe.md on five settings, five seeds each: 25 minutes on 2 CPU cores, 1.6 GB.
 #                  Expected: every run ends within 0.04 % of the theorem.
 #   small          Imbalanced and balanced classes, an exponential and a step profile, and large lambdas, with which the
-#                  minority classes collapse, three seeds each: 13 minutes on 2 CPU cores, 1.1 GB. Without CIFAR-10 in
-#                  DIR: digits. Expected: within 0.1 % of the theorem; 100 % training accuracy unless classes collapse.
+#                  minority classes collapse, three seeds each: 13 minutes on 2 CPU cores, 1.1 GB. If DIR has no
+#                  CIFAR-10: digits. Expected: within 0.1 % of the theorem; 100 % training accuracy without collapse.
 #   paper_counts   N = 30,000 as in the paper, with larger lambdas: half an hour each in fp32 and bf16 on 2 CPU cores.
 #   paper_lambdas  The paper's command, and the recipe with the paper's lambdas, each with both objectives. Needs a GPU;
 #                  not measured.
-#   paper_schedule The paper's MLP and lambdas, small_lambda.flags: 48 minutes on one core. Expected: 0.05 %.
-#   small_lambda   The same difficulty on 3,000 images, three seeds: 15 minutes each on one core. Expected: 0.02 %.
+#   paper_schedule The paper's MLP and lambdas with small_lambda.flags: 48 minutes on one core. Expected: within 0.05 %.
+#   small_lambda   As difficult, with 3,000 images, three seeds: 15 minutes each on one core. Expected: within 0.02 %.
 #   losses         Nine losses against imbalance, three seeds each: 43 minutes on one core.
 #   zoo            ResNet18 and VGG11 with BatchNorm, five seeds each: about 20 minutes for each run on one core.
 #   plain          Plain Adam in fp32 (11 minutes on one core) and bf16 on 3,000 CIFAR-10 images; on digits a head with

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: scripts/test.sh [ARGUMENT of pytest]...
 #
-# Run the linter and all tests, in JOBS processes (environment variable, default 2). Packages that the Python in use
-# lacks are installed into .venv. Time: 5.5 minutes on 2 CPU cores after installation.
+# Run the linter and all tests in JOBS processes (environment variable, default 2). Missing packages are installed into
+# .venv. Time: 5.5 minutes on 2 CPU cores after installation.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 cd "$root"
