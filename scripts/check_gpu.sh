@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: scripts/check_gpu.sh [DIR]
 #
-# Find out in ten minutes whether one GPU trains correctly, and how fast, and what is lost where: see
-# benchmarks/check_gpu.py. DIR is a --data_dir with CIFAR-10 (default: random images). DEVICE=cpu rehearses it.
+# Check in ten minutes that training on one GPU is correct, and measure its speed: see benchmarks/check_gpu.py. DIR is a
+# --data_dir with CIFAR-10 (default: random images). DEVICE=cpu rehearses the check on the CPU at a small size.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 [ $# -le 1 ] || fail "give one DIR at most"

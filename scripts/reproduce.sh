@@ -14,8 +14,8 @@
 #   cifar100                   30,000      472,000  3,752,000     6.86 to 7.72   8.63 to 9.44  9.68 to 10.49
 #   mnist, fashionmnist, svhn   3,000       48,000    376,000     6.90 to 7.71   7.45 to 8.26   8.48 to 9.29
 #
-# The flags of MLP and ResNet18 on cifar10 are the paper's. That the other two models are trained like ResNet18, and on
-# the other data sets as on cifar10, is our assumption.
+# The flags of MLP and ResNet18 on cifar10 are the paper's. We assume that the other two models are trained like
+# ResNet18, and all models on the other data sets as on cifar10.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 dataset=${1:-} objective=${OBJECTIVE:-paper}

@@ -2,9 +2,9 @@
 # Usage: scripts/sweep.sh [-j JOBS | --line N | --count] FILE
 #
 # Run the shell commands in FILE, one per line, in the root of the repository, JOBS at a time (default: one per GPU in
-# CUDA_VISIBLE_DEVICES, else 1). --line N runs the Nth alone; --count prints how many there are. Blank, comment and
-# repeated lines do not count. Each job sees one GPU of CUDA_VISIBLE_DEVICES (-j 4 puts two jobs on each of two GPUs);
-# on the CPU it has its share of the cores unless OMP_NUM_THREADS is set. Job N appends its output to FILE.logs/N.log.
+# CUDA_VISIBLE_DEVICES, else 1). --line N runs only the Nth; --count prints their number. Blank, comment and repeated
+# lines do not count. Each job sees one GPU of CUDA_VISIBLE_DEVICES (-j 4 puts two jobs on each of two GPUs);
+# on the CPU it gets its share of the cores unless OMP_NUM_THREADS is set. Job N appends its output to FILE.logs/N.log.
 # Ctrl-C and SIGTERM stop the jobs as well. If the commands have --resume, run the sweep again to continue.
 #
 # Exit status: 0 if every job succeeded, 1 if not, 2 for a wrong call. Needs GNU xargs, and flock from util-linux.
