@@ -1,4 +1,4 @@
-# Sourced by the other scripts: --help prints their header comment, and `root` is the root of the repository.
+# Sourced by the other scripts. Prints their header comment for --help; `root` is the root of the repository.
 
 for word; do
     case $word in -h | --help) exec awk '/^#!/ { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$0" ;; esac

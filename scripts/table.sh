@@ -8,20 +8,13 @@
 #   recipe         The recipe of docs/recipe.md on five settings, five seeds each: 25 minutes on 2 CPU cores, 1.6 GB.
 #                  Expected: every run ends within 0.04 % of the theorem.
 #   small          Imbalanced and balanced classes, an exponential and a step profile, and large lambdas, with which the
-#                  minority classes collapse, three seeds each: 13 minutes on 2 CPU cores, 1.1 GB. If DIR has no
-#                  CIFAR-10: digits. Expected: within 0.1 % of the theorem; 100 % training accuracy without collapse.
+#                  minority classes collapse, three seeds each: 13 minutes on 2 CPU cores, 1.1 GB. Without CIFAR-10 in
+#                  DIR: digits. Expected: within 0.1 % of the theorem; 100 % training accuracy unless classes collapse.
 #   paper_counts   N = 30,000 as in the paper, with larger lambdas: half an hour each in fp32 and bf16 on 2 CPU cores.
-<<<<<<< HEAD
 #   paper_lambdas  The paper's command, and the recipe with its lambdas, with both objectives. Not run: needs a GPU.
 #   paper_schedule, paper_released  The paper's MLP and lambdas, small_lambda.flags: about an hour each on one core.
 #   small_lambda   The same difficulty on 3,000 images, three seeds: 15 minutes each on one core. Expected: 0.02 %.
 #   small_lambda_without  The same without the schedule, one seed each. Expected: the recipe 0.6 %, plain Adam 170 %.
-=======
-#   paper_lambdas  The paper's command, and the recipe with the paper's lambdas, each with both objectives. Needs a GPU;
-#                  not measured.
-#   paper_schedule The paper's MLP and lambdas with small_lambda.flags: 48 minutes on one core. Expected: within 0.05 %.
-#   small_lambda   As difficult, with 3,000 images, three seeds: 15 minutes each on one core. Expected: within 0.02 %.
->>>>>>> text-docs
 #   losses         Nine losses against imbalance, three seeds each: 43 minutes on one core.
 #   zoo            ResNet18, ResNet50 and VGG11 with BatchNorm: 4 to 35 minutes for each run on one core.
 #   zoo_large      DenseNet, ResNet18 of full width, and ResNet18 on 3,000 images. Not run so far.
