@@ -1,11 +1,11 @@
-"""The report of runs: one HTML file that holds its data and Plotly's script, and opens offline.
+"""Write the report of runs: one HTML file that contains its data and Plotly's script, so that it opens offline.
 
-It shows what was run, the final metrics over the seeds, the NC curves, the theorem and the test accuracy of each class
-against n_k, the matrices of each measured epoch, and training. `engine/report.html` is the page without its content.
+It shows the flags of the runs, the final metrics over the seeds, the NC curves, margins, class-mean norms and test
+accuracies against n_k, the matrices at measured epochs, and the training curves. `engine/report.html` is the template.
 
-The data and the script are compressed, since Plotly's script alone takes 4.8 MB; the browser unpacks them. So that a
-report of ten runs takes less than 8 MB, curves have at most POINTS points, and the more classes there are, the fewer
-epochs have matrices.
+The data and the script are compressed, since Plotly's script alone takes 4.8 MB; the browser decompresses them. To
+keep a report of ten runs below 8 MB, curves have at most POINTS points, and the matrices are shown at fewer epochs the
+more classes there are.
 """
 
 import base64
@@ -39,10 +39,10 @@ from engine.run import require_columns
 from engine.summary import COLLAPSE_NOTE, METRICS, METRICS_NOTE, not_counted, summarize, text_tables
 from utils import UserError, atomic_write
 
-COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  # that the rows of a run must have
-POINTS = 400  # of a curve, at most
-MARKED = 30  # points up to which a curve has markers
-ENTRIES = 1_400_000  # of all matrices, at most: 5 MB
+COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  # required in the rows of every run
+POINTS = 400  # largest number of points of a curve
+MARKED = 30  # largest number of points at which a curve has markers
+ENTRIES = 1_400_000  # largest number of entries of all matrices together: 5 MB
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
 FACTS = ("class_counts", "num_parameters", "device", "git_commit")
@@ -54,9 +54,9 @@ class Page(Template):
 
 
 def write_report(runs, path):
-    """Write the report of runs to `path`, and return the path. Seeds of a setting are shown as mean and range.
+    """Write the report of runs to `path`, and return the path. Runs that differ by seed are shown as mean and range.
 
-    Raises UserError if Plotly is not installed, or a run has no rows or lacks one of COLUMNS.
+    Raises UserError if Plotly is not installed, or if a run has no rows or lacks one of COLUMNS.
     """
     for run in runs:
         require_columns(run, COLUMNS)
@@ -106,7 +106,7 @@ def packed(text):
 
 
 def compact(values):
-    """Return an array as nested lists of numbers with four significant digits, None for what is not finite."""
+    """Return an array as nested lists of numbers with four significant digits; None for NaN and infinities."""
     rounded = [float(f"{value:.4g}") if math.isfinite(value) else None for value in np.ravel(values).tolist()]
     return np.reshape(np.array(rounded, object), np.shape(values)).tolist()
 
@@ -117,7 +117,7 @@ def compact(values):
 
 
 def runs_table(settings):
-    """Return HTML: a table of the flags and facts that differ between settings, then the shared ones and folders."""
+    """Return as HTML a table of the flags and facts that differ between settings, those in common, and the folders."""
     facts = pd.DataFrame([facts_of(setting.runs[0]) for setting in settings]).fillna("-")
     differs = facts.nunique() > 1
     differing = facts.loc[:, differs].assign(seed=[", ".join(str(run.seed) for run in s.runs) for s in settings])
@@ -128,13 +128,13 @@ def runs_table(settings):
 
 
 def folded(what, items):
-    """Return pairs of texts as a collapsed HTML list, headed by its length and `what` it holds."""
+    """Return pairs (name, value) as a collapsed HTML list, headed by its length and the noun `what`."""
     entries = [f"<li><b>{escape(name)}</b> {escape(str(value))}</li>" for name, value in items]
     return f"<details><summary>{len(entries)} {what}</summary><ul>{''.join(entries)}</ul></details>"
 
 
 def facts_of(run):
-    """Return {name: text} of a run's flags, of what else its config says, and of the optimum."""
+    """Return {name: text} of a run's flags, the FACTS and versions in its config, and a summary of the optimum."""
     facts = run.setting | {name: run.config[name] for name in FACTS if name in run.config}
     facts |= {"optimum": run.theory_summary()} | run.config.get("versions", {})
     texts = {list: lambda values: ", ".join(map(str, values)), float: "{:g}".format}
@@ -142,14 +142,14 @@ def facts_of(run):
 
 
 def table(frame):
-    """Return a DataFrame of texts as an HTML table, with a line break before each deviation."""
+    """Return a DataFrame of texts as an HTML table, with a line break before each "± deviation"."""
     with pd.option_context("display.max_colwidth", None):
         head, end, body = frame.to_html(index=False, border=0).partition("</thead>")
     return f'<div class="table">{head.replace("_", "_<wbr>")}{end}{body.replace(" ± ", "<br>± ")}</div>'
 
 
 def legend(marked):
-    """Return a button for each of several settings, which hides the setting in all figures."""
+    """Return as HTML a button per setting that hides it in all figures; "" for a single setting."""
     buttons = [
         f'<button value="{mark["legendgroup"]}"><i style="color: {mark["marker"]["color"]}">'
         f"{SYMBOLS[mark['marker']['symbol']]}</i> {escape(listed(setting.label, setting.seeds))}</button>"
@@ -164,7 +164,7 @@ def legend(marked):
 
 
 def mark_of(index):
-    """Return what all traces of a setting share: group, colour, dash and symbol."""
+    """Return the Plotly options of all traces of the setting number `index`: group, colour, dash and symbol."""
     repeat, colour = divmod(index, len(COLOURS))
     colour = f"#{COLOURS[colour].lstrip('#')}"
     return {
@@ -180,14 +180,14 @@ def panel(title, traces, xtitle, ytitle, xscale="linear", yscale="linear"):
 
 
 def trace(mark, setting, x, y, hover, **options):
-    """Return a Plotly trace, a line unless `options` say otherwise; its hover text is the label and `hover`."""
+    """Return a Plotly trace, by default a line; its hover text is the setting's label and `hover`."""
     label = [escape(line) for line in textwrap.wrap(setting.label, 40)]
     shown = {"hovertemplate": "<br>".join([*label, hover]) + "<extra></extra>", "mode": "lines"}
     return mark | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
 
 
 def curve_panels(panels, marked):
-    """Return a panel for each column that any setting has."""
+    """Return a panel for each column for which any setting has data."""
     drawn = []
     for _, unit, scale, columns in panels:
         for column, label in columns.items():
@@ -199,7 +199,7 @@ def curve_panels(panels, marked):
 
 
 def curve(mark, setting, column, scale):
-    """Return the traces of a column: range over the seeds, mean (geometric on a log axis), and the least loss."""
+    """Return the traces of a column: mean (geometric on a log axis) and range over the seeds, and the least loss."""
     epochs, values = setting.series(column, "epoch")
     if not len(epochs):
         return []
@@ -219,13 +219,13 @@ def curve(mark, setting, column, scale):
 
 
 def ranges(values):
-    """Return the hover texts (P,) on the range of values (P, S) over several seeds."""
+    """Return the hover texts (P,) with the ranges of values (P, S) over S seeds; "" for one seed."""
     ends = zip(values.min(1), values.max(1), strict=True)
     return [f"<br>{low:.3g} to {high:.3g} over the seeds" if values.shape[1] > 1 else "" for low, high in ends]
 
 
 def class_panels(marked):
-    """Return the panels against n_k: margins and class-mean norms on the curves of the theorem, and test accuracy."""
+    """Return the panels against n_k: margins and class-mean norms with the theorem's curves, and test accuracy."""
     if not marked:
         return []
     xaxis = {"xtitle": "training images of the class n<sub>k</sub>"}
@@ -247,7 +247,7 @@ def class_panels(marked):
 
 
 def points(mark, setting, values):
-    """Return the trace of values (S, K) of K classes against n_k: mean over S seeds, bars from least to largest."""
+    """Return the trace of values (S, K) against the n_k of K classes: mean over S seeds, bars from least to largest."""
     mean = values.mean(0)
     ends = {"array": compact(values.max(0) - mean), "arrayminus": compact(mean - values.min(0))}
     bars = {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(setting.seeds)} | ends
@@ -260,7 +260,7 @@ def points(mark, setting, values):
 def heatmaps(setting, entries):
     """Return the matrices of a setting's first run, divided by their norms, at as many epochs as `entries` allow.
 
-    A frame holds the differences from the theory if there is one, else the measured matrices.
+    A frame holds the differences from the theory's matrices if there is a theory, else the measured matrices.
     """
     run, size = setting.runs[0], 3 * len(setting.class_counts) ** 2
     epochs = thinned(geometry_epochs([run]), min(FRAMES, max(2, entries // size)))

@@ -7,11 +7,11 @@ import pandas as pd
 from utils import duration
 
 METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
-FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split()  # shown if there are any
-COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # the distances that are at most a threshold once a run has collapsed
+FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split()  # shown if the rows have them
+COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # a run has collapsed once all of these are at most the threshold
 THRESHOLDS = (0.05, 0.01)
-UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # of the time to collapse
-LONG = 40  # characters of a label above which the settings are numbered in the tables
+UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # unit of the time to collapse: head of its column
+LONG = 40  # length of a label above which the tables number the settings
 METRICS_NOTE = (
     "At the last epoch, {} over the seeds. `margin_rel_err` and `norm_rel_err` are relative to the optimum, accuracies "
     "in percent; time of training alone, h:mm:ss."
@@ -38,7 +38,7 @@ def state(run):
 
 
 def shortfall(run):
-    """Return in one line why a run is not in the means, or None if it is trained and measured to its last epoch."""
+    """Return in one line why a run is excluded from the means; None if it is trained and measured to its last epoch."""
     if (text := state(run)) != "finished":
         return text
     if len(run.log) and last_measured(run) < (epoch := run.log["epoch"].iloc[-1]):
@@ -60,9 +60,9 @@ def result(run):
 
 
 def time_to_collapse(run, threshold):
-    """Return the (epoch, steps, seconds) from which on all of COLLAPSE are at most `threshold`; NaN if there is none.
+    """Return the (epoch, steps, seconds) after which all of COLLAPSE stay at most `threshold`; NaN if there is none.
 
-    The epoch is one with a row; the collapse may have begun any time after the row before.
+    Only measured epochs are considered: the collapse may have begun any time after the preceding one.
     """
     below = (run.rows[COLLAPSE] <= threshold).all(axis=1)
     stays = run.rows["epoch"][below[::-1].cummin()]
@@ -78,7 +78,7 @@ def time_to_collapse(run, threshold):
 
 
 def summarize(groups):
-    """Return a DataFrame with a row for each (label, runs) of `by_setting`, over the runs that count."""
+    """Return a DataFrame with a row for each (label, runs) of `by_setting`, over the runs without a `shortfall`."""
     counted = [(number, run) for number, (_, runs) in enumerate(groups) for run in runs if not shortfall(run)]
     results = pd.DataFrame([result(run) | {"setting": number} for number, run in counted])
     finals = [*METRICS, *results.columns.intersection(FURTHER), "seconds"]
@@ -102,9 +102,9 @@ def summarize(groups):
 
 
 def markdown(table, runs, worst=False):
-    """Return both tables, the first with the seeds' standard deviation or their worst, and the runs that do not count.
+    """Return both tables as Markdown, with the seeds' standard deviation or their worst, and the excluded runs.
 
-    Settings with a long label are numbered, and their labels listed above.
+    If a label is longer than LONG, the settings are numbered, and their labels are listed above the tables.
     """
     parts, names = [], table["setting"].tolist()
     if max(map(len, names)) > LONG:
@@ -120,7 +120,7 @@ def markdown(table, runs, worst=False):
 
 
 def text_tables(table, worst=False):
-    """Return a table of `summarize` as two DataFrames of texts: the final metrics, and the times to collapse."""
+    """Return a table of `summarize` as two DataFrames of texts: the final metrics and the times to collapse."""
     rows = [row for _, row in table.iterrows()]
     seeds = [f"{row['seeds']}" if row["seeds"] == row["runs"] else f"{row['seeds']} of {row['runs']}" for row in rows]
     metrics, collapse = ({"setting": table["setting"], "seeds": seeds} for _ in range(2))
@@ -133,17 +133,17 @@ def text_tables(table, worst=False):
 
 
 def not_counted(runs):
-    """Return a line for each run that is excluded from the means: its folder, and why."""
+    """Return a line for each run that is excluded from the means: its folder and the reason."""
     return [f"{run.folder}: {reason}" for run in runs if (reason := shortfall(run))]
 
 
 def plain_table(table):
-    """Return a DataFrame of texts as a Markdown table whose columns also line up as plain text."""
+    """Return a DataFrame of texts as a Markdown table with aligned columns."""
     return table.to_markdown(index=False, tablefmt="github", disable_numparse=True)
 
 
 def cell(row, name, other):
-    """Format a value and, over several seeds, its `other`: "std", the standard deviation, or "worst"."""
+    """Format a value and, for several seeds, their standard deviation (other="std") or worst value ("worst")."""
     text = written(name, row[name])
     if text == "-" or row["seeds"] == 1:
         return text
@@ -160,7 +160,7 @@ def collapse_cell(row, unit, threshold):
 
 
 def written(name, value, digits=2):
-    """Format a column's value: a time, a count, an accuracy with two decimals, anything else to `digits` digits."""
+    """Format a value of the column `name`: a time, a count, an accuracy, or a number to `digits` digits."""
     if math.isnan(value):
         return "-"
     if name.startswith("seconds"):
