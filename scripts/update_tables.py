@@ -75,6 +75,7 @@ class Table:
     bn_statistics: str = "running"
 
 
+SCHEDULE = {"heads": ["train", *GEOMETRY, "optimality gap", "minutes"], "x": "step"}  # tables of small penalties
 ZOO = {
     "resnet18": "ResNet18, 10 to 50 of a class, N = 300",
     "resnet18_exp10": "ResNet18, `exp:10`, n_max 60, N = 240",
@@ -149,10 +150,9 @@ TABLES = {
     "small_lambda": Table(
         "three seeds",
         {"schedule": "`@scripts/small_lambda.flags`"},
-        ["train", *GEOMETRY, "optimality gap", "minutes"],
         worst=(*GEOMETRY, "optimality gap"),
         figures={"small_lambda": "training"},
-        x="step",
+        **SCHEDULE,
     ),
     "small_lambda_without": Table(
         "one seed",
@@ -161,23 +161,20 @@ TABLES = {
             "recipe": "`@scripts/collapse.flags --epochs 900`",
             "plain": "the paper's flags, 900 epochs",
         },
-        ["train", *GEOMETRY, "optimality gap"],
         figures={"small_lambda_without": "training"},
-        x="step",
+        **SCHEDULE,
     ),
     "paper_schedule": Table(
         "one seed",
         {"paper": "`@scripts/small_lambda.flags --lr 0.001 --epochs 120`"},
-        ["train", *GEOMETRY, "optimality gap", "minutes"],
         figures={"paper_schedule": "training"},
-        x="step",
+        **SCHEDULE,
     ),
     "paper_released": Table(
         "one seed",
         {"released": "the same with `--objective released --penalty_start 27`"},
-        ["train", *GEOMETRY, "optimality gap", "minutes"],
         figures={"paper_released": "training"},
-        x="step",
+        **SCHEDULE,
     ),
     "paper_counts": Table(
         "one seed each",
