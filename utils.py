@@ -17,7 +17,7 @@ BAD_INPUT, FAILED_WORK = 2, 1  # exit statuses
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line: what is wrong, and how to fix it."""
+    """An error that the user can fix. The message, one line, says what is wrong and how to fix it."""
 
     def __init__(self, message, status=BAD_INPUT):
         super().__init__(" ".join(str(message).split()))
@@ -30,18 +30,18 @@ def message_of(error):
 
 
 def from_flags(function, flags, **others):
-    """Call `function` with the flags {name: value} that it has a parameter for; `others` take precedence.
+    """Call `function` with those of the flags {name: value} that it has parameters for; `others` take precedence.
 
-    Parameters are named as the flags that set them, so that nothing is listed twice.
+    This is why parameters have the names of the flags: no call has to list them.
     """
     names = inspect.signature(function).parameters
     return function(**{name: flags[name] for name in names if name in flags} | others)
 
 
 def run_script(main, resume_hint="run the same command again", takes_ranks=False):
-    """Run the `main` of an entry script and exit; errors are printed as one line, without a traceback.
+    """Run the `main` of an entry script and exit; expected errors are printed as one line, without a traceback.
 
-    resume_hint: how to continue after a signal or a failure of the machine. takes_ranks: True if torchrun may start it.
+    resume_hint: how to continue after a signal or a full disk. takes_ranks: True if torchrun may run the script.
     """
     name = Path(sys.argv[0]).name
     if not (takes_ranks or is_first_rank()):
@@ -59,7 +59,7 @@ def run_script(main, resume_hint="run the same command again", takes_ranks=False
     except Interrupted as stop:
         print(f"{name}: stopped by {stop.signal.name}; to continue, {resume_hint}", file=sys.stderr)
         status = 128 + stop.signal
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = FAILED_WORK
     except OSError as error:
@@ -86,12 +86,12 @@ def under_torchrun():
 
 
 def is_first_rank():
-    """Return True in the rank that prints and writes files, and without torchrun."""
+    """Return True in the rank that prints and writes files; always without torchrun."""
     return not under_torchrun() or os.environ["RANK"] == "0"
 
 
 def first_rank_only(method):
-    """Decorate a method that writes files to do nothing on the other ranks."""
+    """Decorate a method, one that writes files, so that it does nothing on ranks other than the first."""
 
     @functools.wraps(method)
     def written_once(*args, **kwargs):
@@ -108,7 +108,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """Raised on SIGTERM or SIGINT. Not an `Exception`, so that `except Exception` does not catch it."""
+    """Raised on SIGTERM or SIGINT. It is no `Exception`, so that `except Exception` does not catch it."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -123,7 +123,7 @@ def raise_interrupted(number, frame):
 
 
 class StopFlag:
-    """Inside its `with` block, SIGTERM and SIGINT only set a flag; `check()` raises Interrupted if it is set."""
+    """Make SIGTERM and SIGINT only set a flag inside the `with` block; `check()` raises Interrupted if it is set."""
 
     def __enter__(self):
         self.number = None
@@ -149,7 +149,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb", **kwargs):
-    """Open a temporary file that replaces `path` once it is complete and flushed to the disk."""
+    """Open a temporary file that replaces `path` once the `with` block ends and the file is flushed to the disk."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -162,7 +162,7 @@ def atomic_write(path, mode="wb", **kwargs):
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # torch.save wraps a full disk in a RuntimeError of its own
+            error = error.__context__  # torch.save raises a RuntimeError for a full disk
         if isinstance(error, OSError) and error.errno and not error.filename:
             error = OSError(error.errno, error.strerror, str(path))
         raise error from None

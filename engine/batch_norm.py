@@ -7,19 +7,19 @@ from torch import nn
 
 
 class _Reached(Exception):
-    """Raised by a hook to end a forward pass at the layer whose input is wanted."""
+    """Raised by a forward hook to end the forward pass at the layer whose input statistics are computed."""
 
 
 @contextlib.contextmanager
 def training_set_statistics(model, batches):
-    """Have every BatchNorm layer in eval mode use the mean and variance of its input over the training set.
+    """Make every BatchNorm layer in eval mode use the mean and variance of its input over the training set.
 
-    They are computed layer by layer, with the layers before normalised in the same way. The model is then the function
-    that it would be in training mode on one batch of all images. Averages of batch statistics would not do: they miss
-    the variance between batches. On leaving the context, the running statistics are restored.
+    The statistics are computed layer by layer, after those of all earlier layers. The model then computes what it
+    would compute in training mode on a single batch of all images. Averaged batch statistics would not give this,
+    because they miss the variance between batches. On leaving the context, the running statistics are restored.
 
-    model: in eval mode. batches: a function that returns an iterator of the images (B, ...) of the training set; it is
-    called once for each layer, and no more than one batch is in memory.
+    model: in eval mode. batches: a function that returns an iterator over the images (B, ...) of the training set; it
+    is called once per layer, and only one batch is in memory at a time.
     """
     layers = _layers_in_order(model, next(iter(batches())))
     before = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
@@ -37,7 +37,7 @@ def training_set_statistics(model, batches):
 
 @torch.no_grad()
 def _layers_in_order(model, images):
-    """Return the BatchNorm layers of a model in the order in which a forward pass reaches them."""
+    """Return the BatchNorm layers of a model in the order of the forward pass."""
     reached = []
     layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     hooks = [layer.register_forward_pre_hook(lambda module, _: reached.append(module)) for layer in layers]
@@ -84,10 +84,10 @@ def _input_statistics(model, layer, batches):
 
 
 def synchronise_batch_norm(model, device, all_reduce):
-    """Make the BatchNorm2d layers of a model normalise over the batches of all ranks in training.
+    """Make the BatchNorm2d layers of a model, in training mode, normalise over the batches of all ranks.
 
-    all_reduce(tensor): sums a tensor over the ranks, in place. On GPUs the layers become nn.SyncBatchNorm, which does
-    not train on the CPU.
+    all_reduce(tensor): a function that sums a tensor over the ranks, in place. On GPUs the layers become
+    nn.SyncBatchNorm, which cannot train on the CPU.
     """
     if device.type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -98,7 +98,7 @@ def synchronise_batch_norm(model, device, all_reduce):
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d over the batches of all ranks: two passes, one for the mean and one for the squares around it."""
+    """BatchNorm2d over the batches of all ranks, in two passes: first the mean, then the squared deviations from it."""
 
     def forward(self, inputs):
         if not self.training:

@@ -1,4 +1,4 @@
-"""The batches of each epoch, drawn on the CPU and sent to the device while it trains on the previous one."""
+"""The batches of each epoch, drawn on the CPU and sent to the device while it trains on the previous epoch."""
 
 import torch
 
@@ -7,10 +7,10 @@ from engine.distributed import send
 
 
 class Batches:
-    """The batches of a training set with `labels` (N,) on the device; other arguments are named as the flags.
+    """The batches of a training set with `labels` (N,) on the device; the other arguments have the names of the flags.
 
-    sizes: the lengths of the batches of an epoch.
-    shifts: the crops and mirrorings (N, 3) of the epoch drawn last, always in the same tensor, or None.
+    sizes: the batch sizes of an epoch, in order.
+    shifts: the random crops and flips (N, 3) of the last epoch drawn, always in the same tensor; None if there are none
     """
 
     def __init__(self, labels, *, batch_size, seed, no_shuffle=False, stratified=False, data_augmentation=False):
@@ -24,7 +24,7 @@ class Batches:
         return epoch_batches(order, self.batch_size, even=self.stratified)
 
     def draw(self, epoch):
-        """Return the indices (B,) of each batch of an epoch, on the device, and set `shifts`, without waiting."""
+        """Return the indices (B,) of each batch of an epoch and set `shifts`, without waiting for the device."""
         if self.shifts is not None:
             self.shifts.copy_(send(random_shifts(self.count, epoch=epoch, seed=self.seed), self.device))
         order = epoch_order(self.count, epoch=epoch, seed=self.seed, shuffle=self.shuffle, labels=self.labels)

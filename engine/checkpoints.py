@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, the state to resume from, which ones to keep, and writing in the background."""
+"""Checkpoints of a run: the weights, the state from which training resumes, retention, and writing by a thread."""
 
 import pickle
 import shutil
@@ -28,14 +28,14 @@ def is_power_of_two(epoch):
 
 @dataclass
 class TrainingState:
-    """Everything that training changes: after `epoch` complete epochs, and `step` steps of the next one.
+    """Everything that training changes, after `epoch` complete epochs and `step` steps of the next one.
 
-    Batches depend on the seed and the epoch alone, and schedules on the epoch: no generator or scheduler has a state.
+    Generators and schedulers have no state: batches depend only on the seed and the epoch, schedules on the epoch.
     """
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    rows: torch.Tensor  # (steps of an epoch, columns): what each step of the current epoch measured
+    rows: torch.Tensor  # (steps, STEP_COLUMNS) the measurements of the current epoch's steps (`engine.step_log`)
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0  # spent on the current epoch
@@ -46,20 +46,20 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of a run, written by a thread while training goes on.
+    """The checkpoints of a run, written by a thread while training continues.
 
-    Use as a context manager; leaving it waits until everything is on the disk. An error of the thread, such as a full
+    Use as a context manager; leaving it waits until all files are on the disk. An error in the thread, such as a full
     disk, is raised by the next call.
     """
 
     def __init__(self, run, state, *, epochs, save_every, keep=None):
         self.run, self.state, self.epochs, self.save_every, self.keep = run, state, epochs, save_every, keep
         self.thread, self.pending = ThreadPoolExecutor(1), None
-        self.saved = time.monotonic()  # when last.pt was written, or the process began
+        self.saved = time.monotonic()  # time of the last write of last.pt, at first of the start of the process
         self.waited = 0.0  # seconds that training has waited for the thread
 
     def is_due(self, epoch):
-        """Return True if the weights are to be saved: every `save_every` epochs, with --keep also at powers of two."""
+        """Return True if the weights are saved after this epoch; with --keep, powers of two are added."""
         return is_due(epoch, self.save_every, self.epochs) or bool(self.keep and is_power_of_two(epoch))
 
     @first_rank_only
@@ -81,7 +81,7 @@ class Checkpoints:
         """Save last.pt: everything an exact resume needs."""
         state = self.state
         check_finite(state.rows[: state.step].cpu(), state.model, state.epoch + 1)
-        self.run.flush_log()  # the epochs in it will not be run again
+        self.run.flush_log()  # a resumed run does not repeat the epochs in it
         parts = {
             "epoch": state.epoch,
             "steps": state.step,
@@ -94,7 +94,7 @@ class Checkpoints:
         self.saved = time.monotonic()
 
     def load_state(self, device):
-        """Restore the state that last.pt holds. Raises UserError if it is damaged or of a run with other flags."""
+        """Restore the state from last.pt. Raises UserError if the file is damaged or from a run with other flags."""
         path, state = self.run.last, self.state
         saved = load_torch(path, device)
         try:
@@ -114,29 +114,29 @@ class Checkpoints:
 
     @first_rank_only
     def prune(self):
-        """Delete the complete checkpoints that --keep does not keep."""
+        """Delete the epoch_*.pth files that --keep does not keep."""
         checkpoints = self.run.checkpoints()
         for epoch in set(checkpoints) - self.kept(list(checkpoints)):
             checkpoints[epoch].unlink(missing_ok=True)
 
     def kept(self, epochs):
-        """Return the epochs, out of those with a checkpoint, that --keep keeps: the last ones and the powers of two."""
+        """Return those of the sorted `epochs` that --keep keeps: the last ones and the powers of two."""
         return {*epochs[-self.keep :], *filter(is_power_of_two, epochs)} if self.keep else set(epochs)
 
     def bytes_needed(self):
-        """Return (number of checkpoints to come, bytes of disk for them, last.pt and one temporary file)."""
+        """Return how many checkpoints are still to be kept, and the bytes of these, last.pt and one temporary file."""
         due = [epoch for epoch in range(self.state.epoch + 1, self.epochs + 1) if self.is_due(epoch)]
         size = sum(value.numel() * value.element_size() for value in self.state.model.state_dict().values())
         count = len(self.kept(due))
-        return count, (count + 3 + 3) * size  # last.pt has the weights and Adam's two moments
+        return count, (count + 3 + 3) * size  # last.pt and its temporary file: the weights and Adam's two moments
 
     def seconds_waited(self):
-        """Return the seconds that training has waited for the writing thread since the last call."""
+        """Return the seconds that training has waited for the thread since the last call of this method."""
         waited, self.waited = self.waited, 0.0
         return round(waited, 4)
 
     def disk_summary(self):
-        """Return how much disk space the run needs and how much is free, with a warning if that is less."""
+        """Return as text the disk space that the run needs and the free space, with a warning if that is too little."""
         count, needed = self.bytes_needed()
         free = shutil.disk_usage(self.run.folder).free
         text = f"{count} checkpoints and last.pt: {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free"
@@ -145,14 +145,14 @@ class Checkpoints:
         return text
 
     def _write(self, path, state):
-        """Write a copy of `state` in the background, once the previous file is written."""
+        """Let the thread write a copy of `state` to `path`, after waiting for the previous file."""
         began = time.perf_counter()
         self.wait()
         self.waited += time.perf_counter() - began
         self.pending = self.thread.submit(save_when_complete, path, *to_host(state))
 
     def wait(self):
-        """Return when everything is on the disk."""
+        """Wait until all files are on the disk."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             pending.result()
@@ -172,7 +172,7 @@ class Checkpoints:
 
 
 def save_torch(path, state):
-    """Save with torch.save; the file is complete or absent."""
+    """Save with torch.save, atomically: the file is never incomplete."""
     with atomic_write(path) as file:
         torch.save(state, file)
 
@@ -183,10 +183,10 @@ def save_when_complete(path, state, wait):
 
 
 def to_host(state):
-    """Return a copy of a nested dict, list or tuple with its tensors on the CPU, and a function that waits for it.
+    """Return a CPU copy of the tensors in a nested dict, list or tuple, and a function that waits for the copy.
 
-    Tensors on a GPU are first copied on the GPU, in stream order, so that later steps need not wait. Another stream
-    then copies them to pinned memory. The copy is complete when the returned function has returned.
+    Tensors on a GPU are first copied on the GPU, in stream order, so that training can continue. Another stream
+    then copies them to pinned memory; this copy is complete once the returned function has returned.
     """
     copies = copy_state(state, lambda tensor: tensor.detach().clone())
     if not torch.cuda.is_initialized():
@@ -199,13 +199,13 @@ def to_host(state):
 
     def wait():
         filled.synchronize()
-        copies.clear()  # held until now, so that nothing else takes their memory
+        copies.clear()  # kept until now, so that their memory is not reused before the copy is complete
 
     return host, wait
 
 
 def copy_state(state, copy):
-    """Return a nested dict, list or tuple with copy(tensor) for each tensor."""
+    """Return a nested dict, list or tuple (as a list) with each tensor replaced by copy(tensor)."""
     if isinstance(state, torch.Tensor):
         return copy(state)
     if isinstance(state, dict):
@@ -214,12 +214,12 @@ def copy_state(state, copy):
 
 
 def load_torch(path, device="cpu"):
-    """Return the tensors and plain values of a file that torch.save wrote.
+    """Return the content, tensors and plain values, of a file written by torch.save.
 
-    Raises UserError for a pickle that would run code, and for a wrong checksum, which torch.load does not check.
+    Raises UserError for a pickle that would run code, and for a wrong checksum, which torch.load does not verify.
     """
     path = Path(path)
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a named pipe would block
         raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         if zipfile.is_zipfile(path):  # the format of torch.save since 1.6
@@ -243,7 +243,7 @@ def load_weights(model, path, device="cpu"):
 
 
 def load_state_dict(model, state, path):
-    """Load a state dict into `model`. Raises UserError with the first key that does not match."""
+    """Load a state dict, read from `path`, into `model`. Raises UserError with the first key that does not match."""
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
         for key, value in state.items()
@@ -263,7 +263,7 @@ def load_state_dict(model, state, path):
 
 
 def load_optimizer(optimizer, state):
-    """Load an optimizer's state dict, except its hyperparameters, which the flags and the device set."""
+    """Load an optimizer's state dict, but keep the current hyperparameters, which the flags and the device set."""
     groups = [dict(group) for group in optimizer.param_groups]
     expected = OPTIMIZER_STATE[type(optimizer).__name__]
     if optimizer.defaults.get("amsgrad"):

@@ -1,4 +1,4 @@
-"""A training step captured as CUDA graphs, which replay it without launching each kernel from Python."""
+"""Capture a training step as CUDA graphs, which replay it without launching each kernel from Python."""
 
 import warnings
 
@@ -6,17 +6,17 @@ import torch
 
 
 class GraphedStep:
-    """A function `step(indices)` captured once for each length of `indices`, and replayed when called.
+    """A function `step(indices)` that is captured once for each length of `indices`, and replayed when called.
 
-    step: reads and changes tensors at fixed addresses only, never waits for the device, and returns a tensor.
-    sizes: the lengths that `indices` (B,) will have.
+    step: must read and change tensors at fixed addresses only, never wait for the device, and return a tensor.
+    sizes: the batch sizes, that is the lengths of `indices` (B,).
     state: a function that returns all tensors that a step changes. Those that the first step creates, such as an
         optimizer's moments, must start at zero.
-    capture: `capture(step, indices)` returns a function that replays the step and returns what it returned; by default
-        a `CudaGraphs`. It is called for the largest size first, whose memory the others reuse.
+    capture: `capture(step, indices)` returns a function that replays the step and returns its result; by default
+        a `CudaGraphs`. It is called for the largest size first, whose memory the smaller sizes reuse.
 
-    Capturing runs the step a few times; afterwards the state is restored, as if no step had been made. Raises
-    RuntimeError if a capture fails; its traceback shows the first cause.
+    Capturing runs the step a few times and then restores the state to what it was before. Raises RuntimeError if a
+    capture fails; its traceback shows the first cause.
     """
 
     def __init__(self, step, sizes, state, device, capture=None):
@@ -45,7 +45,7 @@ class GraphedStep:
 
 
 class CudaGraphs:
-    """Captures steps as CUDA graphs, which share one pool of memory: they are never replayed at the same time."""
+    """Capture steps as CUDA graphs. These share one memory pool, since they are never replayed at the same time."""
 
     pool = None
 

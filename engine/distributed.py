@@ -15,10 +15,10 @@ from torch import distributed
 from engine.batch_norm import synchronise_batch_norm
 from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, message_of, under_torchrun
 
-AGREE_SECONDS = 0.5  # between two exchanges of signals among the ranks
-ENDING_SECONDS = 3  # that the other ranks wait for the first one to print its error and end
-STOP_SECONDS = 60  # that the others wait for the first one to write last.pt after a signal
-TIMEOUT = timedelta(hours=1)  # of a collective operation: the first rank may be solving for the optimum meanwhile
+AGREE_SECONDS = 0.5  # time between two exchanges of signals among the ranks
+ENDING_SECONDS = 3  # after an error, time for which the other ranks wait until the first has printed it and ended
+STOP_SECONDS = 60  # after a signal, time for which the other ranks wait until the first has written last.pt
+TIMEOUT = timedelta(hours=1)  # of a collective operation: long, because the first rank may be solving for the optimum
 
 # ---------------------------------------------------------------------------------------------------------
 # Device, precision, memory
@@ -26,7 +26,7 @@ TIMEOUT = timedelta(hours=1)  # of a collective operation: the first rank may be
 
 
 def pick_device(device, gpu_id):
-    """Return the torch.device that --device and --gpu_id select; ranks on a machine take the GPUs from --gpu_id on."""
+    """Return the torch.device that --device and --gpu_id select; local ranks take consecutive GPUs from --gpu_id on."""
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cpu" or (device == "auto" and gpus == 0 and gpu_id == 0):
         return torch.device("cpu")
@@ -36,7 +36,7 @@ def pick_device(device, gpu_id):
         raise UserError(f"--gpu_id {gpu_id}: this machine shows {gpus} GPUs, numbered from 0")
     if under_torchrun():
         if (wanted := gpu_id + int(os.environ["LOCAL_WORLD_SIZE"])) > gpus:
-            raise UserError(f"torchrun --nproc_per_node: {wanted} GPUs are wanted, this machine shows {gpus}")
+            raise UserError(f"torchrun --nproc_per_node: {wanted} GPUs are needed, this machine shows {gpus}")
         gpu_id += int(os.environ["LOCAL_RANK"])
     try:
         torch.cuda.init()
@@ -50,7 +50,7 @@ def pick_device(device, gpu_id):
 
 
 def send(tensor, device):
-    """Return a CPU tensor on the device without waiting for it: the copy to a GPU is from pinned memory."""
+    """Return a copy of a CPU tensor on the device. A copy to a GPU is asynchronous, from pinned memory."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -62,7 +62,7 @@ def device_name(device):
 
 
 def describe(device, precision, ranks):
-    """Return the line on the device, the precision and the ranks that a run prints at its start."""
+    """Return the text on device, precision and ranks that a run prints at its start."""
     text = f"{device_name(device)}, {precision}{bf16_speed(device) if precision == 'bf16' else ''}"
     return text if ranks.count == 1 else f"{text}, {ranks.count} ranks, each with its rows of every batch"
 
@@ -86,7 +86,7 @@ def set_precision(precision, device):
 
 
 def bf16_speed(device):
-    """Return which of bf16 and fp32 is faster on this CPU, by timing one matrix product; "" on a GPU."""
+    """Return as text whether bf16 or fp32 is faster on this CPU, from one timed matrix product; "" on a GPU."""
     if device.type != "cpu":
         return ""
     times = {}
@@ -102,14 +102,14 @@ def bf16_speed(device):
 
 
 def autocast(precision, device):
-    """Return the autocast context of the network's body, without a weight cache, so that CUDA graphs can capture it."""
+    """Return the autocast context of the network's body; without a weight cache, as CUDA graphs require."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def keep_freed_memory():
-    """Make glibc keep freed memory, so that a step's large buffers are reused and not mapped and zeroed each time.
+    """Make glibc keep freed memory, so that large buffers are reused instead of mapped and zeroed in every step.
 
-    Measured on two cores: about 5 % of a step of the MLP, nothing for ResNet18. Without glibc it does nothing.
+    On two cores this saves about 5 % of a step of the MLP, and nothing for ResNet18. Without glibc it has no effect.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
@@ -123,15 +123,15 @@ def keep_freed_memory():
 
 
 def get_ranks():
-    """Return the `Ranks` of a process that torchrun has started, or the `OneProcess` of any other."""
+    """Return a `Ranks` if torchrun has started this process, else a `OneProcess`."""
     return Ranks() if under_torchrun() else OneProcess()
 
 
 class OneProcess:
-    """A run in one process: the methods of `Ranks`, without anything to wait for or to exchange."""
+    """A run in a single process: the interface of `Ranks`, without any communication."""
 
     count = 1
-    argv = None  # the command line as it is
+    argv = None  # parse sys.argv unchanged
     stop_flag = StopFlag
 
     def __enter__(self):
@@ -157,40 +157,40 @@ class OneProcess:
 
 
 class Ranks(OneProcess):
-    """The processes that torchrun has started for one run, each a rank; the first one prints and writes files.
+    """The processes (ranks) that torchrun has started for one run; only the first one prints and writes files.
 
-    Every rank draws the same batches, takes its rows of each, and computes its share of the batch's loss. The sum of
-    the gradients is then that of one device, and all make the same optimizer step.
+    Every rank draws the same batches and computes the loss of its own rows of each. The gradients, summed over the
+    ranks, are then those of a run on one device, and all ranks make the same optimizer step.
 
     Use as a context manager. On leaving, the other ranks wait for the first; if it fails or is stopped, they end
-    with its exit status and print nothing.
+    with the exit status of the first and print nothing.
     """
 
     def __init__(self):
         self.rank, self.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.all_attempts, *_ = next(distributed.rendezvous("env://"))
-        # Without a prefix of its own, a restarted attempt would find the addresses of the dead one in the store.
+        # A prefix for each attempt: otherwise a restarted one would find the addresses of the failed one in the store
         self.store = distributed.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], self.all_attempts)
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     @property
     def argv(self):
-        """The flags; if torchrun restarts a run that had begun, with --resume and without --force."""
+        """The command line; if torchrun restarts a run that had begun, with --resume added and --force removed."""
         if not self.all_attempts.check(["begun"]):
             return sys.argv[1:]
         return [word for word in sys.argv[1:] if word != "--force"] + ["--resume"]
 
     @contextlib.contextmanager
     def first_alone(self):
-        """Run the body on the first rank before the others, so that an error in the input is printed once."""
+        """Run the `with` block on the first rank before the others, so that an error in the input is printed once."""
         self.await_first("prepared")
         yield
         if not self.rank:
             self.store.set("prepared", "")
 
     def await_first(self, event, seconds=math.inf):
-        """Wait until the first rank announces `event`, at most `seconds`; if it has ended, end with its exit status."""
+        """Wait at most `seconds` until the first rank announces `event`; if it has ended, exit with its exit status."""
         deadline = time.monotonic() + seconds
         while self.rank and not self.store.check([event]):
             if self.store.check(["ended"]):
@@ -213,9 +213,9 @@ class Ranks(OneProcess):
         self.await_first("nothing more", patience)
 
     def connect(self, state, split):
-        """Connect the ranks, and make the model of a `TrainingState` train on all of them as on one device.
+        """Connect the ranks, and prepare the model of a `TrainingState` to train on all of them as on one device.
 
-        Raises UserError if a rank has another state or another training set than the first.
+        Raises UserError if the ranks do not all have the same state and training set.
         """
         model, device = state.model, split.labels.device
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -231,17 +231,17 @@ class Ranks(OneProcess):
         parameters = list(model.parameters())
         self.buffer = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters) + 3)
         offset = 0
-        for parameter in parameters:  # with its strides: the optimizer pairs elements by their order in memory
+        for parameter in parameters:  # with the same strides: the optimizer pairs elements by their order in memory
             parameter.grad = self.buffer.as_strided(parameter.size(), parameter.stride(), offset)
             offset += parameter.numel()
         self.all_attempts.set("begun", "")
 
     def rows(self, batch):
-        """Return this rank's rows of a batch (B, ...), of which there may be none."""
+        """Return this rank's rows of a batch (B, ...); possibly none."""
         return batch.tensor_split(self.count)[self.rank]
 
     def sum_with_gradients(self, *scalars):
-        """Sum the gradients, in place, and three scalars over the ranks in one all-reduce; return the scalars' sums."""
+        """Sum the gradients (in place) and three scalars over the ranks in one all-reduce; return the scalars' sums."""
         self.buffer[-3:] = torch.stack(scalars)
         return all_reduce(self.buffer)[-3:]
 
@@ -254,10 +254,10 @@ class Ranks(OneProcess):
 
 
 class SharedStopFlag(StopFlag):
-    """A StopFlag whose `check()`, called equally often on all ranks, raises in the same call on each of them.
+    """A StopFlag whose `check()` raises Interrupted in the same call on every rank; all must call it equally often.
 
-    About every AGREE_SECONDS the ranks exchange the signals that have arrived, and how many calls are to pass until the
-    next exchange. They read the answer one exchange later, so that no rank waits for it.
+    About every AGREE_SECONDS the ranks exchange the signals that have arrived and the number of calls until the next
+    exchange. The result is read only at the next exchange, so that no rank waits for it.
     """
 
     def __enter__(self):
@@ -289,7 +289,7 @@ class LostRank(UserError):
 
 @contextlib.contextmanager
 def lost_rank():
-    """Turn the error of a failed collective operation into LostRank."""
+    """Raise LostRank if a collective operation in the `with` block fails."""
     try:
         yield
     except RuntimeError:
@@ -304,7 +304,7 @@ def all_reduce(tensor, operation=distributed.ReduceOp.SUM):
 
 
 def exit_status(error):
-    """Return the exit status of a process that ends with an exception, or with None."""
+    """Return the exit status of a process that ends with an exception, or without one (None)."""
     if isinstance(error, Interrupted):
         return 128 + error.signal
     if isinstance(error, SystemExit):

@@ -1,11 +1,11 @@
-"""Figures of runs, drawn from their rows, geometry, log and config alone.
+"""Draw figures of runs from the files in their folders: rows, geometry, log and config.
 
 nc_curves           NC1, NC2 and NC3 against the epoch, the optimizer step, or minutes of training
-training            loss, accuracy, learning rate and optimality gap against the same
-theorem             margins and class-mean norms against n_k, on the curve of the theorem
+training            loss, accuracy, learning rate and optimality gap against the same x axis
+theorem             margins and class-mean norms against n_k, with the curve of the theorem
 class_accuracy      test accuracy of each class against n_k
-heatmaps            H^T H, W W^T and W H beside the theorem's, and the differences
-heatmaps_animation  the same over the checkpoints
+heatmaps            H^T H, W W^T and W H, measured and of the theorem, and their differences
+heatmaps_animation  heatmaps, one frame per checkpoint
 """
 
 import re
@@ -53,19 +53,19 @@ TRAINING_PANELS = [
 ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
 CLASS_VALUES = {"margins": r"margin $M_k$", "mean_norms_sq": r"class-mean norm $\|\mu_k\|^2$"}
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
-WIDE = 20  # largest n_k / smallest n_k above which their axis is logarithmic
-VECTOR_CLASSES = 30  # number of classes above which heatmaps are images in a PDF, not vectors
-FRAMES, FRAMES_PER_SECOND = 60, 5  # of an animation; FRAMES at most
+WIDE = 20  # n_max / n_min above which an axis of n_k is logarithmic
+VECTOR_CLASSES = 30  # number of classes above which a PDF holds heatmaps as bitmaps instead of vector graphics
+FRAMES, FRAMES_PER_SECOND = 60, 5  # largest number of frames of an animation, and their rate
 
 
 @matplotlib.style.context(STYLE_FILE)
 def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
-    """Draw runs, overlaid, into the folder `out` as PDF and PNG, and return the paths of the files.
+    """Draw the figures of runs, overlaid, into the folder `out` as PDF and PNG, and return the paths of the files.
 
-    Runs that differ only in their seed are drawn as their mean and range. A figure without data is left out.
+    Runs that differ only in their seed are drawn as mean and range. Figures for which there are no data are left out.
 
-    epoch: of theorem, class_accuracy and heatmaps; by default the last one measured. x: a key of ABSCISSAE. animate:
-    also write the heatmaps as GIF. Raises UserError if a run has no rows, or no geometry of that epoch.
+    epoch: the epoch that theorem, class_accuracy and heatmaps show; default: the last one measured. x: a key of
+    ABSCISSAE. animate: also write heatmaps_animation. Raises UserError if a run has no rows or no geometry at `epoch`.
     """
     settings = make_settings(runs, epoch)
     measured = [setting for setting in settings if setting.epoch]
@@ -83,7 +83,7 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     out.mkdir(parents=True, exist_ok=True)
     suffix, written = runs[0].suffix, []
     for name, figure in figures.items():
-        if runs[0].comparison and not name.startswith("heatmaps"):  # which have it in their titles
+        if runs[0].comparison and not name.startswith("heatmaps"):  # heatmaps have it in their titles
             figure.suptitle(runs[0].comparison)
         for kind in ("pdf", "png"):
             written.append(out / f"{name}{suffix}.{kind}")
@@ -102,14 +102,14 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
 
 @dataclass
 class Setting:
-    """Runs that differ only in their seed, and what figures show of them at one epoch."""
+    """Runs that differ only in their seed, and their geometry at the epoch that the figures show."""
 
-    label: str  # the flags in which the setting differs from the others of a figure
-    name: str  # the label as a part of a file name; "" for one setting
+    label: str  # the flags in which the setting differs from the others; "" for a single setting
+    name: str  # the label as a part of a file name; "" for a single setting
     style: dict  # colour and marker in a figure of several settings
     runs: list
     epoch: int | None  # None if there is no epoch with a geometry in all runs
-    geometries: list  # of the runs, at that epoch
+    geometries: list  # the geometry of each run at that epoch
 
     @property
     def seeds(self):
@@ -128,7 +128,7 @@ class Setting:
 
     @property
     def least_loss(self):
-        """The objective's value at its optimum, or None if it is not known."""
+        """The least value of the training objective, or None if it is not known."""
         run = self.runs[0]
         if run.optimum is None or run.theory != "objective":
             return None
@@ -136,14 +136,14 @@ class Setting:
 
     @property
     def test_accuracy(self):
-        """Test accuracies (S, K) in percent of S seeds and K classes at the epoch, or None if a run has none."""
+        """Test accuracies (S, K) of S seeds and K classes at the epoch, in percent, or None if a run lacks them."""
         values = [run.test_accuracy(self.epoch) for run in self.runs]
         return np.array(values) if all(map(len, values)) else None
 
     def series(self, column, x):
-        """Return (x (E,), values (E, S)) at the epochs where all S runs have a value; x is their mean.
+        """Return x (E,) and values (E, S) of a column at the E epochs where all S runs have a value.
 
-        A column of the log is taken from there, any other one from the rows.
+        x is the mean over the runs. The column is read from the log if it is there, else from the rows.
         """
         tables = [run.log if column in run.log else run.rows for run in self.runs]
         values = [table.reindex(columns=["epoch", column]).groupby("epoch")[column].last() for table in tables]
@@ -152,7 +152,7 @@ class Setting:
 
 
 def make_settings(runs, epoch=None):
-    """Group runs by setting. `epoch` is the one to show, by default the last that all runs of a setting have."""
+    """Group runs by setting, and return a list of `Setting`; `epoch` is as in `choose_epoch`."""
     if empty := [run for run in runs if run.rows.empty]:
         raise UserError(f"{empty[0].folder}: no rows in {empty[0].csv.name}; run validate_NC_unbalanced.py first")
     groups, settings = by_setting(runs), []
@@ -166,13 +166,13 @@ def make_settings(runs, epoch=None):
 
 
 def geometry_epochs(runs):
-    """Return the epochs of which all runs have a row and a geometry, in order."""
+    """Return the sorted epochs at which all runs have a row and a geometry."""
     epochs = [{epoch for epoch in run.rows["epoch"].tolist() if run.geometry_file(epoch).exists()} for run in runs]
     return sorted(set.intersection(*epochs))
 
 
 def choose_epoch(runs, epoch):
-    """Return `epoch`, or if it is None the last epoch with a geometry in all runs, or None if there is none."""
+    """Return `epoch`; if that is None, the last epoch with a geometry in all runs, or None if there is none."""
     epochs = geometry_epochs(runs)
     if epoch is None:
         return epochs[-1] if epochs else None
@@ -200,8 +200,8 @@ def style_of(index):
 def curves(panels, settings, x="epoch"):
     """Draw columns of the rows or the log against `x`: mean (geometric on a log axis) and range over the seeds.
 
-    A single setting has an axis for each panel of which it has a column; several settings have an axis for each column
-    that any of them has.
+    For a single setting there is one axis per panel with data, which shows all columns of the panel; for several
+    settings there is one axis per column with data.
     """
     several, run = len(settings) > 1, settings[0].runs[0]
     if not several:
@@ -248,7 +248,7 @@ def curves(panels, settings, x="epoch"):
 
 
 def abscissa(run, epochs, x):
-    """Return the x (E,) at which epochs (E,) of a run end, for a key of ABSCISSAE."""
+    """Return the positions (E,) of the ends of epochs (E,) of a run on the axis `x`, a key of ABSCISSAE."""
     ends = {"epoch": np.array, "step": run.steps_until, "minutes": lambda e: run.seconds_until(e) / 60}[x](epochs)
     if np.isnan(ends).any():
         raise UserError(f"{run.folder}: no {'config.json' if x == 'step' else 'train_log.jsonl'}: --x {x} is not known")
@@ -256,7 +256,7 @@ def abscissa(run, epochs, x):
 
 
 def plot_series(axis, ends, values, label, style):
-    """Plot the mean over the seeds of values (E, S) at `ends` (E,), in a band of their range."""
+    """Plot the mean over the seeds of values (E, S) against `ends` (E,), with a band for their range."""
     if not len(ends):
         return
     mean = mean_over_seeds(values, axis.get_yscale())
@@ -266,18 +266,18 @@ def plot_series(axis, ends, values, label, style):
 
 
 def mean_over_seeds(values, scale):
-    """Return the mean (E,) of values (E, S): the geometric one if the scale of the axis is "log"."""
+    """Return the mean (E,) of values (E, S), the geometric mean if the scale of the axis is "log"."""
     with np.errstate(divide="ignore"):
         return np.exp(np.log(values).mean(1)) if scale == "log" else values.mean(1)
 
 
 def listed(*texts):
-    """Join the texts that are not empty by commas."""
+    """Join the non-empty texts with commas."""
     return ", ".join(filter(None, texts))
 
 
 def in_common(settings, *columns):
-    """Split columns of texts, one per setting: return what all share, and each setting's label with the rest."""
+    """Return what columns of texts, one per setting, have in common, and each setting's label with its other texts."""
     shared = [texts[0] for texts in columns if len(set(texts)) == 1]
     others = [texts for texts in columns if len(set(texts)) > 1]
     labels = [setting.label for setting in settings]
@@ -285,7 +285,7 @@ def in_common(settings, *columns):
 
 
 def legend_below(figure, handles, labels, title, **options):
-    """Add a legend below a figure, a row for each handle, and make the figure taller to fit it."""
+    """Add a legend below a figure, with a row for each handle, and make the figure taller by its height."""
     labels = [textwrap.fill(label, 115) for label in labels]
     figure.set_figheight(figure.get_figheight() + 0.15 * (1 + sum(label.count("\n") + 1 for label in labels)))
     figure.legend(handles, labels, title=title, loc="outside lower center", **options)
@@ -297,14 +297,14 @@ def legend_below(figure, handles, labels, title, **options):
 
 
 def theorem(settings):
-    """Draw margins and squared class-mean norms against n_k: measured, mean and range over seeds, and in theory."""
+    """Draw margins and squared class-mean norms against n_k: mean and range over the seeds, and the theory."""
     several = len(settings) > 1
     figure = Figure(figsize=(TEXT_WIDTH, 2.45))
     axes = figure.subplots(1, 2)
     for axis, label in zip(axes, CLASS_VALUES.values(), strict=True):
         set_count_axis(axis, settings, label)
     drawn = []
-    for setting in settings:  # points that coincide stay visible
+    for setting in settings:  # hollow markers: points that coincide stay visible
         style = setting.style | {"markerfacecolor": "none"} if several else setting.style
         drawn.append(plot_theorem(axes, setting, style, style["color"] if several else COLOURS[1]))
     if several:
@@ -342,10 +342,10 @@ def plot_theorem(axes, setting, style, colour):
 
 
 def theory_values(setting, span):
-    """Return class sizes n (P,), the theory's margins and squared norms (2, P) at these, and plot options.
+    """Return class sizes n (P,), the theory's margins and squared norms (2, P) at these sizes, and plot options.
 
-    A closed form gives a curve that covers `span`, because a class depends on the others only through K and N. Without
-    a closed form, as with a bias, the theory is known at the n_k alone, and is drawn as points.
+    A closed form gives a curve over the class sizes in `span`, because a class depends on the others only through K
+    and N. Without a closed form, for example with a bias, the theory is known only at the n_k and is drawn as points.
     """
     geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
     sizes = np.geomspace(max(1, 0.9 * min(span)), min(1.05 * max(span), counts.sum()), 100)
@@ -358,7 +358,7 @@ def theory_values(setting, span):
 
 
 def class_accuracy(settings):
-    """Draw the test accuracy of each class against n_k: mean and range over seeds, and a line of means at equal n_k."""
+    """Draw each class's test accuracy against n_k: mean and range over seeds, and a line through means at equal n_k."""
     figure = Figure(figsize=(TEXT_WIDTH if len(settings) > 1 else TEXT_WIDTH / 2, 2.45))
     axis = figure.subplots()
     set_count_axis(axis, settings, "test accuracy of the class (%)")
@@ -378,20 +378,20 @@ def set_count_axis(axis, settings, label):
 
 
 def count_scale(settings):
-    """Return the scale of an axis of n_k: "log" if the class counts range widely, else "linear"."""
+    """Return the scale of an axis of n_k: "log" if n_max / n_min is above WIDE, else "linear"."""
     counts = np.concatenate([setting.class_counts for setting in settings])
     return "log" if max(counts) > WIDE * min(counts) else "linear"
 
 
 def plot_classes(axis, counts, values, style):
-    """Plot values (S, K) of S seeds against the class counts (K,): their mean, with bars from least to largest."""
+    """Plot values (S, K) of S seeds against the class counts (K,): the mean, with bars from least to largest."""
     mean = values.mean(0)
     spread = np.abs([values.min(0) - mean, values.max(0) - mean]) if len(values) > 1 else None  # abs: rounding errors
     axis.errorbar(counts, mean, spread, linestyle="none", **style)
 
 
 def measured_texts(settings):
-    """Return the legend texts of measured points: their epochs and their seeds, one text per setting."""
+    """Return two lists of legend texts for measured points, epochs and seeds, with one text per setting."""
     return (
         [f"measured at epoch {setting.epoch}" for setting in settings],
         [f"mean and range over {setting.seeds}" if setting.seeds else "" for setting in settings],
@@ -405,13 +405,13 @@ def measured_texts(settings):
 
 @matplotlib.style.context(STYLE_FILE)
 def heatmaps(geometry, epoch, note="", limits=None):
-    """Draw H^T H, W W^T and W H, each divided by its Frobenius norm, beside the theory's, and the differences.
+    """Draw H^T H, W W^T and W H, measured and of the theory, each divided by its Frobenius norm, and the differences.
 
-    The norm of a difference is the distance NC2_H, NC2_WWT or NC3_WH.
+    The Frobenius norms of the differences are the distances NC2_H, NC2_WWT and NC3_WH.
 
-    geometry: HTH, WWT, WH (K, K) and, if there is a theory, the same with suffix _theory. note: for the title.
-    limits: largest absolute values of the two colour scales, of the matrices and of the differences; by default the
-    largest that occur.
+    geometry: HTH, WWT, WH (K, K) and, if there is a theory, the same with suffix _theory. note: text for the title.
+    limits: the largest absolute values on the two colour scales, of the matrices and of the differences; default: the
+    largest values that occur.
     """
     figure = Figure(figsize=(5.0, 0.9 + 1.35 * len(heatmap_rows(geometry))))
     draw_heatmaps(figure, geometry, epoch, note, limits)
@@ -449,7 +449,7 @@ def draw_heatmaps(figure, geometry, epoch, note, limits):
 
 
 def heatmap_rows(geometry):
-    """Return {row: its three matrices}, divided by their norms; a matrix of zeros stays as it is."""
+    """Return {title of a row: its three matrices, divided by their Frobenius norms}; a zero matrix stays zero."""
     rows = {}
     for title, suffix in (("measured", ""), ("theory", "_theory")):
         if f"HTH{suffix}" in geometry:
@@ -461,13 +461,13 @@ def heatmap_rows(geometry):
 
 
 def heatmap_limits(rows):
-    """Return the largest absolute values of the matrices, and of the differences."""
+    """Return the largest absolute values of the matrices and of the differences."""
     largest = {title: np.abs(matrices).max() for title, matrices in rows.items()}
     return max(largest["measured"], largest.get("theory", 0)) or 1, largest.get("difference", 0) or 1
 
 
 def write_animation(path, setting):
-    """Write the heatmaps of a setting's first run over its checkpoints as a GIF, on fixed colour scales."""
+    """Write the heatmaps of a setting's first run as a GIF over its measured epochs, with fixed colour scales."""
     run = setting.runs[0]
     epochs = geometry_epochs([run])
     epochs = thinned(epochs, FRAMES)

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, both optional: they receive what is written to the run's own files."""
+"""Optional logging to TensorBoard and Weights & Biases, of the same values that the run's own files hold."""
 
 import contextlib
 import importlib
@@ -12,7 +12,7 @@ PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # flag:
 
 
 def require_packages(flags):
-    """Raise UserError if a package is missing that the flags {name: value} --tensorboard and --wandb need."""
+    """Raise UserError if the flags {name: value} ask for --tensorboard or --wandb and its package is missing."""
     for flag, module in PACKAGES.items():
         if flags[flag]:
             try:
@@ -23,9 +23,9 @@ def require_packages(flags):
 
 @contextlib.contextmanager
 def open_loggers(flags, folder, job, first_epoch=None):
-    """Yield the list of loggers that the flags {name: value} ask for, and close them at the end.
+    """Yield the list of loggers that the flags {name: value} select, and close them at the end.
 
-    job: "train" or "validate". first_epoch: hide what an earlier call has logged from this epoch on.
+    job: "train" or "validate". first_epoch: TensorBoard hides what an earlier call has logged from this epoch on.
     """
     with contextlib.ExitStack() as stack:
         loggers = []
@@ -40,7 +40,7 @@ def open_loggers(flags, folder, job, first_epoch=None):
 
 
 class TensorBoard:
-    """Writes event files into tensorboard/ in the run's folder; first_epoch hides older points from there on."""
+    """Write TensorBoard event files into tensorboard/ in the run's folder."""
 
     def __init__(self, folder, job, first_epoch):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
@@ -48,7 +48,7 @@ class TensorBoard:
         self.writer = SummaryWriter(Path(folder) / "tensorboard" / job, purge_step=first_epoch)
 
     def scalars(self, group, row):
-        """Log the numbers of a row, a dict with its epoch, as group/column."""
+        """Log the values of a row (a dict with the key "epoch") under the names group/column."""
         for name, value in numbers(group, row).items():
             self.writer.add_scalar(name, value, row["epoch"])
 
@@ -60,7 +60,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project neural-collapse-imbalance, grouped by the folder; offline where there is no account."""
+    """Log to the W&B project neural-collapse-imbalance, with a group per run folder; offline without an API key."""
 
     def __init__(self, folder, job, config):
         import wandb
@@ -79,12 +79,12 @@ class WeightsAndBiases:
         try:
             self.run = wandb.init(mode=mode, **begin)
         except wandb.Error as error:
-            print(f"wandb      offline; `wandb sync` sends it later: {message_of(error)}", flush=True)
+            print(f"wandb      offline; upload later with `wandb sync`: {message_of(error)}", flush=True)
             self.run = wandb.init(mode="offline", **begin)
         self.run.define_metric("*", step_metric="epoch")
 
     def scalars(self, group, row):
-        """Log the numbers of a row, a dict with its epoch, as group/column."""
+        """Log the values of a row (a dict with the key "epoch") under the names group/column."""
         self.run.log({"epoch": row["epoch"], **numbers(group, row)})
 
     def heatmaps(self, geometry, epoch):
@@ -95,7 +95,7 @@ class WeightsAndBiases:
 
 
 def draw_heatmaps(geometry, epoch):
-    from engine.figures import heatmaps  # Matplotlib: loaded only if a logger wants a figure
+    from engine.figures import heatmaps  # here, so that Matplotlib is imported only if a logger needs it
 
     return heatmaps(geometry, epoch)
 

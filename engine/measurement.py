@@ -1,4 +1,4 @@
-"""Measure a model at an epoch: a row of metrics, its geometry, and its accuracy class by class."""
+"""Measure a model at an epoch: a row of metrics, the geometry, and the accuracy of each class."""
 
 import contextlib
 import math
@@ -20,13 +20,13 @@ from nc_theory.losses import losses_and_gradients
 from utils import FAILED_WORK, UserError, from_flags
 
 BATCH = 512  # images per forward pass
-FEATURES_KEPT = 2**31  # bytes of features kept between the two passes of statistics; above, they are computed twice
+FEATURES_KEPT = 2**31  # bytes of features kept between the two passes; if they take more, they are computed twice
 
 
 class Measurement:
-    """Measures a model on the training and test images, and adds the result to a run's rows.
+    """Measure a model on the training and test images, and add the results to a run's rows.
 
-    after_batch: called after every batch of images; it may raise to abandon a measurement. ranks: share the images.
+    after_batch: called after every batch; it may raise to abandon a measurement. ranks: `Ranks` that share the images.
     """
 
     def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None):
@@ -46,16 +46,16 @@ class Measurement:
 
     @torch.inference_mode()
     def measure(self):
-        """Return (metrics {column: float}, geometry {name: tensor}, accuracies by class [dict]) of the model.
+        """Return (metrics {column: float}, geometry {name: tensor}, accuracies of the classes [dict]) of the model.
 
-        Metrics and geometry are of the training subset, in eval mode; accuracies are in percent, of both splits.
+        Metrics and geometry are of the training subset; accuracies are in percent, on both splits. All in eval mode.
         """
         self.model.eval()
         with self.batch_norm():
             return self._measure()
 
     def batch_norm(self):
-        """Return the context in which BatchNorm uses the statistics that the run's --bn_statistics names."""
+        """Return the context in which BatchNorm uses the statistics that --bn_statistics selects."""
         if self.run.bn_statistics == "running":
             return contextlib.nullcontext()
         return training_set_statistics(
@@ -102,7 +102,7 @@ class Measurement:
         return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
 
     def forward(self, split):
-        """Yield (logits, features, labels) of a split, batch by batch in order; of each batch, this rank's rows."""
+        """Yield (logits, features, labels) of this rank's rows of each batch of a split, in order."""
         if not len(split):
             return
         size = BATCH * self.ranks.count
@@ -115,7 +115,7 @@ class Measurement:
 
 
 class ClassAccuracy:
-    """Counts of correct predictions on a split, class by class."""
+    """Count the correct predictions on a split, class by class."""
 
     def __init__(self, split, name):
         self.name, self.labels, self.correct = name, split.labels, None
@@ -127,7 +127,7 @@ class ClassAccuracy:
         self.correct.index_add_(0, labels, hits)
 
     def merge(self, sum_over_processes):
-        """Sum the counts over processes that have each seen a part of the split, as `ClassStatistics.merge`."""
+        """Sum the counts over processes that have each seen a part of the split, as `ClassStatistics.merge` does."""
         if self.correct is not None:
             self.correct = sum_over_processes(self.correct)
 
@@ -142,10 +142,10 @@ class ClassAccuracy:
         return 100 * correct / counts
 
     def by_frequency(self, class_counts):
-        """Return the mean accuracy over all classes, and over the thirds of them with many, medium and few images.
+        """Return the mean accuracy over all classes, and over the classes with many, medium and few training images.
 
-        class_counts: training images of each class (K,). Of K classes ordered by n_k, the first ceil(K/3) are `many`
-        and the last ceil(K/3) are `few`.
+        class_counts: training images of each class (K,). With the classes sorted by n_k in descending order, the first
+        ceil(K/3) are `many` and the last ceil(K/3) are `few`.
         """
         accuracy = self.of_classes(len(class_counts))
         accuracy = accuracy[torch.tensor(class_counts).argsort(descending=True, stable=True)]
@@ -164,15 +164,15 @@ class ClassAccuracy:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# A trained run in a notebook
+# Loading a trained run, for example in a notebook
 # ---------------------------------------------------------------------------------------------------------
 
 
 def load_run(folder, epoch=None, data_dir=None):
     """Return (config, data, model) of a trained run, on the CPU, for your own analysis.
 
-    folder: the run's folder, with its config.json. epoch: of the checkpoint; the last one by default. data_dir: where
-    the images are now; by default where they were. Raises UserError if a file is missing.
+    folder: the run's folder, with its config.json. epoch: of the checkpoint; default: the last one. data_dir: folder of
+    the images; default: the one used in training. Raises UserError if a file is missing.
     """
     run = Run(folder)
     checkpoints = run.checkpoints()

@@ -8,14 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate and penalty scale of each epoch. Fields are named as the flags; epochs are counted from 1.
+    """The learning rate and penalty scale of each epoch, counted from 1. The fields have the names of the flags.
 
-    Both depend on the epoch alone, so a resumed run needs no scheduler state.
+    Both depend only on the epoch, so that a resumed run needs no scheduler state.
     """
 
     epochs: int
     lr: float
-    decay_type: str  # step, step_60_120 (milestones) or cosine
+    decay_type: str  # "step", "cosine", or milestones such as "step_60_120"
     patience: int
     gamma: float
     warmup_epochs: int = 0
@@ -38,10 +38,10 @@ class Schedule:
         return self.lr * self.gamma ** sum(done >= milestone for milestone in milestones)
 
     def penalty_scale(self, epoch):
-        """Return the factor of both penalties in an epoch; it ends at 1.
+        """Return the factor of both penalties in an epoch, which is 1 at the end of training.
 
-        After `penalty_hold_epochs` at `penalty_start`, it falls geometrically in `penalty_fall_epochs`. In the warm-up
-        it is also multiplied by a factor that rises linearly from zero.
+        It stays at `penalty_start` for `penalty_hold_epochs` and then falls geometrically to 1 in
+        `penalty_fall_epochs`. In `penalty_warmup_epochs` it is multiplied by a factor that rises linearly from 0 to 1.
         """
         done = epoch - 1
         scale = 1.0
@@ -52,7 +52,7 @@ class Schedule:
 
 
 def make_optimizer(parameters, *, optimizer, lr, weight_decay, adam_beta2, adam_eps, amsgrad, for_cuda_graph=False):
-    """Return a fused Adam or SGD with momentum 0.9; named arguments are those of the flags.
+    """Return a fused Adam, or SGD with momentum 0.9; the keyword arguments have the names of the flags.
 
     for_cuda_graph: keep the learning rate and the step counts on the device, where a captured step reads them.
     """
@@ -68,7 +68,7 @@ def make_optimizer(parameters, *, optimizer, lr, weight_decay, adam_beta2, adam_
 
 
 def set_learning_rate(optimizer, lr):
-    """Set the learning rate, in place where it is a tensor that a CUDA graph reads; return it."""
+    """Set the learning rate, in place if it is a tensor that a CUDA graph reads; return it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(lr)

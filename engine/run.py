@@ -1,6 +1,6 @@
-"""A run's folder: the name of every file, the config, the log, the measured rows, and the lock.
+"""A run's folder: the names of its files, the config, the log, the measured rows, and the lock.
 
-config.json            flags, class counts, the problem that the run stands for, versions, device
+config.json            flags, class counts, the UFM problem that training corresponds to, versions, device
 train_log.jsonl        a line per epoch
 epoch_001.pth, ...     weights (`engine.checkpoints`)
 last.pt                the state from which training resumes
@@ -9,7 +9,7 @@ nc_metrics.csv         a row per measured epoch; nc_metrics_bn.csv, nc_metrics_n
 class_accuracy.csv     a row per measured epoch, split and class
 geometry/epoch_001.npz the K x K matrices of an epoch, measured and of the optimum
 figures/               PDF and PNG
-report.html            of the run alone, if Plotly is installed
+report.html            the report of this run, if Plotly is installed
 """
 
 import contextlib
@@ -46,17 +46,17 @@ from utils import (
     write_json,
 )
 
-# Suffixes of the names of the CSV, geometry/ and figures for each --theory and --bn_statistics.
+# Suffixes of nc_metrics.csv, geometry/ and the figures for each --theory and --bn_statistics
 THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_released"}
 BN_SUFFIXES = {"running": "", "training_set": "_bn"}
 SUFFIXES = [batch_norm + theory for batch_norm in BN_SUFFIXES.values() for theory in THEORY_SUFFIXES.values()]
-GEOMETRY = {"HTH": 2, "WWT": 2, "WH": 2, "margins": 1, "mean_norms_sq": 1}  # arrays of an npz: dimensions of size K
+GEOMETRY = {"HTH": 2, "WWT": 2, "WH": 2, "margins": 1, "mean_norms_sq": 1}  # array of an npz: its number of axes (K)
 FIGURES = ("nc_curves", "theorem", "heatmaps", "training", "class_accuracy", "heatmaps_animation")
 FIGURE_KINDS = ("pdf", "png", "gif")
 TENSORBOARD_FILES = "tensorboard/*/events.out.tfevents.*"
-LOCK_SECONDS = 60  # to wait for another process that is adding a row
+LOCK_SECONDS = 60  # longest wait for another process that is adding a row
 
-# Flags that belong to one call and not to the run: neither taken from config.json nor compared with it.
+# Flags that belong to a call and not to the run: they are neither taken from config.json nor compared with it.
 CALL_FLAGS = set(
     "data_dir download device gpu_id save_path load_path keep resume force theory bn_statistics watch recompute "
     "tensorboard wandb cuda_graph".split()
@@ -64,9 +64,9 @@ CALL_FLAGS = set(
 
 
 class Run:
-    """A run's folder. config.json is read once, when the object is made; {} if there is none.
+    """A run's folder. `config` is the content of config.json when the object is made; {} if there is none.
 
-    theory, bn_statistics: the --theory and --bn_statistics whose rows and geometry are read and written.
+    theory, bn_statistics: the --theory and --bn_statistics of the rows and geometry to read and write.
     """
 
     def __init__(self, folder, theory="objective", bn_statistics="running"):
@@ -82,7 +82,7 @@ class Run:
         self.accuracy_csv = self.folder / f"class_accuracy{BN_SUFFIXES[bn_statistics]}.csv"
         self.figures, self.report = self.folder / "figures", self.folder / f"report{self.suffix}.html"
 
-    # ---- what the run is
+    # ---- setting and problem
 
     @property
     def seed(self):
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def setting(self):
-        """The flags that change the trained weights, but for the seed; {} if they are not known.
+        """The flags that change the trained weights, without the seed; {} if they are not known.
 
         Flags that are off are left out, so that a run made before a flag existed has the same setting.
         """
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def no_optimum(self):
-        """Why there is no optimum to compare with, in one sentence; None if there is one."""
+        """One sentence on why there is no optimum to compare with; None if there is one."""
         entry = self.problems.get("objective" if self.theory == "objective" else "nominal")
         if self.theory == "released" and isinstance(entry, dict) and not has_released_formula(UFM(**entry)):
             return "the released formula is for the cross entropy with ReLU features only"
@@ -128,13 +128,13 @@ class Run:
 
     @property
     def comparison(self):
-        """The theory and the BatchNorm statistics of the rows, if they are not the default; "" otherwise."""
+        """The theory and the BatchNorm statistics of the rows as text, as far as they are not the default."""
         theory = f"theory {self.theory}" if self.theory != "objective" else ""
         batch_norm = "training-set BatchNorm statistics" if self.bn_statistics != "running" else ""
         return ", ".join(filter(None, (theory, batch_norm)))
 
     def theory_summary(self):
-        """Return what the theory predicts, in one line; only a closed form is computed, because it takes no time."""
+        """Return the theory's predictions in one line; without a closed form, only say that it takes minimisation."""
         if self.problem is None:
             return self.no_optimum
         if (optimum := closed_form(self.problem)) is None:
@@ -149,16 +149,16 @@ class Run:
 
     @cached_property
     def log(self):
-        """train_log.jsonl as a DataFrame, sorted by epoch; of two lines of an epoch, the later one counts."""
+        """train_log.jsonl as a DataFrame, sorted by epoch; if an epoch has two lines, the later one counts."""
         return read_log(self.log_file)
 
     @cached_property
     def rows(self):
-        """nc_metrics.csv as a DataFrame, sorted by epoch, read once; empty if there is none."""
+        """nc_metrics.csv as a DataFrame, sorted by epoch and cached; empty if there is no file."""
         return self.read_rows()
 
     def read_rows(self):
-        """Read nc_metrics.csv again, because another process may have added rows."""
+        """Read nc_metrics.csv again, since another process may have added rows, and return it."""
         self.rows = read_rows(self.csv)
         return self.rows
 
@@ -176,7 +176,7 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
     def flush_log(self):
-        """Return once all lines of the log are on the disk."""
+        """Wait until all lines of the log are on the disk."""
         with open(self.log_file, "a") as file:
             os.fsync(file.fileno())
 
@@ -206,7 +206,7 @@ class Run:
         return self.folder / f"geometry{self.suffix}" / f"epoch_{epoch:03d}.npz"
 
     def geometry(self, epoch):
-        """Return the arrays of an epoch: class_counts, HTH, WWT, WH, margins, mean_norms_sq, and with _theory."""
+        """Return {name: array} of an epoch: class_counts, and the arrays of GEOMETRY, also with suffix _theory."""
         path = self.geometry_file(epoch)
         try:
             with np.load(path) as stored:
@@ -221,13 +221,13 @@ class Run:
         return arrays
 
     def steps_until(self, epochs):
-        """Return the optimizer steps up to the end of each epoch (an int or array); NaN without a config.json."""
+        """Return the number of optimizer steps up to the end of `epochs` (int or array); NaN without a config.json."""
         if not self.config:
             return np.full(np.shape(epochs), np.nan)
         return np.multiply(epochs, -(-sum(self.config["class_counts"]) // self.flags["batch_size"]))
 
     def seconds_until(self, epochs):
-        """Return the seconds of training up to the end of each epoch (an int or array); NaN without a log."""
+        """Return the seconds of training up to the end of `epochs` (int or array); NaN without a log."""
         if self.log.empty:
             return np.full(np.shape(epochs), np.nan)
         seconds = np.concatenate([[0.0], self.log["seconds"].cumsum()])
@@ -239,7 +239,7 @@ class Run:
         return self.folder / f"epoch_{epoch:03d}.pth"
 
     def checkpoints(self):
-        """Return {epoch: path} of the checkpoints there are, in order."""
+        """Return {epoch: path} of the existing checkpoints, in order."""
         found = {}
         for path in self.folder.glob("epoch_*.pth"):
             if match := re.fullmatch(r"epoch_(\d+)\.pth", path.name):
@@ -249,7 +249,7 @@ class Run:
     # ---- starting, resuming and deleting
 
     def check_startable(self, resume, force):
-        """Raise UserError if the folder holds results and neither --resume nor --force says what to do with them."""
+        """Raise UserError if the folder holds another run and neither --resume nor --force is given."""
         holds_results = bool(self.checkpoints()) or any(path.exists() for path in (self.last, *self.tables()))
         if resume and holds_results and not self.config:
             raise UserError(
@@ -261,7 +261,7 @@ class Run:
             )
 
     def check_class_counts(self, class_counts):
-        """Raise UserError if these are not the class counts that the run was trained on."""
+        """Raise UserError if the run was trained with other class counts."""
         if self.config and self.config["class_counts"] != class_counts:
             raise UserError(
                 f"{self.folder}/config.json: the run was trained on {self.config['class_counts']} images of its "
@@ -271,7 +271,7 @@ class Run:
     @contextlib.contextmanager
     def lock(self):
         """Lock the folder for this run; raise UserError if another process is training there."""
-        if not is_first_rank():  # the first one holds it for all
+        if not is_first_rank():  # the first rank holds the lock for all
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -286,7 +286,7 @@ class Run:
 
     @contextlib.contextmanager
     def rows_lock(self):
-        """Lock the rows for this process, after waiting for another one that is adding a row."""
+        """Lock the rows for this process, after waiting if another one is adding a row."""
         path = self.csv.with_name(f".{self.csv.name}.lock")
         try:
             held = filelock.FileLock(path).acquire(timeout=LOCK_SECONDS)
@@ -296,7 +296,7 @@ class Run:
             yield
 
     def write_config(self, flags, training_flags, **facts):
-        """Write config.json; when a run is resumed, keep the facts and CALL_FLAGS of its first call."""
+        """Write config.json; for a resumed run, keep the facts and the CALL_FLAGS of its first call."""
         if self.config:
             kept = {name: value for name, value in self.flags.items() if name in CALL_FLAGS}
             self.config |= {"flags": flags | kept, "training_flags": training_flags}
@@ -311,7 +311,7 @@ class Run:
 
     @first_rank_only
     def repair(self, epoch):
-        """Delete temporary files, and log lines and rows of epochs after `epoch`, which will be run again."""
+        """Delete temporary files, and the log lines and rows of epochs after `epoch`, which training will repeat."""
         remove_temporaries(self.folder, "epoch_*.pth", "last.pt", "config.json", "train_log.jsonl", "*.csv")
         if self.log_file.exists():
             lines = [line for line in read_log_lines(self.log_file) if line["epoch"] <= epoch]
@@ -327,17 +327,17 @@ class Run:
             remove_temporaries(self.folder / f"geometry{suffix}", "epoch_*.npz")
 
     def tables(self):
-        """Return the paths of all CSV files that measuring may write."""
+        """Return the paths of all CSV files that measurements may write."""
         accuracies = [self.folder / f"class_accuracy{suffix}.csv" for suffix in BN_SUFFIXES.values()]
         return [self.folder / f"nc_metrics{suffix}.csv" for suffix in SUFFIXES] + accuracies
 
     def delete(self):
-        """Delete what a run has written into the folder, and nothing else."""
+        """Delete the files that a run has written into the folder, and nothing else."""
         self.config, self.flags, self.problems = {}, {}, {}
         if not is_first_rank():
             return
         written = [
-            *(self.folder / "config.json", self.log_file, self.last),  # first: the rest alone cannot be resumed
+            *(self.folder / "config.json", self.log_file, self.last),  # first: without them, nothing can be resumed
             *self.checkpoints().values(),
             *self.tables(),
             *self.folder.glob(TENSORBOARD_FILES),
@@ -356,7 +356,7 @@ class Run:
 
 
 def read_config(path):
-    """Return a run's config.json, or {} if there is none; raise UserError if it is damaged."""
+    """Return the content of a config.json, or {} if there is no such file; raise UserError if it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -379,7 +379,7 @@ def read_config(path):
 
 
 def read_log_lines(path):
-    """Return the lines of a train_log.jsonl as dicts by epoch, without those that are damaged or half-written."""
+    """Return the lines of a train_log.jsonl as dicts, sorted by epoch, without damaged or half-written lines."""
     lines = {}
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):
@@ -395,7 +395,7 @@ def read_log(path):
 
 
 def read_rows(path):
-    """Return a CSV with a column `epoch` as a DataFrame sorted by epoch, its floats exactly as written.
+    """Return a CSV with a column `epoch` as a DataFrame sorted by epoch, with floats exactly as written.
 
     Raises UserError if the file is not such a table.
     """
@@ -404,7 +404,7 @@ def read_rows(path):
     try:
         text = path.read_text()
         if len({len(cells) for cells in csv.reader(io.StringIO(text))}) > 1:
-            raise ValueError  # pandas would fill a row that was cut off with empty cells
+            raise ValueError  # pandas would fill a truncated row with empty cells
         table = pd.read_csv(io.StringIO(text))
         numbers = table.drop(columns="split", errors="ignore")
         numbers = numbers.astype({name: float for name in numbers if name not in ("epoch", "class", "n_k")})
@@ -422,7 +422,7 @@ def write_table(path, table):
 
 
 def last_epoch(path):
-    """Return the epoch of a table's last row without reading the others; infinity if it is missing or cut off."""
+    """Return the epoch of a CSV's last row, without reading the other rows; infinity if it is missing or truncated."""
     with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
         file.seek(-min(200, path.stat().st_size), os.SEEK_END)
         line = file.readlines()[-1]
@@ -431,7 +431,7 @@ def last_epoch(path):
 
 
 def append_rows(path, rows):
-    """Add rows (dicts with the columns of the table) at the end of a CSV; none of them if the disk is full."""
+    """Append rows (dicts with the columns of the table) to a CSV: all of them, or none if the disk is full."""
     text = pd.DataFrame(rows).to_csv(header=False, index=False, lineterminator="\n").encode()
     with open(path, "ab", buffering=0) as file:
         end = file.tell()
@@ -445,7 +445,7 @@ def append_rows(path, rows):
 
 
 def git_commit():
-    """Return the commit of this code, with '-dirty' if files differ from it, or None outside a repository."""
+    """Return the git commit of this code, with '-dirty' if files were changed, or None outside a repository."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
@@ -460,7 +460,7 @@ def git_commit():
 
 
 def read_measured_run(folder, columns, theory="objective", bn_statistics="running"):
-    """Return the `Run` of a folder; raise UserError if there is no such folder, or a column of its rows is missing."""
+    """Return the `Run` of a folder; raise UserError if the folder does not exist or its rows lack a column."""
     run = Run(folder, theory, bn_statistics)
     if not run.folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -475,10 +475,10 @@ def require_columns(run, columns):
 
 
 def by_setting(runs):
-    """Group runs that differ only in their seed: [(label, [runs])] in order of appearance.
+    """Return [(label, [runs])], in order of appearance, with runs that differ only in their seed in one group.
 
     A label names the flags in which the settings differ from each other; it is "" if there is only one setting.
-    Runs without a config.json are settings of their own, labelled with their folder.
+    Each run without a config.json is a setting of its own, labelled with its folder.
     """
     groups = {}
     for run in runs:
@@ -491,7 +491,7 @@ def by_setting(runs):
 
 
 def label_of(run, names):
-    """Return a run's --run_name, or the values of the flags `names`, or the folder's name if they are not known.
+    """Return a run's --run_name, else its values of the flags `names`, else the folder's name if they are not known.
 
     Flags that are off are left out, unless all of them are.
     """
@@ -502,7 +502,7 @@ def label_of(run, names):
 
 
 def short(value):
-    """Format a flag's value in few characters."""
+    """Format a flag's value in at most 24 characters."""
     if isinstance(value, list):
         text = ",".join(map(str, value))
     elif value is True:

@@ -1,15 +1,15 @@
-"""The measurements of an epoch's steps, and the log entries computed from them."""
+"""The measurements of the steps of an epoch, and the log entries computed from them."""
 
 import torch
 
 from utils import FAILED_WORK, UserError
 
-MEASURED = ("loss", "data_term", "correct", "grad_norm")  # what a step returns; losses are means over the batch
-STEP_COLUMNS = ("size", *MEASURED)  # a row per step
+MEASURED = ("loss", "data_term", "correct", "grad_norm")  # returned by a step; both losses are means over the batch
+STEP_COLUMNS = ("size", *MEASURED)  # size: images in the batch
 
 
 def new_rows(sizes, device):
-    """Return the rows (steps, STEP_COLUMNS) of an epoch with batches of these sizes, for its steps to fill in."""
+    """Return the rows (steps, STEP_COLUMNS) of an epoch with batches of these sizes, with zeros for MEASURED."""
     rows = torch.zeros(len(sizes), len(STEP_COLUMNS), dtype=torch.float64)
     rows[:, 0] = torch.tensor(sizes)
     return rows.to(device)
@@ -18,7 +18,7 @@ def new_rows(sizes, device):
 def epoch_means(rows, loss_name, seconds):
     """Return the log entries of an epoch from its steps' rows (steps, STEP_COLUMNS); the accuracy is in percent.
 
-    loss_spike: True if the loss of a step was more than twice the least before it in the epoch.
+    loss_spike: True if the loss of a step was more than twice the least loss of the earlier steps of the epoch.
     """
     size, loss, data_term, correct, grad_norm = rows.unbind(1)
     count = float(size.sum())
@@ -34,9 +34,9 @@ def epoch_means(rows, loss_name, seconds):
 
 
 def check_finite(rows, model, epoch):
-    """Raise UserError if the loss of a step of the epoch, or the model after the last one, is not finite.
+    """Raise UserError if a loss in `rows`, or a weight of the model, is not finite.
 
-    rows: (steps made, STEP_COLUMNS), on the CPU.
+    rows: (steps made in the epoch, STEP_COLUMNS), on the CPU.
     """
     finite = rows[:, STEP_COLUMNS.index("loss")].isfinite()
     if finite.all() and torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all():
