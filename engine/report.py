@@ -43,6 +43,7 @@ COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  
 POINTS = 400  # largest number of points of a curve
 MARKED = 30  # largest number of points at which a curve has markers
 ENTRIES = 1_400_000  # largest number of entries of all matrices together: 5 MB
+CLASSES = 100  # largest number of classes whose rows and columns of the matrices are shown
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
 FACTS = ("class_counts", "num_parameters", "device", "git_commit")
@@ -260,15 +261,25 @@ def points(mark, setting, values):
 def heatmaps(setting, entries):
     """Return the matrices of a setting's first run, divided by their norms, at as many epochs as `entries` allow.
 
-    A frame holds the differences from the theory's matrices if there is a theory, else the measured matrices.
+    A frame holds the differences from the theory's matrices if there is a theory, else the measured matrices. Of more
+    than CLASSES classes, only some are shown; limit and distances are those of the whole matrices.
     """
-    run, size = setting.runs[0], 3 * len(setting.class_counts) ** 2
-    epochs = thinned(geometry_epochs([run]), min(FRAMES, max(2, entries // size)))
+    run, count = setting.runs[0], len(setting.class_counts)
+    classes = thinned(range(count), CLASSES)
+    epochs = thinned(geometry_epochs([run]), min(FRAMES, max(2, entries // (3 * len(classes) ** 2))))
     rows = [heatmap_rows(run.geometry(epoch)) for epoch in epochs]
+    frames = [row.get("difference", row["measured"]) for row in rows]
+
+    def shown(matrices):
+        return compact([matrix[np.ix_(classes, classes)] for matrix in matrices])
+
+    label = setting.note or run.folder.name
     return {
-        "label": setting.note or run.folder.name,
+        "label": label if len(classes) == count else f"{label}, {len(classes)} of {count} classes",
+        "classes": classes,
         "epochs": epochs,
         "limit": compact(max(heatmap_limits(row)[0] for row in rows)),
-        "theory": compact(rows[-1].get("theory", [])),
-        "frames": [compact(row.get("difference", row["measured"])) for row in rows],
+        "theory": shown(rows[-1].get("theory", [])),
+        "frames": [shown(frame) for frame in frames],
+        "distances": [compact([np.linalg.norm(matrix) for matrix in frame]) for frame in frames],
     }

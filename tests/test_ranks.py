@@ -238,3 +238,4 @@ def test_a_thousand_classes_from_images_to_figures(torchrun, validate, tmp_path)
     assert len(re.findall(r"^ +\d+ +\d+ +-?\d", out, re.MULTILINE)) == 100  # every tenth class is printed
     assert rows_of(tmp_path / "run" / "class_accuracy.csv") == table
     assert (tmp_path / "run" / "figures" / "heatmaps.pdf").exists()
+    assert (tmp_path / "run" / "report.html").stat().st_size < 8e6

@@ -148,12 +148,28 @@ def test_settings_are_numbered_and_a_table_says_how_they_differ(tmp_path):
 def test_matrices_are_the_theory_and_the_differences_of_each_epoch(tmp_path):
     _, data = report_of(recorded(tmp_path / "run"))
     (entry,) = data["heatmaps"]
-    assert entry["epochs"] == EPOCHS
-    for epoch, frame in zip(EPOCHS, entry["frames"], strict=True):
+    assert entry["epochs"] == EPOCHS and entry["classes"] == [*range(10)]
+    for epoch, frame, distances in zip(EPOCHS, entry["frames"], entry["distances"], strict=True):
+        parts = geometry(epoch)
+        whole = [normalised(parts[name]) - normalised(parts[f"{name}_theory"]) for name in MATRICES]
+        np.testing.assert_allclose(distances, np.linalg.norm(whole, axis=(1, 2)), rtol=1e-3)
         for name, theory, difference in zip(MATRICES, entry["theory"], frame, strict=True):
-            parts = geometry(epoch)
             np.testing.assert_allclose(theory, normalised(parts[f"{name}_theory"]), rtol=1e-3)
             np.testing.assert_allclose(np.add(theory, difference), normalised(parts[name]), rtol=2e-3, atol=1e-4)
+
+
+def test_of_many_classes_some_are_shown_and_all_are_counted(tmp_path):
+    folder = recorded(tmp_path / "run")
+    for path in (folder / "geometry").iterdir():
+        change_geometry(path, lambda name, array: np.pad(array, (0, 990), constant_values=int(name == "class_counts")))
+    set_config(folder, class_counts=[1] * 1000, problems={})
+    _, data = report_of(folder)
+    (entry,) = data["heatmaps"]
+    assert len(entry["classes"]) == 100 and entry["classes"][:3] == [0, 10, 20] and entry["classes"][-1] == 999
+    assert np.shape(entry["theory"]) == (3, 100, 100) and "100 of 1000 classes" in entry["label"]
+    parts = geometry(80)
+    whole = [normalised(parts[name]) - normalised(parts[f"{name}_theory"]) for name in MATRICES]
+    np.testing.assert_allclose(entry["distances"][-1], np.linalg.norm(whole, axis=(1, 2)), rtol=1e-3)
 
 
 def test_what_a_run_lacks_is_left_out(tmp_path):
