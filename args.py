@@ -155,7 +155,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors, and whose @FILEs of flags may have comments after a #."""
 
     def error(self, message):
-        if found := re.match(r"unrecognized arguments: (--[^ =]+)", message):
+        if found := re.match(r"unrecognized arguments: (?:[^-]\S* )*(-[^ =]+)", message):
             message += did_you_mean(found[1], self._option_string_actions)
         raise UserError(message)
 
@@ -572,7 +572,7 @@ def contradiction(args, parser):
             return f"--{name}: only with --optimizer Adam"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
-    if args.decay_type == "cosine" and args.patience >= args.epochs:
+    if args.decay_type == "cosine" and args.patience >= max(args.epochs, 2):
         return f"--decay_type cosine: --patience {args.patience} must be less than --epochs {args.epochs}"
     expected = SOURCES[args.dataset].num_classes
     if args.class_counts and expected and len(args.class_counts) != expected:
@@ -587,6 +587,8 @@ def notes(args, num_images):
     found = [
         f"--{name} has no effect on training" for name in ("load_path", "watch", "recompute") if getattr(args, name)
     ]
+    if args.theory != "objective":
+        found.append("--theory has no effect on training, only on validate_NC_unbalanced.py")
     if args.batch_size > num_images:
         found.append(
             f"--batch_size {args.batch_size} is more than the {num_images} images: every step takes all of them"

@@ -184,6 +184,7 @@ def geometry(means, weight):
 
     Raises ValueError for W of another shape than the means.
     """
+    means = torch.as_tensor(means).detach().double()
     weight = validate_weight(weight, means)
     logits = weight @ means.T
     gram = means @ means.T

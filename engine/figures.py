@@ -267,7 +267,7 @@ def plot_series(axis, ends, values, label, style):
 
 def mean_over_seeds(values, scale):
     """Return the mean (E,) of values (E, S), the geometric mean if the scale of the axis is "log"."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return np.exp(np.log(values).mean(1)) if scale == "log" else values.mean(1)
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import sys
+import warnings
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from models.classifier import head_weight
 from nc_metrics import ClassStatistics, geometry, nc_metrics
 from nc_theory import GAP_COLUMNS, optimality_gap
 from nc_theory.losses import losses_and_gradients
-from utils import FAILED_WORK, UserError, from_flags
+from utils import FAILED_WORK, UserError, from_flags, is_first_rank
 
 BATCH = 512  # images per forward pass
 FEATURES_KEPT = 2**31  # bytes of features kept between the two passes; if they take more, they are computed twice
@@ -32,6 +34,7 @@ class Measurement:
     def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None):
         self.run, self.model, self.data, self.precision = run, model, data, precision
         self.device, self.after_batch, self.ranks = data.train.labels.device, after_batch, ranks or OneProcess()
+        self.negatives_noted = False
 
     def record(self, epoch, loggers=()):
         """Measure the model, add the row to the run and the loggers, and return the row."""
@@ -86,11 +89,15 @@ class Measurement:
             test.update(logits, labels)
         for accuracy in (train, test):
             accuracy.merge(self.ranks.sum)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* entries are negative")  # noted once instead, below
+            metrics = nc_metrics(statistics, weight, optimum)
+        self.note_negatives(statistics.negative_share, optimum)
         row = {
             "train_acc1": train.overall(),
             "test_acc1": test.overall(),
             **test.by_frequency(self.data.class_counts),
-            **nc_metrics(statistics, weight, optimum),
+            **metrics,
             **dict.fromkeys(GAP_COLUMNS, math.nan),
         }
         if optimum:
@@ -100,6 +107,13 @@ class Measurement:
         if optimum:
             parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}
         return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
+
+    def note_negatives(self, share, optimum):
+        """Print once that features are negative although the optimum is that of a ReLU."""
+        if optimum and optimum.problem.relu and share > 0 and not self.negatives_noted and is_first_rank():
+            note = f"{share:.2%} of the features' entries are negative, but the optimum is that of ReLU features"
+            print(f"note: {note}", file=sys.stderr)
+            self.negatives_noted = True
 
     def forward(self, split):
         """Yield (logits, features, labels) of this rank's rows of each batch of a split, in order."""

@@ -30,7 +30,7 @@ class Schedule:
             return self.lr * epoch / self.warmup_epochs
         done = epoch - 1
         if self.decay_type == "cosine":
-            progress = max(0, done - self.patience) / (self.epochs - self.patience)
+            progress = max(0, done - self.patience) / max(1, self.epochs - self.patience)
             return self.lr * (1 + math.cos(math.pi * progress)) / 2
         if self.decay_type == "step":
             return self.lr * self.gamma ** (done // self.patience)

@@ -487,15 +487,20 @@ def by_setting(runs):
     settings = [group[0].setting for group in groups.values() if group[0].config]
     names = dict.fromkeys(name for setting in settings for name in setting)
     differing = [name for name in names if len({repr(setting.get(name)) for setting in settings}) > 1]
-    return [(label_of(group[0], differing), group) for group in groups.values()]
+    labelled = [(label_of(group[0], differing), group) for group in groups.values()]
+    labels = [label for label, _ in labelled]
+    return [
+        (label if labels.count(label) == 1 else f"{label}, {label_of(group[0], differing, named=False)}", group)
+        for label, group in labelled
+    ]
 
 
-def label_of(run, names):
-    """Return a run's --run_name, else its values of the flags `names`, else the folder's name if they are not known.
+def label_of(run, names, named=True):
+    """Return a run's --run_name if `named`, else its values of the flags `names`, else the folder's name.
 
     Flags that are off are left out, unless all of them are.
     """
-    if not run.config or run.flags.get("run_name"):
+    if not run.config or (named and run.flags.get("run_name")):
         return run.flags.get("run_name") or run.folder.name
     values = {name: run.setting[name] for name in names if name in run.setting} or dict.fromkeys(names, "off")
     return ", ".join(f"{name} {short(value)}" for name, value in values.items())

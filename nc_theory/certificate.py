@@ -65,6 +65,8 @@ def lower_bound(problem, logits, bias=None):
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
     logits = np.asarray(logits, dtype=np.float64).T  # one row per class
+    if logits.shape != (len(counts), len(counts)):
+        raise ValueError(f"logits have shape {logits.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
     if problem.bias:
         logits = logits + best_bias(problem, logits, np.zeros(len(counts)) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
@@ -159,6 +161,9 @@ def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
     problem, bound = optimum.problem, optimum.lower_bound
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     weight, means = (np.asarray(torch.as_tensor(part).detach().cpu(), dtype=np.float64) for part in (weight, means))
+    for name, matrix in (("weight", weight), ("means", means)):
+        if matrix.shape != (len(counts), means.shape[-1]):
+            raise ValueError(f"{name} has shape {matrix.shape}, wanted (K, d) with K = {len(counts)}")
     offset = np.zeros(len(counts)) if bias is None else np.asarray(torch.as_tensor(bias).detach().cpu(), dtype=float)
     losses = losses_and_gradients(problem, means @ weight.T + offset, labels)[0]
     head_penalty = 0.5 * problem.lambda_w * np.square(weight).sum() + 0.5 * problem.bias_decay * np.square(offset).sum()

@@ -118,6 +118,8 @@ def suggest_lambdas(class_counts, margin=5.0, ratio=100.0):
             f"the largest margin must be above {least:.3g}, or the smallest class (n = {smallest:g}) collapses; "
             f"got {margin:g}"
         )
+    if margin > 500:
+        raise ValueError(f"the largest margin must be at most 500, or the penalties underflow; got {margin:g}")
     if not 0 < ratio < math.inf:
         raise ValueError(f"the ratio lambda_W / lambda_H must be > 0 and finite, got {ratio}")
     shrink = math.sqrt((num_classes - 1) / num_classes)

@@ -2,10 +2,12 @@
 
 import torch
 
+from nc_theory.problem import validate_counts
+
 
 def self_duality(class_counts):
     """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m."""
-    roots = torch.as_tensor(class_counts, dtype=torch.float64).sqrt()
+    roots = validate_counts(class_counts).sqrt()
     return len(roots) * roots.diag() - roots
 
 
@@ -20,7 +22,7 @@ def seli(class_counts):
     Both matrices are unchanged if classes of equal counts are swapped. The eigenvectors that tell such classes apart
     are known, so that the eigenvalue problem is as large as the number of distinct counts, at most sqrt(2 N).
     """
-    counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
+    counts = validate_counts(class_counts)
     distinct, groups, sizes = counts.unique(return_inverse=True, return_counts=True)
     sizes, roots = sizes.double(), counts.sqrt()
     centring = torch.eye(len(sizes), dtype=torch.float64) - sizes.outer(sizes).sqrt() / len(counts)

@@ -131,5 +131,8 @@ def validate_counts(class_counts):
 
 def class_margins(logits):
     """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others."""
+    logits = torch.as_tensor(logits)
+    if logits.ndim != 2 or len(logits) != logits.shape[1]:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, wanted (K, K), one column per class")
     own = logits.diag()
     return own - (logits.sum(0) - own) / (len(logits) - 1)

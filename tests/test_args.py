@@ -287,6 +287,7 @@ def test_parser_leaves_no_flag_without_a_group():
 @pytest.mark.parametrize(
     "flags, suggestion",
     [("--epoch 5", "did you mean --epochs?"), ("--weigth_decay 1", "did you mean --weight_decay?"), ("--qqq", None),
+     ("stray -epochs 3", "did you mean --epochs?"),
      ("--model ResNet81", "did you mean ResNet18?"), ("--model LeNet", None)],
 )  # fmt: skip
 def test_a_typo_gets_a_suggestion(flags, suggestion):

@@ -252,6 +252,12 @@ def test_imagefolder_takes_all_by_default_and_resizes(tmp_path):
     assert data.class_counts == [4, 4, 4] and data.train.images.shape == (12, 3, 32, 32)
 
 
+def test_the_folder_of_cifar10_itself_is_recognised(tmp_path):
+    write_folder(tmp_path / "cifar10", classes=[f"class {label}" for label in range(10)])
+    for folder in (tmp_path, tmp_path / "cifar10"):
+        assert len(load_data("cifar10", folder, class_counts=[4] * 10).train) == 40
+
+
 def test_decoded_cache_is_used_and_renewed(tmp_path, monkeypatch):
     write_folder(tmp_path)
     first = load_data("imagefolder", tmp_path)

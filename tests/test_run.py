@@ -63,6 +63,8 @@ def test_run_names_are_labels(tmp_path):
         make_run(tmp_path / "b", "--run_name", "deep", "--lr", "1"),
     ]
     assert [label for label, _ in by_setting(runs)] == ["plain", "deep"]
+    runs.append(make_run(tmp_path / "c", "--run_name", "deep", "--lr", "2"))
+    assert [label for label, _ in by_setting(runs)] == ["plain", "deep, lr 1", "deep, lr 2"]
 
 
 def test_rows_come_by_epoch_theory_and_statistics(tmp_path):

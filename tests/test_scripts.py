@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from datasets import epoch_order, load_data
-from engine.measurement import features, load_run
+from engine.measurement import Measurement, features, load_run
+from engine.run import Run
 from models import MODELS, build_model
 from nc_theory import GAP_COLUMNS, UFM, closed_form, solve, solve_numerically
 from objective import Objective
@@ -343,6 +344,19 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     assert f"The objective is {row['optimality_gap']:.1e} above the least value that any network can reach" in out
     largest = f"{max(parts):9.1e}  the"
     assert next(line for line in out.splitlines() if line.endswith("(the largest part)")).startswith(largest)
+
+
+def test_negative_features_are_noted_once(train, tmp_path, capsys, recwarn):
+    train(*TINY, "--save_path", "run")
+    _, data, model = load_run(tmp_path / "run")
+    model.embed = lambda images, embed=model.embed: embed(images) - 1
+    measurement = Measurement(Run(tmp_path / "run"), model, data)
+    capsys.readouterr()
+    for _ in range(2):
+        measurement.measure()
+    error = capsys.readouterr().err
+    assert error.count("entries are negative, but the optimum is that of ReLU features") == 1 == error.count("\n")
+    assert not recwarn.list
 
 
 def test_a_deep_head_has_no_theory_but_a_nominal_one(train, measure, tmp_path):

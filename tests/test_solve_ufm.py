@@ -1,6 +1,8 @@
 """The solver as a user runs it."""
 
 import json
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -9,11 +11,19 @@ import pytest
 import solve_ufm
 from nc_theory import LOSSES, UFM, LossVariant, collapse_threshold
 from nc_theory import solve as solve_problem
+from tests.conftest import ROOT
 
 
 @pytest.fixture
 def solve(run_script):
     return lambda *flags, **options: run_script("solve_ufm.py", *flags, **options)
+
+
+def test_a_reader_that_ends_early_gets_no_traceback():
+    command = [sys.executable, "solve_ufm.py", "--class_counts", "10,20", "--suggest_lambdas"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `head` does after its last line
+    assert process.stderr.read() == "" and process.wait() == 1
 
 
 def test_table(solve):

@@ -14,10 +14,14 @@ from nc_theory import (
     LOSSES,
     UFM,
     class_curve,
+    class_margins,
     closed_form,
     collapse_count,
     collapse_threshold,
+    lower_bound,
+    optimality_gap,
     released_formula,
+    self_duality,
     seli,
     solve,
     solve_numerically,
@@ -317,6 +321,23 @@ def test_seli_by_groups_of_equal_counts_is_that_of_all_classes(counts):
     gram, weights = seli(counts)
     np.testing.assert_allclose(gram, np.linalg.inv(d) @ root(d @ centring @ d) @ np.linalg.inv(d), atol=1e-12)
     np.testing.assert_allclose(weights, root(centring @ d @ d @ centring), atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: class_margins(np.ones((3, 4))), r"logits have shape \(3, 4\), wanted \(K, K\)"),
+        (lambda: class_margins(np.ones(3)), r"logits have shape \(3,\)"),
+        (lambda: seli([[1, 2]]), "class counts of shape"),
+        (lambda: self_duality([[1, 2]]), "class counts of shape"),
+        (lambda: lower_bound(UFM([1, 2], 1e-3, 1e-3), np.ones((3, 3))), r"wanted \(K, K\) = \(2, 2\)"),
+        (lambda: optimality_gap(solve(UFM([1, 2], 1e-3, 1e-3)), np.ones((3, 2)), np.ones((2, 3)), 1, 0), "weight"),
+        (lambda: suggest_lambdas([1, 5000], margin=1000), "at most 500"),
+    ],
+)
+def test_wrong_shapes_and_sizes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_seli_of_balanced_classes_is_the_etf():
