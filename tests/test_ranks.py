@@ -21,8 +21,8 @@ FLAGS = "--dataset digits --no-bias --sep_decay --lr 0.001 --width 24 --depth_re
 class Torchrun:
     """`torchrun SCRIPT FLAGS` on `ranks` processes of this machine, to which tests can send signals."""
 
-    def __init__(self, folder, ranks, flags, options=(), script=ROOT / TRAIN):
-        self.out, self.error = folder / ".ranks.stdout", folder / ".ranks.stderr"
+    def __init__(self, folder, number, ranks, flags, options=(), script=ROOT / TRAIN):
+        self.out, self.error = folder / f".{number}.stdout", folder / f".{number}.stderr"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
         with open(self.out, "w") as out, open(self.error, "w") as error:
             self.process = subprocess.Popen(
@@ -56,11 +56,11 @@ class Torchrun:
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """torchrun(ranks, *flags) starts training in a folder of its own."""
+    """torchrun(ranks, *flags) starts training in the test's folder."""
     started = []
 
     def start(ranks, *flags, **options):
-        started.append(Torchrun(tmp_path, ranks, flags, **options))
+        started.append(Torchrun(tmp_path, len(started), ranks, flags, **options))
         return started[-1]
 
     yield start
@@ -85,26 +85,21 @@ def check_same_run(a, b, epoch, weight=2e-6):
             assert numbers[0] == pytest.approx(numbers[1], rel=2e-5, nan_ok=True)
 
 
-@pytest.mark.parametrize(
-    "ranks, flags",
-    [
-        (
-            2,  # 5 x 77 + 1 images: the last batch is one image, and one rank has none
-            "--batch_size 77 --class_counts 34,34,34,34,34,34,40,42,50,50 --data_augmentation --logit_adjustment 1 "
-            "--penalty_warmup_epochs 2 --warmup_epochs 2 --clip_grad_norm 0.5",
-        ),
-        (3, "--batch_size 77 --stratified --loss MSE --objective released --optimizer SGD"),
-    ],
-    ids=["two ranks", "three ranks"],
-)
-def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path, ranks, flags):
-    flags = [*FLAGS, *flags.split(), "--epochs", 4, "--nc_every", 1]
-    run = torchrun(ranks, *flags, "--save_path", "ranks")
-    train(*flags, "--save_path", "one")
-    out, errors = run.wait()
-    assert out.count("finished: ranks") == 1 and f"{ranks} ranks" in out and not errors
-    assert config_of(tmp_path / "ranks")["ranks"] == ranks and config_of(tmp_path / "one")["ranks"] == 1
-    check_same_run(tmp_path / "ranks", tmp_path / "one", epoch=4)
+def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path):
+    cases = {  # 5 x 77 + 1 images: the last batch is one image, and one rank has none
+        2: "--batch_size 77 --class_counts 34,34,34,34,34,34,40,42,50,50 --data_augmentation --logit_adjustment 1 "
+        "--penalty_warmup_epochs 2 --warmup_epochs 2 --clip_grad_norm 0.5",
+        3: "--batch_size 77 --stratified --loss MSE --objective released --optimizer SGD",
+    }
+    flags = {ranks: [*FLAGS, *text.split(), "--epochs", 4, "--nc_every", 1] for ranks, text in cases.items()}
+    runs = {ranks: torchrun(ranks, *flags[ranks], "--save_path", f"{ranks} ranks") for ranks in cases}
+    for ranks, run in runs.items():
+        several, one = tmp_path / f"{ranks} ranks", tmp_path / f"{ranks} on one device"
+        train(*flags[ranks], "--save_path", one)
+        out, errors = run.wait()
+        assert out.count("finished: ") == 1 and f", {ranks} ranks, each" in out and not errors
+        assert config_of(several)["ranks"] == ranks and config_of(one)["ranks"] == 1
+        check_same_run(several, one, epoch=4)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -179,6 +174,7 @@ def test_a_killed_rank_ends_the_others_and_torchrun_goes_on(torchrun, tmp_path):
     """First rank 1 is killed, then rank 0 of the second attempt; the third one ends like an uninterrupted run."""
     flags = [*FLAGS, "--batch_size", 8, "--epochs", 5, "--save_every", 5]
     run = torchrun(2, *flags, "--save_path", "cut", "--force", options=["--max-restarts=2"])
+    whole = torchrun(2, *flags, "--save_path", "whole")
     for attempt, rank in enumerate((1, 0)):
         run.wait_for("epochs     ", attempt + 1)
         while not (tmp_path / "cut" / "last.pt").exists():
@@ -188,23 +184,21 @@ def test_a_killed_rank_ends_the_others_and_torchrun_goes_on(torchrun, tmp_path):
     out, errors = run.wait()
     assert len(errors) <= 2 and all("another rank has ended; to continue" in error for error in errors)
     assert out.count("finished: cut") == 1 and out.count("resumes cut after epoch") == 2
-    torchrun(2, *flags, "--save_path", "whole").wait()
+    whole.wait()
     assert same_weights(tmp_path / "cut" / "epoch_005.pth", tmp_path / "whole" / "epoch_005.pth")
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "script, flags, message",
-    [
-        (TRAIN, [*FLAGS, "--lr", "nonsense"], "argument --lr"),
-        (TRAIN, [*FLAGS, "--lr", "1e30", "--epochs", 3], "not finite in epoch"),
-        (VALIDATE, FLAGS, "only training runs on several ranks"),
-    ],
-    ids=["of the first rank", "of all ranks", "of another script"],
-)
-def test_errors_are_printed_once_and_nothing_hangs(torchrun, script, flags, message):
-    _, errors = torchrun(2, *flags, script=ROOT / script).wait(1)
-    assert len(errors) == 1 and message in errors[0]
+def test_errors_are_printed_once_and_nothing_hangs(torchrun):
+    cases = {  # an error of the first rank, of all ranks, and of a script that takes one process only
+        "argument --lr": (TRAIN, [*FLAGS, "--lr", "nonsense"]),
+        "not finite in epoch": (TRAIN, [*FLAGS, "--lr", "1e30", "--epochs", 3]),
+        "only training runs on several ranks": (VALIDATE, FLAGS),
+    }
+    runs = {message: torchrun(2, *flags, script=ROOT / script) for message, (script, flags) in cases.items()}
+    for message, run in runs.items():
+        _, errors = run.wait(1)
+        assert len(errors) == 1 and message in errors[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
