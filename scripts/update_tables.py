@@ -83,6 +83,12 @@ ZOO = {
     "resnet50": "ResNet50, N = 300, batches of 60",
     "resnet50_full": "ResNet50, then 160 epochs with batches of 300",
 }
+ZOO_LARGE = {
+    "densenet_cifar": "DenseNet, 12 channels, N = 300",
+    "resnet18_64": "ResNet18, 64 channels, N = 300, 400 epochs",
+    "resnet18_64_full": "the same, then 90 epochs with batches of 300",
+    "resnet18_3000": "ResNet18, 16 channels, N = 3,000",
+}
 TABLES = {
     "recipe": Table(
         "five seeds each",
@@ -147,6 +153,14 @@ TABLES = {
         bn_statistics="training_set",
     ),
     "zoo_running": Table("running statistics", ZOO, ["seeds", *GEOMETRY, "optimality gap"], worst=GEOMETRY),
+    "zoo_large": Table(
+        "statistics of the training set",
+        ZOO_LARGE,
+        ["seeds", *GEOMETRY, "optimality gap", "minutes"],
+        figures={"zoo_large_theorem": "theorem"},
+        bn_statistics="training_set",
+    ),
+    "zoo_large_running": Table("running statistics", ZOO_LARGE, ["seeds", *GEOMETRY, "optimality gap"]),
     "small_lambda": Table(
         "three seeds",
         {"schedule": "`@scripts/small_lambda.flags`"},
