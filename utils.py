@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -70,7 +71,14 @@ def run_script(main, resume_hint="run the same command again", takes_ranks=False
             raise  # a bug, not a lack of memory: show the traceback
         print(f"{name}: error: {message_of(error)}", file=sys.stderr)
         status = FAILED_WORK
-    if under_torchrun():  # the threads of the process group may abort Python's own exit
+    leave(status)
+
+
+def leave(status):
+    """End this process with an exit status, without Python's own exit where that is not safe."""
+    # Under torchrun, threads of the process group may abort it. `torchrun --run-path`, whose processes come from
+    # multiprocessing, must see the end of the script instead, and would wait for it for ever.
+    if under_torchrun() and not multiprocessing.parent_process():
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

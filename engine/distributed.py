@@ -13,7 +13,7 @@ import torch
 from torch import distributed
 
 from engine.batch_norm import synchronise_batch_norm
-from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, message_of, under_torchrun
+from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, leave, message_of, under_torchrun
 
 AGREE_SECONDS = 0.5  # time between two exchanges of signals among the ranks
 ENDING_SECONDS = 3  # after an error, time for which the other ranks wait until the first has printed it and ended
@@ -198,7 +198,7 @@ class Ranks(OneProcess):
             if self.store.check(["ended"]):
                 status = int(self.store.get("ended"))
                 time.sleep(ENDING_SECONDS if status else 0)  # torchrun stops all ranks once one has failed
-                os._exit(status)
+                leave(status)
             if time.monotonic() > deadline:
                 return
             time.sleep(0.02)

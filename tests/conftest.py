@@ -73,10 +73,13 @@ class Script:
         os.kill(self.process.pid, number)
 
     def wait_for(self, condition):
-        """Return once condition() holds while the script runs."""
+        """Return once condition() holds, while the script runs or of what it left."""
         deadline = time.monotonic() + 100
-        while not condition():
-            if not self.process.is_alive() or time.monotonic() > deadline:
+        while True:
+            alive = self.process.is_alive()  # asked first: what the script wrote just before its end counts
+            if condition():
+                return
+            if not alive or time.monotonic() > deadline:
                 pytest.fail(f"{self.command} ends, or hangs, too early\n{self.text('stdout')}\n{self.text('stderr')}")
             time.sleep(0.01)
 

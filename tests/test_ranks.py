@@ -3,51 +3,61 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 from PIL import Image
 
-from tests.conftest import ROOT, TRAIN, VALIDATE, config_of, log_of, rows_of, same_weights, weights
+from tests.conftest import (
+    ROOT,
+    SERVER,
+    TRAIN,
+    VALIDATE,
+    as_main,
+    config_of,
+    log_of,
+    nothing,
+    rows_of,
+    same_weights,
+    weights,
+)
 
 FLAGS = "--dataset digits --no-bias --sep_decay --lr 0.001 --width 24 --depth_relu 2".split()
 
 
 class Torchrun:
-    """`torchrun SCRIPT FLAGS` on `ranks` processes of this machine, to which tests can send signals."""
+    """`torchrun SCRIPT FLAGS` on `ranks` processes of this machine, to which tests can send signals.
 
-    def __init__(self, folder, number, ranks, flags, options=(), script=ROOT / TRAIN):
+    The processes of the ranks are forks, ready at once, of one that has imported everything; `fresh` ones start Python.
+    """
+
+    def __init__(self, folder, number, ranks, flags, options=(), script=ROOT / TRAIN, fresh=False):
+        start = [] if fresh else ["--run-path", "--start-method=fork"]
+        options = ["--standalone", f"--nproc_per_node={ranks}", *start, *options, script, *flags]
         self.out, self.error = folder / f".{number}.stdout", folder / f".{number}.stderr"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *options]
-        with open(self.out, "w") as out, open(self.error, "w") as error:
-            self.process = subprocess.Popen(
-                [*map(str, (*command, script, *flags))],
-                cwd=folder,
-                stdout=out,
-                stderr=error,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-            )
+        arguments = (torch.distributed.run.__file__, [*map(str, options)], folder, f".{number}", nothing)
+        self.process = SERVER.Process(target=as_main, args=arguments)
+        self.process.start()
 
     def wait(self, status=0):
         """Return (standard output, lines of ours on standard error) once it has ended; torchrun's status is 0 or 1."""
-        self.process.wait(timeout=120)
+        self.process.join(timeout=120)
         out, error = self.out.read_text(), self.error.read_text()
-        assert self.process.returncode == status, out + error
+        assert self.process.exitcode == status, out + error
         return out, [line for line in error.splitlines() if re.match(r"\w+\.py: ", line)]
 
     def wait_for(self, text, count=1):
         deadline = time.monotonic() + 100
-        while self.out.read_text().count(text) < count:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.error.read_text()
+        while not self.out.exists() or self.out.read_text().count(text) < count:
+            assert self.process.is_alive() and time.monotonic() < deadline, self.error.read_text()
             time.sleep(0.02)
 
     def pid_of(self, rank):
-        """Return the process of a rank, one of torchrun's children."""
+        """Return the process of a rank, one of the children of a fresh torchrun."""
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
             if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
                 return int(pid)
@@ -135,13 +145,12 @@ run_script(main, takes_ranks=True)
 """
 
 
-def test_batch_norm_takes_the_batches_of_all_ranks(torchrun, tmp_path):
+def test_batch_norm_takes_the_batches_of_all_ranks(torchrun, start, tmp_path):
     """A ResNet18 in float64, where rounding does not grow to 1e-2 in a few steps as it does in fp32."""
     script = tmp_path / "in_float64.py"
     script.write_text(IN_FLOAT64)
     run = torchrun(2, "two", script=script)
-    one = [sys.executable, script, "one"]
-    subprocess.run(one, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    start(script, "one").wait()
     run.wait()
     assert same_weights(tmp_path / "two0.pt", tmp_path / "two1.pt")
     assert largest_difference(tmp_path / "two0.pt", tmp_path / "one0.pt") < 1e-11
@@ -158,7 +167,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(torchrun, train, tmp
     """4 -> 2 -> 1 over one last.pt; the first stop is by a signal within an epoch."""
     run = torchrun(4, *CUT, 1000, "--save_path", "cut")
     run.wait_for("epoch 1/")
-    run.process.send_signal(signal.SIGTERM)
+    run.process.terminate()
     _, errors = run.wait(1)
     assert len(errors) == 1 and "stopped by SIGTERM; to continue, run the same command with --resume" in errors[0]
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
@@ -173,7 +182,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(torchrun, train, tmp
 def test_a_killed_rank_ends_the_others_and_torchrun_goes_on(torchrun, tmp_path):
     """First rank 1 is killed, then rank 0 of the second attempt; the third one ends like an uninterrupted run."""
     flags = [*FLAGS, "--batch_size", 8, "--epochs", 5, "--save_every", 5]
-    run = torchrun(2, *flags, "--save_path", "cut", "--force", options=["--max-restarts=2"])
+    run = torchrun(2, *flags, "--save_path", "cut", "--force", fresh=True, options=["--max-restarts=2"])
     whole = torchrun(2, *flags, "--save_path", "whole")
     for attempt, rank in enumerate((1, 0)):
         run.wait_for("epochs     ", attempt + 1)
@@ -191,12 +200,12 @@ def test_a_killed_rank_ends_the_others_and_torchrun_goes_on(torchrun, tmp_path):
 
 def test_errors_are_printed_once_and_nothing_hangs(torchrun):
     cases = {  # an error of the first rank, of all ranks, and of a script that takes one process only
-        "argument --lr": (TRAIN, [*FLAGS, "--lr", "nonsense"]),
-        "not finite in epoch": (TRAIN, [*FLAGS, "--lr", "1e30", "--epochs", 3]),
-        "only training runs on several ranks": (VALIDATE, FLAGS),
+        "argument --lr": (TRAIN, [*FLAGS, "--lr", "nonsense"], {"fresh": True}),
+        "not finite in epoch": (TRAIN, [*FLAGS, "--lr", "1e30", "--epochs", 3], {}),
+        "only training runs on several ranks": (VALIDATE, FLAGS, {}),
     }
-    runs = {message: torchrun(2, *flags, script=ROOT / script) for message, (script, flags) in cases.items()}
-    for message, run in runs.items():
+    runs = [torchrun(2, *flags, script=ROOT / script, **how) for script, flags, how in cases.values()]
+    for message, run in zip(cases, runs, strict=True):
         _, errors = run.wait(1)
         assert len(errors) == 1 and message in errors[0]
 
