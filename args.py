@@ -595,6 +595,12 @@ def notes(args, num_images):
         )
     if (args.penalty_warmup_epochs or args.penalty_start != 1 or args.objective == "released") and not args.sep_decay:
         found.append("without --sep_decay, --objective and the schedules of the penalties have no effect")
+    if args.penalty_start == 1:
+        found += [
+            f"--{name} has no effect without --penalty_start"
+            for name in ("penalty_hold_epochs", "penalty_fall_epochs")
+            if getattr(args, name)
+        ]
     if args.revive and not args.feature_relu:
         found.append("--revive has no effect with --no-feature_relu")
     return found

@@ -316,6 +316,12 @@ def test_flags_without_effect_are_noted():
     found = notes(parse("--watch --batch_size 500 --objective released"), num_images=499)
     assert [re.search(r"--\w+", note)[0] for note in found] == ["--watch", "--batch_size", "--sep_decay"]
     assert notes(parse("--sep_decay --objective released --batch_size 500"), num_images=500) == []
+    falling = "--sep_decay --epochs 9 --penalty_hold_epochs 1 --penalty_fall_epochs 3"
+    assert [note.split()[0] for note in notes(parse(falling), 1000)] == [
+        "--penalty_hold_epochs",
+        "--penalty_fall_epochs",
+    ]
+    assert notes(parse(falling + " --penalty_start 5"), 1000) == []
 
 
 def test_the_hash_of_a_run_is_that_of_earlier_versions():
