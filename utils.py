@@ -81,6 +81,8 @@ def leave(status):
     if under_torchrun() and not multiprocessing.parent_process():
         sys.stdout.flush()
         os._exit(status)
+    for number in STOP_SIGNALS:  # the work is done: a signal from here on ends the process without a traceback
+        signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
 
 

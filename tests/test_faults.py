@@ -91,15 +91,20 @@ def test_every_test_in_the_docs_is_there():
     ],
 )
 def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, number, flags):
-    """Thirteen kills each, mostly SIGKILL; last.pt is written so often that many kills hit a write."""
+    """Thirteen kills each, mostly SIGKILL; so many writes of last.pt, and so slow an end, that many kills hit them."""
     flags = [*TINY, "--epochs", 12, "--save_every", 3, *flags]
-    often = functools.partial(exec, "import engine.checkpoints\nengine.checkpoints.RESUME_SECONDS = 0.02")
+    slow = functools.partial(
+        exec,
+        "import sys, time, engine.checkpoints\n"
+        "engine.checkpoints.RESUME_SECONDS = 0.02\n"
+        "sys.exit = lambda status, exit=sys.exit: (time.sleep(0.3), exit(status))",
+    )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(TRAIN, *flags, "--save_path", whole).wait()
     seconds = (whole / "last.pt").stat().st_mtime - (whole / "config.json").stat().st_mtime
     moments, kills = random.Random(number), 0
     while kills < 13:
-        run = start(TRAIN, *flags, "--save_path", cut, "--resume", before=often)
+        run = start(TRAIN, *flags, "--save_path", cut, "--resume", before=slow)
         if kills % 4:  # the others also before the first step
             # A kill between the last epoch and the end of the process leaves a run that is complete.
             run.wait_for(lambda run=run: re.search(r"^disk|are done", run.text("stdout"), re.M))
