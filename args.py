@@ -160,7 +160,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
+        """Return a line's words; an @FILE in it that is not found from the current folder is looked for in ours."""
+        words = line.split("#")[0].split()
+        return [
+            f"@{Path(__file__).parent / word[1:]}" if word[0] == "@" and not Path(word[1:]).exists() else word
+            for word in words
+        ]
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

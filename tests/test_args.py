@@ -167,6 +167,15 @@ def test_flags_from_a_file_and_later_ones_win(tmp_path):
     assert (args.lr, args.bias, args.width) == (0.5, False, 8)
 
 
+def test_flag_files_that_extend_others_work_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse(shlex.quote(f"@{ROOT}/scripts/small_lambda.flags")).penalty_start == 5
+    (tmp_path / "own.flags").write_text("--lr 0.5\n")
+    (tmp_path / "both.flags").write_text("@scripts/collapse.flags\n@own.flags\n")
+    args = parse("@both.flags")
+    assert args.revive and args.lr == 0.5
+
+
 def test_every_switch_of_the_recipe_can_be_turned_off():
     recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
     default = vars(parse())
