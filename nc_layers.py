@@ -176,11 +176,11 @@ def head_input(model, inputs=None):
 
 
 def head_weight(head):
-    """Return the matrix W (K, d) of a head, a Linear layer or a chain of them: the product of their matrices."""
-    weight, *others = (layer.weight for layer in linear_layers(head))
+    """Return W (K, d), float64, of a head, a Linear layer or a chain of them: the product of their matrices."""
+    weight, *others = (layer.weight.detach().double() for layer in linear_layers(head))
     for other in others:
         weight = other @ weight
-    return weight.detach()
+    return weight
 
 
 def linear_layers(module):

@@ -80,7 +80,7 @@ def train(args, run, data, model, device, ranks):
         checkpoints.load_state(device)
     elif args.init_from:
         load_weights(model, args.init_from, device)
-    ranks.connect(state, data.train)
+    ranks.connect(state, data.train, batches.sizes)
     if not args.resume:
         run.delete()  # only now that the new run is ready to start
     run.repair(state.epoch)

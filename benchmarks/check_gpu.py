@@ -29,6 +29,7 @@ import torch
 import training
 from common import ROOT, random_images, ratios, time_in_turn
 from reference import run_usual_training
+from torch.nn.utils import parameters_to_vector
 
 import train_1st_order_unbalanced as train_script
 from args import parse_args
@@ -43,6 +44,7 @@ GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 81
 GPU |= {"epochs": 400, "seconds": (150, 80), "patience": 1}
 CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
 CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
+AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding may make
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -51,7 +53,11 @@ CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
 
 
 def agreement(device, size, data):
-    """Compare a captured training step with an uncaptured one, and the GPU with the CPU."""
+    """Compare a captured training step with an uncaptured one, and the GPU with the CPU.
+
+    The learning rates of the two steps differ by rounding, which grows fast in a ResNet18 and in bf16. In 50 steps of
+    the MLP in fp32 it makes a difference of 0.1 % of the weights' norm; the steps themselves make one of 11 %.
+    """
     for model in ("MLP", "ResNet18"):
         for precision in precisions(device):
             make = partial(build, model, precision, device, size, data)
@@ -59,13 +65,15 @@ def agreement(device, size, data):
             for one in (captured, plain):
                 one.run(size.steps)
             difference = max(map(relative_difference, captured.model.parameters(), plain.model.parameters()))
-            yield (
-                f"{model}, {precision}: weights after {size.steps} steps, captured against plain",
-                difference,
-                "relative",
-            )
+            what = f"{model}, {precision}: weights after {size.steps} steps, captured against plain"
+            yield what, difference, "relative"
+            if (model, precision) == ("MLP", "fp32"):
+                vectors = [parameters_to_vector(one.model.parameters()) for one in (captured, plain)]
+                yield f"{what}, agree", bool((vectors[0] - vectors[1]).norm() <= AGREE * vectors[1].norm()), ""
     losses = [loss_of_steps(build("MLP", "fp32", place, size, data, "--no-cuda_graph")) for place in ("cpu", device)]
-    yield "MLP, fp32: loss of 5 steps, GPU against CPU", relative_difference(*losses), "relative"
+    difference = relative_difference(*losses)
+    yield "MLP, fp32: loss of 5 steps, GPU against CPU", difference, "relative"
+    yield "MLP, fp32: loss of 5 steps, GPU against CPU, agree", difference < AGREE, ""
 
 
 def resume(device, size, data):

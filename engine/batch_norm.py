@@ -83,13 +83,13 @@ def _input_statistics(model, layer, batches):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def synchronise_batch_norm(model, device, all_reduce):
+def synchronise_batch_norm(model, all_reduce, fused):
     """Make the BatchNorm2d layers of a model, in training mode, normalise over the batches of all ranks.
 
-    all_reduce(tensor): a function that sums a tensor over the ranks, in place. On GPUs the layers become
-    nn.SyncBatchNorm, which cannot train on the CPU.
+    all_reduce(tensor): a function that sums a tensor over the ranks, in place. fused: use nn.SyncBatchNorm, which is
+    faster, but trains only on GPUs, and in a CUDA graph only if every rank has images of every batch.
     """
-    if device.type == "cuda":
+    if fused:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return
     for module in model.modules():
@@ -104,7 +104,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(inputs)
         values = inputs.to(self.weight.dtype)
-        count = values.new_tensor([values[:, 0].numel()])
+        count = values.new_full((1,), values[:, 0].numel())
         sums = SumOverRanks.apply(torch.cat([values.sum((0, 2, 3)), count]), self.all_reduce)
         count, mean = sums[-1].detach(), sums[:-1] / sums[-1]
         centred = values - mean[:, None, None]

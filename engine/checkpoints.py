@@ -274,6 +274,9 @@ def load_optimizer(optimizer, state):
     for parameter, kept in optimizer.state.items():
         if set(kept) != expected or any(value.shape not in (parameter.shape, ()) for value in kept.values()):
             raise ValueError("the optimizer's state belongs to another model or optimizer")
+        for name, value in kept.items():  # in the parameter's memory format, which depends on the device
+            if value.shape == parameter.shape:
+                kept[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}  # of each parameter

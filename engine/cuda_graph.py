@@ -4,6 +4,8 @@ import warnings
 
 import torch
 
+from utils import UserError
+
 
 class GraphedStep:
     """A function `step(indices)` that is captured once for each length of `indices`, and replayed when called.
@@ -16,17 +18,20 @@ class GraphedStep:
         a `CudaGraphs`. It is called for the largest size first, whose memory the smaller sizes reuse.
 
     Capturing runs the step a few times and then restores the state to what it was before. Raises RuntimeError if a
-    capture fails; its traceback shows the first cause.
+    capture fails; its traceback shows the first cause. A lack of memory and a UserError are passed on.
     """
 
     def __init__(self, step, sizes, state, device, capture=None):
         before = {tensor.data_ptr(): tensor.clone() for tensor in state()}
         capture = capture or CudaGraphs()
+        self.step = step  # a graph reads the tensors of the step, which must live as long as it
         self.replays = {}
         try:
             for size in sorted(set(sizes), reverse=True):
                 indices = torch.zeros(size, dtype=torch.int64, device=device)
                 self.replays[size] = indices, capture(step, indices)
+        except (UserError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             raise RuntimeError(
                 "the step cannot be captured; the first error above says why: give --no-cuda_graph"

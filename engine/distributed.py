@@ -145,7 +145,7 @@ class OneProcess:
     def first_alone(self):
         return contextlib.nullcontext()
 
-    def connect(self, state, split):
+    def connect(self, state, split, sizes):
         pass
 
     def rows(self, batch):
@@ -214,9 +214,10 @@ class Ranks(OneProcess):
             patience = math.inf if error is None else ENDING_SECONDS if isinstance(error, Exception) else STOP_SECONDS
         self.await_first("nothing more", patience)
 
-    def connect(self, state, split):
+    def connect(self, state, split, sizes):
         """Connect the ranks, and prepare the model of a `TrainingState` to train on all of them as on one device.
 
+        sizes: of the batches that all ranks share.
         Raises UserError if the ranks do not all have the same state and training set.
         """
         model, device = state.model, split.labels.device
@@ -229,7 +230,7 @@ class Ranks(OneProcess):
         largest, least = all_reduce(torch.stack([mark, -mark]), distributed.ReduceOp.MAX)
         if not torch.equal(largest, -least):
             raise UserError("the ranks have read different images or checkpoints: give all nodes the same files")
-        synchronise_batch_norm(model, device, all_reduce)
+        synchronise_batch_norm(model, all_reduce, fused=device.type == "cuda" and min(sizes) >= self.count)
         parameters = list(model.parameters())
         self.buffer = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters) + 3)
         offset = 0

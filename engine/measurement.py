@@ -67,7 +67,7 @@ class Measurement:
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
-        weight, bias = head_weight(self.model).double(), self.model.fc[-1].bias
+        weight, bias = head_weight(self.model), self.model.fc[-1].bias
         loss = np.float64(0)
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
         passes = self.forward(self.data.train)

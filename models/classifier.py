@@ -95,8 +95,8 @@ def linear_head(dim, num_classes, depth_linear, bias):
 
 
 def head_weight(model):
-    """Return the matrix W (K, d) of a model's head, the product of its layers' matrices."""
-    weight = model.fc[0].weight
+    """Return W (K, d), float64, of a model's head: the product of its layers' matrices, never computed in TF32."""
+    weight = model.fc[0].weight.double()
     for layer in model.fc[1:]:
-        weight = layer.weight @ weight
+        weight = layer.weight.double() @ weight
     return weight

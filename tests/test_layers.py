@@ -169,7 +169,7 @@ def test_heads_of_torchvision(name, head):
 def test_the_head_of_our_models_is_a_chain():
     model = build_model("MLP", 3, depth_relu=1, width=8, depth_linear=3)
     assert head_input(model) == "fc"
-    expected = model.fc[2].weight @ model.fc[1].weight @ model.fc[0].weight
+    expected = model.fc[2].weight.double() @ model.fc[1].weight.double() @ model.fc[0].weight.double()
     torch.testing.assert_close(head_weight(model.fc), expected)
     found = layer_statistics(model, LOADER, ["fc"], 3)["fc"]
     features = model(IMAGES)[1]

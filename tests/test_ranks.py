@@ -132,7 +132,7 @@ def main():
         model = build_model("ResNet18", 5, bias=False, planes=4).double().to(memory_format=torch.channels_last).train()
         split = Split(torch.rand(44, 3, 32, 32, dtype=torch.float64), torch.arange(44) % 5, torch.zeros(3))
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        ranks.connect(TrainingState(model, optimizer, None), split)
+        ranks.connect(TrainingState(model, optimizer, None), split, [9, 7])
         objective = Objective([9, 9, 9, 9, 8], 9, 32, sep_decay=True, weight_decay=1e-3, feature_decay_rate=1e-4)
         for indices in torch.randperm(44).repeat(2).split(9):  # the last of the batches has 7 images
             row = train_step(indices, split=split, model=model, objective=objective, optimizer=optimizer, shifts=None,

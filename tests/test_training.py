@@ -1,10 +1,12 @@
 """The training step and its CUDA graph on the CPU, the log of an epoch, schedules, last.pt, and class accuracies."""
 
 import copy
+import gc
 import math
 import re
 import threading
 import traceback
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 
 import engine.checkpoints as checkpoint_files
 from datasets import Split
-from engine.checkpoints import Checkpoints, TrainingState, load_torch, to_host
+from engine.checkpoints import Checkpoints, TrainingState, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
 from engine.distributed import OneProcess, pick_device
 from engine.measurement import ClassAccuracy
@@ -145,6 +147,49 @@ def test_a_failed_capture_shows_its_first_cause_and_the_way_out():
     shown = "".join(traceback.format_exception(failure.value))
     assert shown.index("ValueError: the step reads from the device") < shown.index("operation failed")
     assert type(failure.value) is RuntimeError  # of which run_script shows the traceback
+
+
+@pytest.mark.parametrize("error", [UserError("another rank has ended"), torch.OutOfMemoryError("out of memory")])
+def test_errors_that_users_understand_pass_a_capture_unchanged(error):
+    def capture(step, indices):
+        raise error
+
+    with pytest.raises(type(error)) as failure:
+        GraphedStep(lambda indices: None, [4], list, "cpu", capture)
+    assert failure.value is error
+
+
+def test_a_graph_keeps_the_tensors_of_its_step_alive():
+    """Graphs replay with their addresses, and hold no reference to tensors that were made outside."""
+    one = torch.ones(())
+    watched = weakref.ref(one)
+    graphed = GraphedStep(partial(torch.add, one), [4], list, "cpu", lambda step, indices: lambda: None)
+    del one
+    gc.collect()
+    assert graphed and watched() is not None
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_an_optimizer_goes_on_in_the_memory_format_of_another_device(optimizer):
+    """In fp32, GPUs keep the weights of convolutions in another order in memory than CPUs do."""
+    flags = {"lr": 0.1, "weight_decay": 0.0, "adam_beta2": 0.9, "adam_eps": 1e-8, "amsgrad": True}
+    weights = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        first = torch.nn.Parameter(torch.randn(4, 3, 3, 3, dtype=torch.float64))
+        gradient = torch.randn_like(first)
+        before = make_optimizer([first], optimizer=optimizer, **flags)
+        first.grad = gradient.clone()
+        before.step()
+        second = torch.nn.Parameter(first.detach().clone(memory_format=layout))
+        after = make_optimizer([second], optimizer=optimizer, **flags)
+        load_optimizer(after, copy.deepcopy(before.state_dict()))
+        second.grad = gradient.clone(memory_format=layout)
+        after.step()
+        weights[layout] = second.detach()
+        moments = [value for value in after.state[second].values() if value.dim()]
+        assert moments and all(value.stride() == second.stride() for value in moments)
+    torch.testing.assert_close(*weights.values(), rtol=1e-12, atol=0)
 
 
 def log_of(losses, sizes, norms=None):
