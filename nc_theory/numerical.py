@@ -158,7 +158,8 @@ class ScaledProblem:
             directions = np.eye(head.shape[1])[np.argsort(features.sum(0))]
         elif self.problem.relu:
             units = np.array([features[self.labels == label].sum(0) for label in range(len(head))])
-            units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), np.finfo(float).tiny)
+            lengths = np.linalg.norm(units, axis=1, keepdims=True)
+            units /= np.where(lengths < DEAD, np.inf, lengths)  # the direction of a class at zero is rounding
             columns = head @ units.T
             head[:], features[:] = 0, 0
             head[:, : len(head)] = columns

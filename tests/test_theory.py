@@ -122,8 +122,10 @@ def test_the_threshold_is_sharp(loss, num_classes):
         assert closed.collapsed.tolist() == [False] * (num_classes - 1) + [collapsed]
     for factor, collapsed in ((1.02, True), (0.98, False)):
         lambda_w = lambda_h = math.sqrt(product * factor)
-        found = solve_numerically(UFM(counts, lambda_w, lambda_h, loss=loss)).optimum.mean_norms_sq
+        minimum = solve_numerically(UFM(counts, lambda_w, lambda_h, loss=loss))
+        found = minimum.optimum.mean_norms_sq
         assert (found[-1].item() < 1e-9 * found.max().item()) == collapsed
+        assert max(minimum.losses) == pytest.approx(min(minimum.losses), rel=1e-8)  # from every start
 
 
 @pytest.mark.parametrize("loss", LOSSES)
