@@ -50,7 +50,8 @@ def usual_training(model, batch_size, width, fraction, device):
     torch.manual_seed(args.seed)
     model = from_flags(build_model, vars(args), num_classes=10).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    loader = DataLoader(Images(split), batch_size, shuffle=True, num_workers=1)
+    # Fork, as in a script that a user starts: in a spawned process, workers would import everything in every epoch.
+    loader = DataLoader(Images(split), batch_size, shuffle=True, num_workers=1, multiprocessing_context="fork")
     while True:
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)

@@ -157,10 +157,11 @@ TABLES = {
         "statistics of the training set",
         ZOO_LARGE,
         ["seeds", *GEOMETRY, "optimality gap", "minutes"],
+        worst=GEOMETRY,
         figures={"zoo_large_theorem": "theorem"},
         bn_statistics="training_set",
     ),
-    "zoo_large_running": Table("running statistics", ZOO_LARGE, ["seeds", *GEOMETRY, "optimality gap"]),
+    "zoo_large_running": Table("running statistics", ZOO_LARGE, ["seeds", *GEOMETRY, "optimality gap"], worst=GEOMETRY),
     "small_lambda": Table(
         "three seeds",
         {"schedule": "`@scripts/small_lambda.flags`"},
