@@ -80,20 +80,20 @@ def resume(device, size, data):
     """Compare a run that was killed and resumed with an uninterrupted one."""
     flags = f"--dataset digits --width {size.width} --depth_relu 2 --batch_size 102 --no-bias"
     flags += f" --sep_decay --epochs {size.epochs} --save_every 2 --device {device.type} --save_path"
-    command = [sys.executable, TRAIN, *flags.split()]
+    words = flags.split()
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Run(f"{folder}/whole"), Run(f"{folder}/cut")
-        subprocess.run([*command, whole.folder], stdout=subprocess.DEVNULL, check=True)
+        train_here([*words, str(whole.folder)])
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with subprocess.Popen([*command, cut.folder, "--resume"], **silent) as process:
+            with subprocess.Popen([sys.executable, TRAIN, *words, cut.folder, "--resume"], **silent) as process:
                 already = len(cut.checkpoints())
                 while len(cut.checkpoints()) < already + 2 and process.poll() is None:
                     time.sleep(0.001)
                 process.send_signal(number)
                 began = time.perf_counter()
             yield f"from {number.name} to the end of the process", time.perf_counter() - began, "s"
-        subprocess.run([*command, cut.folder, "--resume"], stdout=subprocess.DEVNULL, check=True)
+        train_here([*words, str(cut.folder), "--resume"])
         states = [load_torch(run.checkpoint(size.epochs)) for run in (whole, cut)]
     yield "resumed after both, the run ends bit for bit as one that was not cut", states_equal(*states), ""
 
@@ -209,17 +209,18 @@ def products_of_a_step(ours, dtype):
     return sum(2 * len(a) * a.shape[1] * b.shape[1] for a, b in pairs), pairs
 
 
+def train_here(words):
+    """Run the training script in this process, silently."""
+    with mock.patch.object(sys, "argv", [str(TRAIN), *words]), contextlib.redirect_stdout(None):
+        train_script.main()
+
+
 def train_for(seconds, words, data):
     """Run the training script in this process, on `data`, and stop it by SIGTERM after `seconds`."""
     stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
-    with (
-        mock.patch.object(sys, "argv", [str(TRAIN), *words]),
-        mock.patch.object(train_script, "load_data", lambda: data),
-        contextlib.suppress(Interrupted),
-        contextlib.redirect_stdout(None),
-    ):
+    with mock.patch.object(train_script, "load_data", lambda: data), contextlib.suppress(Interrupted):
         stop.start()
-        train_script.main()
+        train_here(words)
         stop.cancel()
 
 

@@ -399,8 +399,9 @@ def write_accuracies(folder, values, epoch=80):
     write_table(folder / "class_accuracy.csv", pd.DataFrame(rows))
 
 
-def test_test_accuracy_of_each_class(tmp_path):
+def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
     """Points are the mean over the seeds, bars their range, and the line is the mean of the classes with equal n_k."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)  # takes seconds
     folders = three_seeds(tmp_path)
     values = np.arange(10.0)
     assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}
