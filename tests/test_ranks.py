@@ -59,7 +59,8 @@ class Torchrun:
     def pid_of(self, rank):
         """Return the process of a rank; torchrun starts them in order, perhaps after one of multiprocessing's own."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return sorted(int(pid) for pid in children if b"tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes())[rank]
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}  # "" of one that has ended
+        return sorted(pid for pid, command in commands.items() if command and "resource_tracker" not in command)[rank]
 
 
 @pytest.fixture
