@@ -15,7 +15,7 @@ from engine.checkpoints import load_weights
 from engine.distributed import OneProcess, autocast
 from engine.run import Run
 from models import build_model
-from models.classifier import head_weight
+from nc_layers import head_weight
 from nc_metrics import ClassStatistics, geometry, nc_metrics
 from nc_theory import GAP_COLUMNS, optimality_gap
 from nc_theory.losses import losses_and_gradients
@@ -67,7 +67,7 @@ class Measurement:
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
-        weight, bias = head_weight(self.model), self.model.fc[-1].bias
+        weight, bias = head_weight(self.model.fc), self.model.fc[-1].bias
         loss = np.float64(0)
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
         passes = self.forward(self.data.train)

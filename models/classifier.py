@@ -92,11 +92,3 @@ def linear_head(dim, num_classes, depth_linear, bias):
     """Return a head of `depth_linear` linear layers; only the last one, to the classes, may have a bias."""
     hidden = [HeadLinear(dim, dim, bias=False) for _ in range(depth_linear - 1)]
     return nn.Sequential(*hidden, HeadLinear(dim, num_classes, bias=bias))
-
-
-def head_weight(model):
-    """Return W (K, d), float64, of a model's head: the product of its layers' matrices, never computed in TF32."""
-    weight = model.fc[0].weight.double()
-    for layer in model.fc[1:]:
-        weight = layer.weight.double() @ weight
-    return weight

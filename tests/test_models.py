@@ -5,7 +5,8 @@ import torch
 
 from engine.checkpoints import load_weights
 from models import MODELS, build_model
-from models.classifier import FeatureReLU, RevivingReLU, RevivingRowReLU, head_weight
+from models.classifier import FeatureReLU, RevivingReLU, RevivingRowReLU
+from nc_layers import head_weight
 from utils import UserError
 
 CONVOLUTIONAL = [name for name in MODELS if name != "MLP"]
@@ -20,10 +21,12 @@ def test_logits_and_features(name):
     torch.manual_seed(0)
     model = small(name, bias=True, depth_linear=2)
     logits, features = model(torch.randn(4, 3, 32, 32))
-    assert logits.shape == (4, 10) and head_weight(model).dtype == torch.float64  # a product in TF32 would be 1e-3 off
+    assert (
+        logits.shape == (4, 10) and head_weight(model.fc).dtype == torch.float64
+    )  # a product in TF32 would be 1e-3 off
     assert features.shape == (4, model.fc[0].in_features)
     assert (features >= 0).all() and (features > 0).any()
-    torch.testing.assert_close(logits, (features @ head_weight(model).float().T) + model.fc[-1].bias)
+    torch.testing.assert_close(logits, (features @ head_weight(model.fc).float().T) + model.fc[-1].bias)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,7 +148,7 @@ def test_bf16_leaves_head_and_features_in_fp32(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, features = model(images)
     assert logits.dtype == features.dtype == torch.float32
-    torch.testing.assert_close(logits, features @ head_weight(model).float().T)
+    torch.testing.assert_close(logits, features @ head_weight(model.fc).float().T)
     assert torch.equal(features, features.bfloat16().float())  # the body did run in bf16
 
 
