@@ -10,15 +10,16 @@ The exit status is 1 if a part failed, ran past its limit, or found a difference
 import argparse
 import contextlib
 import csv
+import multiprocessing
 import os
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -44,6 +45,8 @@ GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 81
 GPU |= {"epochs": 400, "seconds": (150, 80), "patience": 1}
 CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
 CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
+ELSEWHERE = multiprocessing.get_context("forkserver")  # forks a process that has imported torch but used no GPU
+ELSEWHERE.set_forkserver_preload(["train_1st_order_unbalanced"])
 AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding may make
 
 
@@ -84,15 +87,17 @@ def resume(device, size, data):
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Run(f"{folder}/whole"), Run(f"{folder}/cut")
         train_here([*words, str(whole.folder)])
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with subprocess.Popen([sys.executable, TRAIN, *words, cut.folder, "--resume"], **silent) as process:
-                already = len(cut.checkpoints())
-                while len(cut.checkpoints()) < already + 2 and process.poll() is None:
-                    time.sleep(0.001)
-                process.send_signal(number)
-                began = time.perf_counter()
-            yield f"from {number.name} to the end of the process", time.perf_counter() - began, "s"
+        for name in ("SIGTERM", "SIGKILL"):
+            words_of_cut = [*words, str(cut.folder), "--resume"]
+            process = ELSEWHERE.Process(target=train_elsewhere, args=(os.getpgrp(), words_of_cut))
+            process.start()
+            already = len(cut.checkpoints())
+            while len(cut.checkpoints()) < already + 2 and process.is_alive():
+                time.sleep(0.001)
+            process.terminate() if name == "SIGTERM" else process.kill()
+            began = time.perf_counter()
+            process.join()
+            yield f"from {name} to the end of the process", time.perf_counter() - began, "s"
         train_here([*words, str(cut.folder), "--resume"])
         states = [load_torch(run.checkpoint(size.epochs)) for run in (whole, cut)]
     yield "resumed after both, the run ends bit for bit as one that was not cut", states_equal(*states), ""
@@ -100,7 +105,7 @@ def resume(device, size, data):
 
 def rates(device, size, data):
     """Time steps of the MLP against the usual loop, the same matrix products alone, and one large product."""
-    with training.ProcessPoolExecutor(1, training.multiprocessing.get_context("spawn")) as elsewhere:
+    with ProcessPoolExecutor(1, ELSEWHERE, os.setpgid, (0, os.getpgrp())) as elsewhere:
         setting = (size.steps, "MLP", size.batch, size.width, size.fraction, device)
         works = {"usual": lambda: elsewhere.submit(run_usual_training, *setting).result()}
         usual = time_in_turn(works, size.pairs, device)["usual"]
@@ -215,6 +220,14 @@ def train_here(words):
         train_script.main()
 
 
+def train_elsewhere(group, words):
+    """Run the training script as it is run from a shell, silently, in this process, which joins a process group."""
+    os.setpgid(0, group)
+    sys.argv = [str(TRAIN), *words]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        run_script(train_script.main)
+
+
 def train_for(seconds, words, data):
     """Run the training script in this process, on `data`, and stop it by SIGTERM after `seconds`."""
     stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
@@ -255,30 +268,33 @@ def main():
     device = pick_device(options.device, 0)
     size = SimpleNamespace(**(GPU if device.type == "cuda" else CPU))
     table = options.out / f"check_gpu_{device.type}.csv"
-    if options.part:
-        return run_part(globals()[options.part], device, size, options.data_dir, table)
     options.out.mkdir(parents=True, exist_ok=True)
     table.write_text("part,what,value,unit\n")
     add_row(table, "machine", device_name(device), torch.__version__, "torch")
-    return max([run_elsewhere(part.__name__, limit * size.patience, table) for part, limit in PARTS.items()])
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # which tidies up after a part that was killed
+    parts = [globals()[options.part]] if options.part else PARTS
+    setting = device, size, options.data_dir
+    return max([run_elsewhere(part, PARTS[part] * size.patience, table, *setting) for part in parts])
 
 
-def run_elsewhere(part, limit, table):
+def run_elsewhere(part, limit, table, *setting):
     """Run a part in a process of its own, and end that and its children at the limit; return its exit status."""
-    with subprocess.Popen([sys.executable, *sys.argv, "--part", part], process_group=0) as process:
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            add_row(table, part, "cut after", limit, "s")
-            status = 1
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return int(status != 0)
+    process = ELSEWHERE.Process(target=run_script, args=(partial(run_part, part, table, *setting),))
+    process.start()
+    try:
+        process.join(limit)
+        if process.is_alive():
+            add_row(table, part.__name__, "cut after", limit, "s")
+        return int(process.exitcode != 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
 
 
-def run_part(part, device, size, data_dir, table):
+def run_part(part, table, device, size, data_dir):
     """Add the rows of a part to the table; return 1 if one of them is False."""
+    os.setpgid(0, 0)
     keep_freed_memory()
     data = train_script.load_data("cifar10", data_dir) if data_dir else random_images(size.fraction)
     values = [add_row(table, part.__name__, *row) for row in part(device, size, data)]

@@ -10,7 +10,6 @@ from common import paper_args, random_images
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from models import build_model
 from utils import from_flags
@@ -20,6 +19,8 @@ class Images(Dataset):
     """One image at a time, as torchvision's data sets give them: from bytes to a picture to a normalised tensor."""
 
     def __init__(self, split):
+        from torchvision import transforms  # takes seconds, which every process of a benchmark would spend
+
         low, high = split.images.min(), split.images.max()
         pixels = ((split.images - low) * (255 / (high - low))).round().byte().cpu()
         self.pixels, self.labels = pixels.permute(0, 2, 3, 1).contiguous().numpy(), split.labels.tolist()

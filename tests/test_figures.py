@@ -116,16 +116,22 @@ def test_figures_of_a_run(run_script, tmp_path):
     assert Image.open(figures["heatmaps_animation.gif"]).n_frames == len(EPOCHS)
 
 
+def without_saving():
+    """Have figures be drawn but their files left empty, which saves seconds where only the names matter."""
+    Figure.savefig = lambda *arguments, **options: None
+
+
 def test_figures_of_several_runs(run_script, tmp_path):
     """In a folder of their own, with heatmaps per setting; the runs' folders are unchanged."""
     three_seeds(tmp_path)
     recorded(tmp_path / "other", lr=0.01)
-    run_script("plot_nc.py", "seed1", "seed2", "seed3", "other", "other", "--out", "all", "--epoch", 41)
+    flags = ["seed1", "seed2", "seed3", "other", "other", "--out", "all", "--epoch", 41]
+    run_script("plot_nc.py", *flags, before=without_saving)
     assert {path.stem for path in (tmp_path / "all").iterdir()} == {
         "nc_curves", "theorem", "training", "heatmaps_1_lr-0.001", "heatmaps_2_lr-0.01"
     }  # fmt: skip
     assert not (tmp_path / "seed1" / "figures").exists()
-    run_script("plot_nc.py", "seed1", "seed2")
+    run_script("plot_nc.py", "seed1", "seed2", before=without_saving)
     assert (tmp_path / "figures" / "heatmaps.pdf").exists()
 
 
@@ -155,8 +161,9 @@ def test_missing_files_are_a_one_line_error(run_script, tmp_path, flags, message
     assert message in error and error.count("\n") == 1
 
 
-def test_what_a_folder_lacks_is_left_out(tmp_path):
+def test_what_a_folder_lacks_is_left_out(monkeypatch, tmp_path):
     """A folder of bare checkpoints has no config and no log; a run without --sep_decay has no theory."""
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)  # takes seconds
     bare = recorded(tmp_path / "bare")
     for name in ("config.json", "train_log.jsonl"):
         (bare / name).unlink()
@@ -401,7 +408,7 @@ def write_accuracies(folder, values, epoch=80):
 
 def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
     """Points are the mean over the seeds, bars their range, and the line is the mean of the classes with equal n_k."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)  # takes seconds
+    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)  # takes seconds
     folders = three_seeds(tmp_path)
     values = np.arange(10.0)
     assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}
