@@ -572,6 +572,8 @@ def contradiction(args, parser):
         return "--penalty_start: also give --penalty_fall_epochs, in which the factor falls to 1"
     if args.penalty_hold_epochs + args.penalty_fall_epochs >= args.epochs and args.penalty_start != 1:
         return "--penalty_hold_epochs and --penalty_fall_epochs: their sum must be less than --epochs"
+    if args.penalty_warmup_epochs >= args.epochs:
+        return f"--penalty_warmup_epochs {args.penalty_warmup_epochs}: must be less than --epochs {args.epochs}"
     for name in ("adam_beta2", "adam_eps", "amsgrad"):
         if args.optimizer != "Adam" and getattr(args, name) != parser.get_default(name):
             return f"--{name}: only with --optimizer Adam"

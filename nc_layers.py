@@ -50,12 +50,15 @@ def layer_statistics(
     model runs in eval mode without gradients; its training modes, hooks and buffers are restored afterwards, also
     after an exception.
 
-    Raises ValueError for unknown layers, a layer that is not called, batches that are not pairs, features that are not
-    finite, labels out of range, a class without samples, and a loader that is empty or cannot be read twice.
+    Raises ValueError for layers that the model or the reference lacks, a layer that is not called, batches that are not
+    pairs, features that are not finite, labels out of range, a class without samples, and a loader that is empty or
+    cannot be read twice.
     """
     if reference is None and isinstance(loader, Iterator):
         raise ValueError("the loader can be read once only, and two passes are needed: give a DataLoader or a list")
     modules = find_layers(model, layers)
+    if missing := set(modules) - set(modules if reference is None else reference):
+        raise ValueError(f"the reference has no layer {', '.join(sorted(missing))}: it has {', '.join(reference)}")
     with undisturbed(model), torch.no_grad(), Recorder(model, modules, features, device) as recorder:
         if reference is None:
             statistics = {name: ClassStatistics(num_classes, between) for name in modules}
@@ -176,8 +179,13 @@ def head_input(model, inputs=None):
 
 
 def head_weight(head):
-    """Return W (K, d), float64, of a head, a Linear layer or a chain of them: the product of their matrices."""
-    weight, *others = (layer.weight.detach().double() for layer in linear_layers(head))
+    """Return W (K, d), float64, of a head, a Linear layer or a chain of them: the product of their matrices.
+
+    Raises ValueError for any other module.
+    """
+    if not (layers := linear_layers(head)):
+        raise ValueError(f"the head is a {type(head).__name__}, wanted a Linear layer or a chain of them")
+    weight, *others = (layer.weight.detach().double() for layer in layers)
     for other in others:
         weight = other @ weight
     return weight

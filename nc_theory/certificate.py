@@ -60,7 +60,7 @@ def lower_bound(problem, logits, bias=None):
 
     With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
     s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore first replaced by the best one for the given W H.
-    The result is -inf if that fails, and for logits that are not finite.
+    The result is -inf if that fails, and for logits that are not finite. Raises ValueError for other shapes of logits.
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
@@ -156,7 +156,7 @@ def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
     data_loss: the mean loss of a sample, (1/N) sum_i loss(W h_i + b, y_i). within_sum: sum_i |h_i - mu_{y_i}|^2. bias:
     b (K,). Take both sums in float64: F is compared with F* to about its rounding error.
 
-    NaN for all where the optimum has no positive lower bound.
+    NaN for all where the optimum has no positive lower bound. Raises ValueError for other shapes of weight or means.
     """
     problem, bound = optimum.problem, optimum.lower_bound
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)

@@ -107,8 +107,8 @@ def collapse_count(problem):
 def suggest_lambdas(class_counts, margin=5.0, ratio=100.0):
     """Return (lambda_W, lambda_H) at which the largest margin of the cross entropy's closed form is `margin`.
 
-    ratio: lambda_W / lambda_H. Raises ValueError if the smallest class would collapse, h_k = 0, which happens for
-    margins up to log(K sqrt(n_max / n_min) - (K-1)).
+    ratio: lambda_W / lambda_H. Raises ValueError if it is not positive and finite, if the margin is above 500, and if
+    the smallest class would collapse, h_k = 0, which happens for margins up to log(K sqrt(n_max / n_min) - (K-1)).
     """
     counts = validate_counts(class_counts)
     num_classes, smallest, largest = len(counts), counts.min().item(), counts.max().item()

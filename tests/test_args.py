@@ -66,6 +66,7 @@ def test_the_papers_command():
         ("--label_smoothing 1", ["--label_smoothing", ">= 0 and < 1"]),
         ("--penalty_start 5", ["--penalty_start", "--penalty_fall_epochs"]),
         ("--penalty_start 5 --penalty_hold_epochs 60% --penalty_fall_epochs 40%", ["sum must be less than --epochs"]),
+        ("--penalty_warmup_epochs 9 --epochs 9", ["--penalty_warmup_epochs 9", "less than --epochs 9"]),
         ("--stratified --no_shuffle", ["--stratified and --no_shuffle"]),
         ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
         ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),

@@ -103,6 +103,8 @@ def test_samples_against_the_means_of_others():
     test = layer_statistics(model, [(IMAGES[::2] + 0.5, LABELS[::2])], ["tokens"], 3, reference=train)["tokens"]
     assert torch.equal(test.means, train["tokens"].means) and test.within_counts.sum() == 9
     assert nc_metrics(test)["NC1"] != nc_metrics(train["tokens"])["NC1"]
+    with pytest.raises(ValueError, match="the reference has no layer out: it has tokens"):
+        layer_statistics(model, LOADER, ["tokens", "out"], 3, reference=train)
 
 
 def test_memory_does_not_grow_with_the_loader():
@@ -181,6 +183,8 @@ def test_other_heads_are_the_linear_layer_that_is_called_last():
     assert head_input(model, IMAGES[:2]) == "out" and model.training and model.calls == 0
     with pytest.raises(ValueError, match=r"Small has no Linear layer under fc, .* give a batch of inputs"):
         head_input(model)
+    with pytest.raises(ValueError, match="the head is a Conv2d, wanted a Linear layer"):
+        head_weight(nn.Conv2d(3, 4, 1))
     with pytest.raises(ValueError, match="Conv2d has no Linear layer"):
         head_input(nn.Conv2d(3, 3, 1), IMAGES[:2])
 
