@@ -13,11 +13,11 @@
 #   paper_counts   N = 30,000 as in the paper, with larger lambdas: half an hour each in fp32 and bf16 on 2 CPU cores.
 #   paper_lambdas  The paper's command, and the recipe with its lambdas, with both objectives. Not run: needs a GPU.
 #   paper_schedule, paper_released  The paper's MLP and lambdas, small_lambda.flags: about an hour each on one core.
-#   small_lambda   The same difficulty on 3,000 images, three seeds: 15 minutes each on one core. Expected: 0.02 %.
+#   small_lambda   The same difficulty on 3,000 images, three seeds: 16 to 18 minutes each on a core. Expected: 0.02 %.
 #   small_lambda_without  The same without the schedule, one seed each. Expected: the recipe 0.6 %, plain Adam 170 %.
 #   losses         Nine losses against imbalance, three seeds each: 43 minutes on one core.
-#   zoo            ResNet18, ResNet50 and VGG11 with BatchNorm: 4 to 35 minutes for each run on one core.
-#   zoo_large      DenseNet, ResNet18 of full width, and ResNet18 on 3,000 images: 15 to 65 minutes each on one core.
+#   zoo            ResNet18, ResNet50, VGG11 and DenseNet with BatchNorm: 2 to 65 minutes for each run on one core.
+#                  With more than six jobs, run it twice: two runs continue others.
 #   plain          Plain Adam in fp32 (11 minutes on one core) and bf16 on 3,000 CIFAR-10 images; on digits a head with
 #                  bias, and MSE. Expected: fp32 runs within 0.5 % of the optimum, bf16 within 2 %.
 #

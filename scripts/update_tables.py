@@ -70,7 +70,7 @@ class Table:
     heads: list  # of the other columns, in COLUMNS
     worst: tuple = ()  # heads of columns that also show the worst seed, in brackets
     figures: dict = None  # file name in docs/figures: figure of plot_nc.py
-    runs: str = "*"  # glob pattern, in the table's folder, of the runs in the figures
+    drawn: tuple = ()  # rows whose runs are in the figures; default: all
     x: str = "epoch"  # the x axis of the figures
     bn_statistics: str = "running"
 
@@ -79,15 +79,13 @@ SCHEDULE = {"heads": ["train", *GEOMETRY, "optimality gap", "minutes"], "x": "st
 ZOO = {
     "resnet18": "ResNet18, 10 to 50 of a class, N = 300",
     "resnet18_exp10": "ResNet18, `exp:10`, n_max 60, N = 240",
+    "resnet18_3000": "ResNet18, 100 to 500 of a class, N = 3,000",
     "vgg11": "VGG11, N = 300",
+    "densenet_cifar": "DenseNet, 12 channels, N = 300",
     "resnet50": "ResNet50, N = 300, batches of 60",
     "resnet50_full": "ResNet50, then 160 epochs with batches of 300",
-}
-ZOO_LARGE = {
-    "densenet_cifar": "DenseNet, 12 channels, N = 300",
     "resnet18_64": "ResNet18, 64 channels, N = 300, 400 epochs",
     "resnet18_64_full": "the same, then 90 epochs with batches of 300",
-    "resnet18_3000": "ResNet18, 16 channels, N = 3,000",
 }
 TABLES = {
     "recipe": Table(
@@ -102,7 +100,7 @@ TABLES = {
         [*GEOMETRY, "steps to 0.01", "minutes"],
         worst=(*GEOMETRY, "steps to 0.01"),
         figures={"theorem": "theorem", "nc_curves": "nc_curves", "heatmaps": "heatmaps"},
-        runs="readme-*",
+        drawn=("readme",),
     ),
     "small": Table(
         "three seeds each, mean",
@@ -142,7 +140,7 @@ TABLES = {
         ["optimality gap", "NC1", "NC2_H", "NC3_WH", "margins", "norms", "test", "test, few"],
         worst=("optimality gap", "NC3_WH"),
         figures={"free_features": "theorem"},
-        runs="[cf][er]*",
+        drawn=("ce", "free"),
     ),
     "zoo": Table(
         "statistics of the training set",
@@ -150,18 +148,10 @@ TABLES = {
         ["seeds", *GEOMETRY, "optimality gap", "minutes"],
         worst=GEOMETRY,
         figures={"zoo_theorem": "theorem"},
+        drawn=("resnet18", "vgg11", "densenet_cifar", "resnet50_full"),
         bn_statistics="training_set",
     ),
     "zoo_running": Table("running statistics", ZOO, ["seeds", *GEOMETRY, "optimality gap"], worst=GEOMETRY),
-    "zoo_large": Table(
-        "statistics of the training set",
-        ZOO_LARGE,
-        ["seeds", *GEOMETRY, "optimality gap", "minutes"],
-        worst=GEOMETRY,
-        figures={"zoo_large_theorem": "theorem"},
-        bn_statistics="training_set",
-    ),
-    "zoo_large_running": Table("running statistics", ZOO_LARGE, ["seeds", *GEOMETRY, "optimality gap"], worst=GEOMETRY),
     "small_lambda": Table(
         "three seeds",
         {"schedule": "`@scripts/small_lambda.flags`"},
@@ -229,12 +219,12 @@ def take_over(folder, root):
     if table is None or not (folder / "summary.csv").exists():
         raise UserError(f"{folder}: not a folder that scripts/table.sh has written for {', '.join(TABLES)}")
     shutil.copyfile(folder / "summary.csv", root / "results" / f"{folder.resolve().name}.csv")
-    folders = [path.parent for path in sorted(folder.glob(f"{table.runs}/nc_metrics.csv"))]
-    runs = [Run(path, bn_statistics=table.bn_statistics) for path in folders]
-    names = list(table.rows)
-    runs.sort(key=lambda run: names.index(run_name(run.folder)))
-    for run in runs:
-        run.flags["run_name"] = table.rows[run_name(run.folder)].replace("`", "")  # legends as in the table
+    measured, runs = [path.parent for path in sorted(folder.glob("*/nc_metrics.csv"))], []
+    for name in table.drawn or table.rows:
+        for path in measured:
+            if run_name(path) == name:
+                runs.append(Run(path, bn_statistics=table.bn_statistics))
+                runs[-1].flags["run_name"] = table.rows[name].replace("`", "")  # legends as in the table
     with tempfile.TemporaryDirectory() as drawn:
         for name, figure in (table.figures or {}).items():
             draw_runs(runs, Path(drawn), x=table.x)
