@@ -87,17 +87,18 @@ def resume(device, size, data):
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Run(f"{folder}/whole"), Run(f"{folder}/cut")
         train_here([*words, str(whole.folder)])
-        for name in ("SIGTERM", "SIGKILL"):
-            words_of_cut = [*words, str(cut.folder), "--resume"]
-            process = ELSEWHERE.Process(target=train_elsewhere, args=(os.getpgrp(), words_of_cut))
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            flags = [*words, str(cut.folder), "--resume"]
+            process = ELSEWHERE.Process(target=train_elsewhere, args=(os.getpgrp(), flags))
             process.start()
             already = len(cut.checkpoints())
             while len(cut.checkpoints()) < already + 2 and process.is_alive():
                 time.sleep(0.001)
-            process.terminate() if name == "SIGTERM" else process.kill()
+            with contextlib.suppress(ProcessLookupError):  # a small run may have ended
+                os.kill(process.pid, number)
             began = time.perf_counter()
             process.join()
-            yield f"from {name} to the end of the process", time.perf_counter() - began, "s"
+            yield f"from {number.name} to the end of the process", time.perf_counter() - began, "s"
         train_here([*words, str(cut.folder), "--resume"])
         states = [load_torch(run.checkpoint(size.epochs)) for run in (whole, cut)]
     yield "resumed after both, the run ends bit for bit as one that was not cut", states_equal(*states), ""
@@ -221,7 +222,7 @@ def train_here(words):
 
 
 def train_elsewhere(group, words):
-    """Run the training script as it is run from a shell, silently, in this process, which joins a process group."""
+    """Run the training script as the whole of this process, silently; the process joins the process group."""
     os.setpgid(0, group)
     sys.argv = [str(TRAIN), *words]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
