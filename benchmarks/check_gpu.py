@@ -41,10 +41,11 @@ from engine.step_log import MEASURED
 from utils import Interrupted, run_script
 
 TRAIN = ROOT / "train_1st_order_unbalanced.py"
+# "batch" is the MLP's batch size, and "images" that of ResNet18
 GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 8192, "steps": 50, "pairs": 5}
-GPU |= {"epochs": 400, "seconds": (150, 80), "patience": 1}
+GPU |= {"images": 32, "epochs": 400, "seconds": (150, 80), "patience": 1}
 CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
-CPU |= {"epochs": 20, "seconds": (3, 3), "patience": 5}
+CPU |= {"images": 4, "epochs": 20, "seconds": (3, 3), "patience": 5}
 ELSEWHERE = multiprocessing.get_context("forkserver")  # forks a process that has imported torch but used no GPU
 ELSEWHERE.set_forkserver_preload(["train_1st_order_unbalanced"])
 AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding may make
@@ -166,7 +167,7 @@ def images(device, size, data):
                     ours = build("ResNet18", precision, device, size, data)
                     times = time_in_turn({"": partial(ours.run, size.steps)}, size.pairs, device)[""]
                 how = f"{str(layout).removeprefix('torch.')}, {'deterministic' if deterministic else 'fastest'}"
-                yield f"ResNet18, {precision}, {how}", 32 * size.steps / statistics.median(times), "images/s"
+                yield f"ResNet18, {precision}, {how}", size.images * size.steps / statistics.median(times), "images/s"
 
 
 PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limits in seconds on a GPU
@@ -183,7 +184,7 @@ def precisions(device):
 
 def build(model, precision, device, size, data, *more):
     """Return the `OurTraining` of the paper's flags for a model."""
-    batch = size.batch if model == "MLP" else 32
+    batch = size.batch if model == "MLP" else size.images
     words = f"--model {model} --batch_size {batch} --width {size.width} --precision {precision} --no-bias --sep_decay"
     words = [*words.split(), *more] + ([] if model == "MLP" else ["--planes", str(size.planes)])
     return training.OurTraining(parse_args(argv=words), data, torch.device(device))

@@ -172,7 +172,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(torchrun, train, tmp
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert state["epoch"] >= 1 and len(log_of(tmp_path / "cut")) == state["epoch"]
     middle, end = state["epoch"] + 2, state["epoch"] + 4
-    torchrun(2, *CUT, middle, "--save_path", "cut", "--resume", fresh=True).wait()
+    torchrun(2, *CUT, middle, "--save_path", "cut", "--resume").wait()
     train(*CUT, end, "--save_path", "cut", "--resume")
     train(*CUT, end, "--save_path", "one")
     check_same_run(tmp_path / "cut", tmp_path / "one", end, weight=1e-4)
