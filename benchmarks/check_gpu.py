@@ -47,7 +47,7 @@ GPU |= {"images": 32, "epochs": 400, "seconds": (150, 80), "patience": 1}
 CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
 CPU |= {"images": 4, "epochs": 20, "seconds": (3, 3), "patience": 5}
 ELSEWHERE = multiprocessing.get_context("forkserver")  # forks a process that has imported torch but used no GPU
-ELSEWHERE.set_forkserver_preload(["train_1st_order_unbalanced"])
+PRELOADED = ["train_1st_order_unbalanced"]
 AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding may make
 
 
@@ -273,6 +273,7 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     table.write_text("part,what,value,unit\n")
     add_row(table, "machine", device_name(device), torch.__version__, "torch")
+    ELSEWHERE.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # which tidies up after a part that was killed
     parts = [globals()[options.part]] if options.part else PARTS
     setting = device, size, options.data_dir
@@ -297,6 +298,7 @@ def run_elsewhere(part, limit, table, *setting):
 def run_part(part, table, device, size, data_dir):
     """Add the rows of a part to the table; return 1 if one of them is False."""
     os.setpgid(0, 0)
+    ELSEWHERE.set_forkserver_preload(PRELOADED)  # for the processes that the part starts
     keep_freed_memory()
     data = train_script.load_data("cifar10", data_dir) if data_dir else random_images(size.fraction)
     values = [add_row(table, part.__name__, *row) for row in part(device, size, data)]
