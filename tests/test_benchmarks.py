@@ -92,7 +92,7 @@ def descendants(pid):
 
 
 def test_a_check_that_is_stopped_keeps_its_rows_and_leaves_no_process(tmp_path):
-    """Nor those that the part has started: here two of multiprocessing, the part, the usual loop, and its loader."""
+    """Nor those that the part has started, such as the usual loop and its loader."""
     with check_gpu(tmp_path, "--part", "rates") as process:
         wait_for(lambda: len(descendants(process.pid)) >= 5, 120)
         found = descendants(process.pid)
