@@ -84,13 +84,12 @@ def resume(device, size, data):
     """Compare a run that was killed and resumed with an uninterrupted one."""
     flags = f"--dataset digits --width {size.width} --depth_relu 2 --batch_size 102 --no-bias"
     flags += f" --sep_decay --epochs {size.epochs} --save_every 2 --device {device.type} --save_path"
-    words = flags.split()
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Run(f"{folder}/whole"), Run(f"{folder}/cut")
-        train_here([*words, str(whole.folder)])
+        train_here([*flags.split(), str(whole.folder)])
+        words = [*flags.split(), str(cut.folder), "--resume"]
         for number in (signal.SIGTERM, signal.SIGKILL):
-            flags = [*words, str(cut.folder), "--resume"]
-            process = ELSEWHERE.Process(target=train_elsewhere, args=(os.getpgrp(), flags))
+            process = ELSEWHERE.Process(target=train_elsewhere, args=(os.getpgrp(), words))
             process.start()
             already = len(cut.checkpoints())
             while len(cut.checkpoints()) < already + 2 and process.is_alive():
@@ -100,7 +99,7 @@ def resume(device, size, data):
             began = time.perf_counter()
             process.join()
             yield f"from {number.name} to the end of the process", time.perf_counter() - began, "s"
-        train_here([*words, str(cut.folder), "--resume"])
+        train_here(words)
         states = [load_torch(run.checkpoint(size.epochs)) for run in (whole, cut)]
     yield "resumed after both, the run ends bit for bit as one that was not cut", states_equal(*states), ""
 
@@ -271,7 +270,8 @@ def main():
     size = SimpleNamespace(**(GPU if device.type == "cuda" else CPU))
     table = options.out / f"check_gpu_{device.type}.csv"
     options.out.mkdir(parents=True, exist_ok=True)
-    table.write_text("part,what,value,unit\n")
+    if not (options.part and table.exists()):  # a part alone adds to the rows of an earlier check
+        table.write_text("part,what,value,unit\n")
     add_row(table, "machine", device_name(device), torch.__version__, "torch")
     ELSEWHERE.set_forkserver_preload(PRELOADED)
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # which tidies up after a part that was killed

@@ -92,14 +92,16 @@ def descendants(pid):
 
 
 def test_a_check_that_is_stopped_keeps_its_rows_and_leaves_no_process(tmp_path):
-    """Nor those that the part has started, such as the usual loop and its loader."""
+    """Nor those that the part has started, such as the usual loop and its loader. A part alone keeps earlier rows."""
+    table = tmp_path / "check_gpu_cpu.csv"
+    table.write_text("part,what,value,unit\nimages,earlier,1,\n")
     with check_gpu(tmp_path, "--part", "rates") as process:
         wait_for(lambda: len(descendants(process.pid)) >= 5, 120)
         found = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT and error.count("\n") == 1 and "stopped by SIGINT" in error
-    assert [row["part"] for row in rows_of(tmp_path / "check_gpu_cpu.csv")] == ["machine"]
+    assert [row["part"] for row in rows_of(table)] == ["images", "machine"]
     wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in found), 20)
 
 

@@ -116,9 +116,12 @@ def test_figures_of_a_run(run_script, tmp_path):
     assert Image.open(figures["heatmaps_animation.gif"]).n_frames == len(EPOCHS)
 
 
+def save_nothing(*arguments, **options):
+    """Stand in for Figure.savefig, which takes seconds, where only the names of the files matter."""
+
+
 def without_saving():
-    """Have figures be drawn but their files left empty, which saves seconds where only the names matter."""
-    Figure.savefig = lambda *arguments, **options: None
+    Figure.savefig = save_nothing
 
 
 def test_figures_of_several_runs(run_script, tmp_path):
@@ -163,7 +166,7 @@ def test_missing_files_are_a_one_line_error(run_script, tmp_path, flags, message
 
 def test_what_a_folder_lacks_is_left_out(monkeypatch, tmp_path):
     """A folder of bare checkpoints has no config and no log; a run without --sep_decay has no theory."""
-    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)  # takes seconds
+    monkeypatch.setattr(Figure, "savefig", save_nothing)
     bare = recorded(tmp_path / "bare")
     for name in ("config.json", "train_log.jsonl"):
         (bare / name).unlink()
@@ -408,7 +411,7 @@ def write_accuracies(folder, values, epoch=80):
 
 def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
     """Points are the mean over the seeds, bars their range, and the line is the mean of the classes with equal n_k."""
-    monkeypatch.setattr(Figure, "savefig", lambda *arguments, **options: None)  # takes seconds
+    monkeypatch.setattr(Figure, "savefig", save_nothing)
     folders = three_seeds(tmp_path)
     values = np.arange(10.0)
     assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}

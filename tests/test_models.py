@@ -21,9 +21,8 @@ def test_logits_and_features(name):
     torch.manual_seed(0)
     model = small(name, bias=True, depth_linear=2)
     logits, features = model(torch.randn(4, 3, 32, 32))
-    assert (
-        logits.shape == (4, 10) and head_weight(model.fc).dtype == torch.float64
-    )  # a product in TF32 would be 1e-3 off
+    assert logits.shape == (4, 10)
+    assert head_weight(model.fc).dtype == torch.float64  # a product in TF32 would be 1e-3 off
     assert features.shape == (4, model.fc[0].in_features)
     assert (features >= 0).all() and (features > 0).any()
     torch.testing.assert_close(logits, (features @ head_weight(model.fc).float().T) + model.fc[-1].bias)

@@ -9,7 +9,7 @@ import pytest
 
 from scripts import update_tables
 from tests.conftest import ROOT
-from tests.test_figures import recorded
+from tests.test_figures import recorded, save_nothing
 from utils import UserError
 
 PAGES = update_tables.documents(ROOT)
@@ -59,7 +59,7 @@ def test_cells_are_the_means_and_worst_seeds_of_the_row_that_the_label_names():
 
 def test_a_table_takes_over_the_folder_of_its_runs(monkeypatch, tmp_path):
     """Its summary and its figures, which for the recipe show only the runs named readme."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *arguments, **options: None)  # takes seconds
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_nothing)
     for name in ("readme-1", "readme-2", "digits-1"):
         recorded(tmp_path / "recipe" / name, seed=name[-1])
     (tmp_path / "recipe" / "summary.csv").write_text("new")
