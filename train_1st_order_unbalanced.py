@@ -58,7 +58,7 @@ def prepare(argv):
         run.check_class_counts(data.class_counts)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
-    model, data = to_device(model, data, args.precision, device)
+    model, data = to_device(model, data, device)
     return args, run, data, model, device
 
 

@@ -59,7 +59,7 @@ def main():
     data = from_flags(load_data, vars(args))
     run.check_class_counts(data.class_counts)
     model = from_flags(build_model, vars(args), num_classes=data.num_classes)
-    model, data = to_device(model, data, args.precision, device)
+    model, data = to_device(model, data, device)
     if not run.problems:  # a folder of bare checkpoints
         objective = from_flags(
             Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features

@@ -35,6 +35,7 @@ from torch.nn.utils import parameters_to_vector
 import train_1st_order_unbalanced as train_script
 from args import parse_args
 from engine.checkpoints import load_torch
+from engine.cuda_graph import CudaGraphs
 from engine.distributed import device_name, keep_freed_memory, pick_device, set_precision
 from engine.run import Run
 from engine.step_log import MEASURED
@@ -106,23 +107,17 @@ def resume(device, size, data):
 
 def rates(device, size, data):
     """Time steps of the MLP against the usual loop, the same matrix products alone, and one large product."""
-    with ProcessPoolExecutor(1, ELSEWHERE, os.setpgid, (0, os.getpgrp())) as elsewhere:
+    with elsewhere() as process:
         setting = (size.steps, "MLP", size.batch, size.width, size.fraction, device)
-        works = {"usual": lambda: elsewhere.submit(run_usual_training, *setting).result()}
+        works = {"usual": lambda: process.submit(run_usual_training, *setting).result()}
         usual = time_in_turn(works, size.pairs, device)["usual"]
     yield "MLP, fp32, the usual loop", size.steps / statistics.median(usual), "steps/s"
     bytes_ = torch.empty(size.product, size.product, device=device)
     copied = time_in_turn({"": lambda: bytes_.clone()}, size.pairs, device)[""]
     yield "copying memory", 2 * bytes_.nbytes / statistics.median(copied) / 1e9, "GB/s"
     for precision in precisions(device):
-        set_precision(precision, device)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        a, b = torch.randn(2, size.product, size.product, device=device).to(dtype)
-        ours = build("MLP", precision, device, size, data)
-        flops, products = products_of_a_step(ours, dtype)
-        works = {"product": lambda a=a, b=b: a @ b, "ours": partial(ours.run, size.steps)}
-        works["products"] = lambda products=products: [c @ d for _ in range(size.steps) for c, d in products]
-        times = time_in_turn(works, size.pairs, device)
+        with elsewhere() as process:  # its own, because torch chooses between libraries for products only once
+            flops, times = process.submit(time_products, precision, device, size, data).result()
         medians = {name: statistics.median(spent) for name, spent in times.items()}
         rate, peak = size.steps * flops / medians["ours"], 2 * size.product**3 / medians["product"]
         yield f"MLP, {precision}, ours", size.steps / medians["ours"], "steps/s"
@@ -158,15 +153,14 @@ def paper(device, size, data):
 
 
 def images(device, size, data):
-    """Time ResNet18 in each memory format, with the deterministic or the fastest algorithms of cuDNN."""
+    """Time ResNet18 with the deterministic algorithms of cuDNN, which we use, and with the fastest."""
     for precision in precisions(device):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            for deterministic in (True, False) if device.type == "cuda" else (True,):
-                with library_choice(layout, deterministic):
-                    ours = build("ResNet18", precision, device, size, data)
-                    times = time_in_turn({"": partial(ours.run, size.steps)}, size.pairs, device)[""]
-                how = f"{str(layout).removeprefix('torch.')}, {'deterministic' if deterministic else 'fastest'}"
-                yield f"ResNet18, {precision}, {how}", size.images * size.steps / statistics.median(times), "images/s"
+        for choice in (set_precision, set_precision_not_deterministic)[: 2 if device.type == "cuda" else 1]:
+            with mock.patch.object(training, "set_precision", choice):
+                ours = build("ResNet18", precision, device, size, data)
+                times = time_in_turn({"": partial(ours.run, size.steps)}, size.pairs, device)[""]
+            how = "deterministic" if choice == set_precision else "fastest"
+            yield f"ResNet18, {precision}, {how}", size.images * size.steps / statistics.median(times), "images/s"
 
 
 PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limits in seconds on a GPU
@@ -200,6 +194,31 @@ def states_equal(a, b):
 
 def loss_of_steps(ours):
     return torch.stack([ours.step(next(ours.endless))[MEASURED.index("loss")] for _ in range(5)])
+
+
+def elsewhere():
+    """Return an executor with a single process, which joins the process group of this one."""
+    return ProcessPoolExecutor(1, ELSEWHERE, os.setpgid, (0, os.getpgrp()))
+
+
+def time_products(precision, device, size, data):
+    """Return (floating-point operations of a step of the MLP, times of steps, of their products, of a large one)."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    ours = build("MLP", precision, device, size, data)
+    a, b = torch.randn(2, size.product, size.product, device=device).to(dtype)
+    flops, pairs = products_of_a_step(ours, dtype)
+
+    def multiply(_):
+        return [c @ d for c, d in pairs]
+
+    step = CudaGraphs()(multiply, None) if device.type == "cuda" else partial(multiply, None)
+
+    def products():
+        for _ in range(size.steps):
+            step()
+
+    works = {"ours": partial(ours.run, size.steps), "product": lambda: a @ b, "products": products}
+    return flops, time_in_turn(works, size.pairs, device)
 
 
 def products_of_a_step(ours, dtype):
@@ -238,20 +257,11 @@ def train_for(seconds, words, data):
         stop.cancel()
 
 
-@contextlib.contextmanager
-def library_choice(layout, deterministic):
-    """Have `OurTraining` use this memory format, and cuDNN deterministic algorithms or the fastest it finds."""
-
-    def to_device(model, data, precision, device):
-        return model.to(device, memory_format=layout), data.to(device, layout)
-
-    def choose(precision, device):
-        set_precision(precision, device)
-        torch.use_deterministic_algorithms(deterministic and device.type == "cuda", warn_only=True)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
-
-    with mock.patch.multiple(training, to_device=to_device, set_precision=choose):
-        yield
+def set_precision_not_deterministic(precision, device):
+    """Set the precision, and let cuDNN use the fastest algorithms that it finds."""
+    set_precision(precision, device)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def run_usual_training(steps, *setting):
 def usual_training(model, batch_size, width, fraction, device):
     """Train without end, yielding the loss and the number of correct images of each step.
 
-    A loader in another process, Adam, two penalties, and a second forward pass for the accuracy.
+    A loader in another process (on a GPU, in four), Adam, two penalties, and a second forward pass for the accuracy.
     """
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in fp32 are in TF32
     args, split = paper_args(model, batch_size, width), random_images(fraction).train
@@ -52,7 +52,8 @@ def usual_training(model, batch_size, width, fraction, device):
     model = from_flags(build_model, vars(args), num_classes=10).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     # Fork, as in a script that a user starts: in a spawned process, workers would import everything in every epoch.
-    loader = DataLoader(Images(split), batch_size, shuffle=True, num_workers=1, multiprocessing_context="fork")
+    loading = {"num_workers": 4 if device.type == "cuda" else 1, "multiprocessing_context": "fork"}
+    loader = DataLoader(Images(split), batch_size, shuffle=True, **loading)
     while True:
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)

@@ -35,7 +35,7 @@ class OurTraining:
         set_precision(args.precision, device)
         torch.manual_seed(args.seed)
         model, flags = from_flags(build_model, vars(args), num_classes=data.num_classes), vars(args)
-        self.model, self.split = to_device(model, data.train, args.precision, device)
+        self.model, self.split = to_device(model, data.train, device)
         self.args, self.device = args, device
         self.batches = from_flags(Batches, flags, labels=self.split.labels)
         facts = {"class_counts": data.class_counts, "feature_dim": model.fc[0].in_features}

@@ -274,7 +274,7 @@ def load_optimizer(optimizer, state):
     for parameter, kept in optimizer.state.items():
         if set(kept) != expected or any(value.shape not in (parameter.shape, ()) for value in kept.values()):
             raise ValueError("the optimizer's state belongs to another model or optimizer")
-        for name, value in kept.items():  # in the parameter's memory format, which depends on the device
+        for name, value in kept.items():  # in the parameter's memory format, whatever the file's
             if value.shape == parameter.shape:
                 kept[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 

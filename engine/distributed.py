@@ -81,6 +81,8 @@ def set_precision(precision, device):
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, sums may differ from run to run
+        if precision == "fp32":  # read by torch once: cuBLAS is faster than cuBLASLt, the default for linear layers
+            os.environ.setdefault("DISABLE_ADDMM_CUDA_LT", "1")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
 

@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import torch
-
 from models.densenet import densenet121, densenet_cifar
 from models.mlp import MLP
 from models.resnet import resnet18, resnet34, resnet50
@@ -47,10 +45,6 @@ def build_model(
     return MODELS[model](num_classes=num_classes, bias=bias, depth_linear=depth_linear, revive=revive, **own)
 
 
-def to_device(model, data, precision, device):
-    """Return a model and its images on the device, in the memory format that is fastest there.
-
-    That is the model's own format, except in fp32 on a GPU, where convolutions without tensor cores prefer NCHW.
-    """
-    layout = torch.contiguous_format if (device.type, precision) == ("cuda", "fp32") else model.memory_format
-    return model.to(device, memory_format=layout), data.to(device, layout)
+def to_device(model, data, device):
+    """Return a model and its images on the device, in the memory format in which the model is fastest."""
+    return model.to(device, memory_format=model.memory_format), data.to(device, model.memory_format)

@@ -67,7 +67,7 @@ class Classifier(nn.Module):
     """A body `embed`, images (B, 3, 32, 32) -> features (B, d), and a head `fc`, features -> logits (B, K)."""
 
     fc: nn.Sequential
-    memory_format = torch.channels_last  # fastest for convolutions, except in fp32 on a GPU
+    memory_format = torch.channels_last  # fastest for convolutions
 
     def embed(self, images):
         raise NotImplementedError

@@ -1,11 +1,12 @@
-"""Redraw the tables and figures of README.md and docs/.
+"""Redraw the tables and figures of README.md, docs/ and benchmarks/README.md.
 
     python scripts/update_tables.py                                             (tables, from results/)
     python scripts/update_tables.py model_weights/recipe model_weights/small    (also results/ and figures of these)
 
 results/TABLE.csv is the summary.csv that `scripts/table.sh TABLE` writes. A document shows a table between the lines
 `<!-- table: TABLE -->` and `<!-- end of table -->`. If the folder of a table's runs is given, the script also replaces
-results/TABLE.csv and the table's figures in docs/figures/.
+results/TABLE.csv and the table's figures in docs/figures/. results/check_gpu_cuda.csv is what scripts/check_gpu.sh
+writes on a GPU.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from engine.summary import written
 from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+CHECK = "check_gpu_cuda"
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
 
 
@@ -210,7 +212,7 @@ def run_name(folder):
 
 
 def documents(root):
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "benchmarks" / "README.md"]
 
 
 def take_over(folder, root):
@@ -239,7 +241,9 @@ def redraw(text, results):
 
 
 def markdown(name, results):
-    """Return a table of TABLES as Markdown."""
+    """Return a table of TABLES, or that of the check of a GPU, as Markdown."""
+    if name == CHECK:
+        return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
     table, summary = TABLES[name], pd.read_csv(results / f"{name}.csv")
     summary.index = [run_name(folders.split()[0]) for folders in summary["folders"]]
     lines = [["", table.title, *table.heads, ""], ["", *["---"] * (1 + len(table.heads)), ""]]
@@ -252,6 +256,15 @@ def markdown(name, results):
             cells.append(f"{form(summary.loc[run, column])}{worst}")
         lines.append(["", label, *cells, ""])
     return "\n".join(" | ".join(line).strip() for line in lines)
+
+
+def measurements(rows):
+    """Return the rows (part, what, value, unit) of a check of a GPU as Markdown, numbers with four digits."""
+    for row in rows.index[rows["value"].str.fullmatch(r"[\d.]+(e-?\d+)?")]:
+        value = float(rows.loc[row, "value"])
+        rows.loc[row, "value"] = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    rows.loc[rows["value"] == "True", "value"] = "yes"
+    return rows.to_markdown(index=False, disable_numparse=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The commands, examples and links of README.md and docs/ work as written."""
 
+import csv
+import math
 import re
 import shlex
 import subprocess
@@ -31,6 +33,15 @@ def run_example(code, run_script, folder):
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
+
+
+def test_the_times_on_a_gpu_follow_from_its_check():
+    with open(ROOT / "results" / "check_gpu_cuda.csv", newline="") as file:
+        rate = {row["what"]: row["value"] for row in csv.DictReader(file)}
+    minutes = 4000 * math.ceil(30_000 / 256) / float(rate["MLP, fp32, ours"]) / 60
+    hours = [4000 * 30_000 / float(rate[f"ResNet18, {name}, deterministic"]) / 3600 for name in ("fp32", "tf32")]
+    text = f"{minutes:.0f} minutes on an H100, ResNet18 24 days and {hours[0]:.0f} hours ({hours[1]:.1f} in tf32)"
+    assert text in README.replace("\n", " ")
 
 
 def test_the_layers_of_the_readme_are_measured(run_script, tmp_path):

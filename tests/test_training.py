@@ -8,13 +8,12 @@ import threading
 import traceback
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import engine.checkpoints as checkpoint_files
-from datasets import Split
+from datasets import Data, Split
 from engine.checkpoints import Checkpoints, TrainingState, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
 from engine.distributed import OneProcess, pick_device
@@ -170,8 +169,7 @@ def test_a_graph_keeps_the_tensors_of_its_step_alive():
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
-def test_an_optimizer_goes_on_in_the_memory_format_of_another_device(optimizer):
-    """In fp32, GPUs keep the weights of convolutions in another order in memory than CPUs do."""
+def test_an_optimizer_goes_on_from_a_file_in_another_memory_format(optimizer):
     flags = {"lr": 0.1, "weight_decay": 0.0, "adam_beta2": 0.9, "adam_eps": 1e-8, "amsgrad": True}
     weights = {}
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -430,12 +428,10 @@ def test_a_gpu_that_cannot_be_initialised_is_not_used(monkeypatch, capsys):
         pick_device("cuda", 0)
 
 
-def test_images_are_channels_last_but_for_fp32_on_a_gpu(monkeypatch):
-    settings = [("cpu", "fp32", 8, True), ("cuda", "fp32", 8, False), ("cuda", "bf16", 8, True)]
-    settings += [("cpu", "fp32", 7, False)]
-    for kind, precision, planes, last in settings:
-        model, formats = build_model("ResNet18", 4, planes=planes), []
-        monkeypatch.setattr(model, "to", lambda device, memory_format, formats=formats: formats.append(memory_format))
-        data = SimpleNamespace(to=lambda device, memory_format, formats=formats: formats.append(memory_format))
-        to_device(model, data, precision, torch.device(kind))
-        assert formats == [torch.channels_last if last else torch.contiguous_format] * 2
+@pytest.mark.parametrize("planes, layout", [(8, torch.channels_last), (7, torch.contiguous_format)])
+def test_weights_and_images_have_the_memory_format_of_the_model(planes, layout):
+    split = Split(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), *torch.ones(3, 3))
+    model, data = to_device(build_model("ResNet18", 4, planes=planes), Data(split, split, [1] * 4), torch.device("cpu"))
+    convolutions = [weight for weight in model.parameters() if weight.dim() == 4 and weight.shape[-1] > 1]
+    for tensor in (*convolutions, data.train.pixels, data.test.pixels):
+        assert tensor.is_contiguous(memory_format=layout) and tensor.is_contiguous() == (layout != torch.channels_last)
