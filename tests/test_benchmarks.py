@@ -1,30 +1,56 @@
 """The benchmarks run at a tiny size, where timings mean nothing, and write the rows that they promise."""
 
+import importlib
 import itertools
+import multiprocessing
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 
 from datasets import Data, Split
 from engine.measurement import Measurement
 from engine.run import Run
 from models import build_model
-from tests.conftest import ROOT, rows_of
+from tests.conftest import ROOT, SERVER, as_main, nothing, rows_of
 from tests.test_sweep import wait_for
 
 
-def run(script, folder, *flags):
-    command = [sys.executable, ROOT / "benchmarks" / script, "--fraction", "0.01", "--out", folder, *flags]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def run_here(monkeypatch, capsys, tmp_path):
+    """run_here(name, flags) runs a benchmark here, with forks as its processes, and returns what it prints."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def run(name, flags):
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, "--fraction", "0.01", "--out", str(tmp_path), *flags.split()])
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method: SERVER)
+        monkeypatch.setattr(subprocess, "run", partial(run_as_fork, folder=tmp_path))
+        module.main()
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_training(tmp_path):
-    out = run("training.py", tmp_path, *"--width 16 --steps 2 --pairs 1 --batch_size 64".split())
+def run_as_fork(command, folder, **options):
+    """Do what subprocess.run([python, SCRIPT, ...]) or ([python, "-m", "torch.distributed.run", ...]) does, sooner."""
+    script, *words = map(str, command[1:])
+    if script == "-m":
+        script, words = torch.distributed.run.__file__, ["--run-path", "--start-method=fork", *words[1:]]
+    process = SERVER.Process(target=as_main, args=(script, words, folder, ".output", nothing))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (folder / ".output.stderr").read_text()
+
+
+def test_training(run_here, tmp_path):
+    out = run_here("training", "--width 16 --steps 2 --pairs 1 --batch_size 64")
     rows = rows_of(tmp_path / "training_MLP_cpu.csv")
     assert [row["loop"] for row in rows] == ["MLP, usual loop, fp32", "MLP, ours, fp32", "MLP, ours, bf16"]
     assert all(float(row["ms a step"]) > 0 and float(row["times the usual"]) > 0 for row in rows)
@@ -32,15 +58,15 @@ def test_training(tmp_path):
     assert [row["epoch"] for row in shares] == ["MLP, fp32", "MLP, bf16"] and "| MLP, bf16" in out
 
 
-def test_measuring(tmp_path):
-    out = run("measuring.py", tmp_path, *"--width 32 --pairs 1".split())
+def test_measuring(run_here, tmp_path):
+    out = run_here("measuring", "--width 32 --pairs 1")
     assert out.startswith("NC1: ours ")
     names = ["bare forward pass", "ours", "the usual way"]
     assert [row["one checkpoint"] for row in rows_of(tmp_path / "measuring_cpu.csv")] == names
 
 
-def test_ranks(tmp_path):
-    run("ranks.py", tmp_path, *"--width 16 --pairs 1 --batch_size 64".split())
+def test_ranks(run_here, tmp_path):
+    run_here("ranks", "--width 16 --pairs 1 --batch_size 64")
     (row,) = rows_of(tmp_path / "ranks_MLP_cpu.csv")
     assert row["ranks"] == "2" and float(row["ratio"]) > 0
 
