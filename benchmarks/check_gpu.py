@@ -12,7 +12,6 @@ import contextlib
 import csv
 import multiprocessing
 import os
-import shlex
 import signal
 import statistics
 import sys
@@ -46,7 +45,7 @@ TRAIN = ROOT / "train_1st_order_unbalanced.py"
 GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 8192, "steps": 50, "pairs": 5}
 GPU |= {"images": 32, "epochs": 400, "seconds": (150, 80), "patience": 1}
 CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
-CPU |= {"images": 4, "epochs": 20, "seconds": (3, 3), "patience": 5}
+CPU |= {"images": 4, "epochs": 20, "seconds": (1, 1), "patience": 5}
 ELSEWHERE = multiprocessing.get_context("forkserver")  # forks a process that has imported torch but used no GPU
 PRELOADED = ["train_1st_order_unbalanced"]
 AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding may make
@@ -129,22 +128,17 @@ def rates(device, size, data):
 
 def paper(device, size, data):
     """Run the paper's command for the MLP, and the recipe with the paper's counts, each until its time is up."""
-    measured = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
+    common = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
     precision = "tf32" if "tf32" in precisions(device) else "fp32"
     command = f"--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --precision {precision}"
-    recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
-    recipe += " --lr 0.001 --weight_decay 0.005 --feature_decay_rate 0.000005"
-    recipe += (
-        f" --epochs 260 --patience 93 --penalty_warmup_epochs 52 --depth_relu 6 --precision {precisions(device)[-1]}"
-    )
-    for (name, words), seconds in zip(
-        {"the paper's MLP": command, "the recipe": recipe}.items(), size.seconds, strict=True
-    ):
+    recipe = "--lr 0.001 --weight_decay 0.005 --feature_decay_rate 0.000005 --epochs 260 --patience 93"
+    recipe += f" --penalty_warmup_epochs 52 --depth_relu 6 --precision {precisions(device)[-1]}"
+    runs = {"the paper's MLP": command.split(), "the recipe": [f"@{ROOT}/scripts/collapse.flags", *recipe.split()]}
+    for (name, words), seconds in zip(runs.items(), size.seconds, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            train_for(seconds, [*shlex.split(words), *measured.split(), "--save_path", folder], data)
-            wall, run = time.perf_counter() - began, Run(folder)
-            log, row = run.log, run.rows.iloc[-1]
+            run, began = Run(folder), time.perf_counter()
+            train_for(seconds, [*words, *common.split()], run, data)
+            wall, log, row = time.perf_counter() - began, run.log, run.rows.iloc[-1]
         yield f"{name}: epochs", len(log), f"in {wall:.1f} s, with start, measurements and files"
         yield f"{name}: training of an epoch", log["seconds"].median() * 1000, "ms"
         yield f"{name}: training waited for the disk", log["seconds_waiting"].sum(), "s"
@@ -248,13 +242,20 @@ def train_elsewhere(group, words):
         run_script(train_script.main)
 
 
-def train_for(seconds, words, data):
-    """Run the training script in this process, on `data`, and stop it by SIGTERM after `seconds`."""
-    stop = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+def train_for(seconds, words, run, data):
+    """Train in this process, on `data`, and stop by SIGTERM `seconds` after the first measurement."""
+    ended = threading.Event()
+
+    def stop():
+        while not run.csv.exists() and not ended.wait(0.05):
+            pass
+        if not ended.wait(seconds):
+            os.kill(os.getpid(), signal.SIGTERM)
+
     with mock.patch.object(train_script, "load_data", lambda: data), contextlib.suppress(Interrupted):
-        stop.start()
-        train_here(words)
-        stop.cancel()
+        threading.Thread(target=stop, daemon=True).start()
+        train_here([*words, "--save_path", str(run.folder)])
+        ended.set()
 
 
 def set_precision_not_deterministic(precision, device):

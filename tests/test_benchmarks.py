@@ -38,15 +38,20 @@ def run_here(monkeypatch, capsys, tmp_path):
     return run
 
 
-def run_as_fork(command, folder, **options):
-    """Do what subprocess.run([python, SCRIPT, ...]) or ([python, "-m", "torch.distributed.run", ...]) does, sooner."""
+def run_as_fork(command, folder, before=nothing, **options):
+    """Do what subprocess.run([python, SCRIPT, ...]) or ([python, "-m", "torch.distributed.run", ...]) does, sooner.
+
+    Returns what it prints on standard output and standard error. The exit status must be 0.
+    """
     script, *words = map(str, command[1:])
     if script == "-m":
         script, words = torch.distributed.run.__file__, ["--run-path", "--start-method=fork", *words[1:]]
-    process = SERVER.Process(target=as_main, args=(script, words, folder, ".output", nothing))
+    process = SERVER.Process(target=as_main, args=(script, words, folder, ".output", before))
     process.start()
     process.join()
-    assert process.exitcode == 0, (folder / ".output.stderr").read_text()
+    out, error = ((folder / f".output.{name}").read_text() for name in ("stdout", "stderr"))
+    assert process.exitcode == 0, out + error
+    return out, error
 
 
 def test_training(run_here, tmp_path):
@@ -91,17 +96,21 @@ def test_the_usual_nc1_is_ours(monkeypatch, tmp_path):
 
 
 def check_gpu(folder, *flags):
-    command = [sys.executable, ROOT / "benchmarks" / "check_gpu.py", "--device", "cpu", "--out", folder, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return [sys.executable, ROOT / "benchmarks" / "check_gpu.py", "--device", "cpu", "--out", folder, *flags]
+
+
+def fork_everything():
+    """Start the processes of a benchmark as forks, which is possible where no GPU is used."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method: fork
 
 
 def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path):
     """Every part ends, and finds equal what must be equal."""
-    with check_gpu(tmp_path) as process:
-        out, error = process.communicate(timeout=600)
+    out, error = run_as_fork(check_gpu(tmp_path), tmp_path, before=fork_everything)
     rows = rows_of(tmp_path / "check_gpu_cpu.csv")
-    assert process.returncode == 0 and not error, out + error
-    assert list(dict.fromkeys(row["part"] for row in rows)) == [
+    assert not error and list(dict.fromkeys(row["part"] for row in rows)) == [
         "machine", "agreement", "resume", "rates", "paper", "images",
     ]  # fmt: skip
     assert len(out.splitlines()) == len(rows) and not any("cut after" in row["what"] for row in rows)
@@ -121,7 +130,8 @@ def test_a_check_that_is_stopped_keeps_its_rows_and_leaves_no_process(tmp_path):
     """Nor those that the part has started, such as the usual loop and its loader. A part alone keeps earlier rows."""
     table = tmp_path / "check_gpu_cpu.csv"
     table.write_text("part,what,value,unit\nimages,earlier,1,\n")
-    with check_gpu(tmp_path, "--part", "rates") as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(check_gpu(tmp_path, "--part", "rates"), **streams) as process:
         wait_for(lambda: len(descendants(process.pid)) >= 5, 120)
         found = descendants(process.pid)
         process.send_signal(signal.SIGINT)
