@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.style
@@ -28,7 +26,6 @@ from engine.figures import (
 )
 from engine.run import FIGURE_KINDS, FIGURES, THEORY_SUFFIXES, Run, read_rows, write_table
 from nc_theory import UFM, released_formula, solve, solve_numerically
-from tests.conftest import ROOT
 from utils import UserError
 
 RECORDED = Path(__file__).parent / "recorded_run"
@@ -531,8 +528,3 @@ def test_figures_name_their_theory_and_statistics(tmp_path, monkeypatch):
     paths = draw_runs([Run(run, "nominal", "training_set")], tmp_path / "figures")
     assert len(paths) == len(titles) == 8 and all(path.stem.endswith("_bn_nominal") for path in paths)
     assert all("theory nominal, training-set BatchNorm statistics" in title for title in titles)
-
-
-def test_training_does_not_load_matplotlib():
-    code = "import sys, train_1st_order_unbalanced; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
