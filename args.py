@@ -409,7 +409,8 @@ def make_parser(description=None):
         "--precision",
         choices=["fp32", "tf32", "bf16"],
         default="fp32",
-        help="arithmetic of the network's body; weights, head, loss and penalties stay fp32; tf32 needs a GPU",
+        help="arithmetic of the network's body; weights, head, loss and penalties stay fp32; "
+        "tf32 needs a GPU (an H100 is then 1.5 times as fast with the MLP, and 3 times with ResNet18)",
     )
     add(
         "--cuda_graph",

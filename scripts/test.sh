@@ -2,7 +2,7 @@
 # Usage: scripts/test.sh [--oldest] [ARGUMENT of pytest]...
 #
 # Run the linter and all tests, in JOBS processes (environment variable, default 2). Packages that the Python in use
-# lacks are installed into .venv. Time: about 6 minutes on 2 CPU cores after installation.
+# lacks are installed into .venv. Time: less than 6 minutes on 2 CPU cores after installation.
 # --oldest: with the oldest packages that requirements.txt allows, installed into .venv-oldest (another 5.8 GB).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
