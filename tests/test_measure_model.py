@@ -175,7 +175,7 @@ DATA, *EXAMPLES = python_examples("docs/measuring.md")
 TITLES = "torchvision optimum test timm transformers lightning torchmetrics".split()
 
 
-@pytest.mark.parametrize("title, code", zip(TITLES, EXAMPLES, strict=True), ids=TITLES)
+@pytest.mark.parametrize("title, code", [*zip(TITLES, EXAMPLES, strict=True)], ids=TITLES)
 def test_the_examples_of_the_docs_run(title, code, capsys, monkeypatch, tmp_path):
     if title not in ("optimum", "test"):
         pytest.importorskip(title, reason=f"{title} is not installed")
