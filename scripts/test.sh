@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: scripts/test.sh [--oldest] [ARGUMENT of pytest]...
 #
-# Run the linter and all tests, in JOBS processes (environment variable, default 2). Packages that the Python in use
-# lacks are installed into .venv. Time: less than 6 minutes on 2 CPU cores after installation.
+# Run the linter and all tests, in JOBS processes (environment variable; default: one for each CPU core, at most 8).
+# Packages that the Python in use lacks are installed into .venv. Time: less than 6 minutes on 2 cores after installation.
 # --oldest: with the oldest packages that requirements.txt allows, installed into .venv-oldest (another 5.8 GB).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
@@ -14,4 +14,5 @@ fi
 use_python requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest tests -n "${JOBS:-2}" "$@"
+cores=$(nproc)
+"$PYTHON" -m pytest tests -n "${JOBS:-$((cores < 8 ? cores : 8))}" "$@"
