@@ -68,7 +68,7 @@ def describe(device, precision, ranks):
 
 
 def set_precision(precision, device):
-    """Select full fp32 or TF32 arithmetic for all of torch, and deterministic algorithms."""
+    """Select full fp32 or TF32 arithmetic for all of torch, deterministic algorithms, and the library for fp32."""
     if precision == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise UserError("--precision tf32 needs an NVIDIA GPU of the Ampere generation or later; give fp32 or bf16")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
@@ -81,7 +81,7 @@ def set_precision(precision, device):
     torch.backends.cudnn.benchmark = False
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, sums may differ from run to run
-        if precision == "fp32":  # read by torch once: cuBLAS is faster than cuBLASLt, the default for linear layers
+        if precision == "fp32":  # cuBLAS is then faster than cuBLASLt, torch's choice for linear layers; read only once
             os.environ.setdefault("DISABLE_ADDMM_CUDA_LT", "1")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False

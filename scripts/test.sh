@@ -14,5 +14,4 @@ fi
 use_python requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-cores=$(nproc)
-"$PYTHON" -m pytest tests -n "${JOBS:-$((cores < 8 ? cores : 8))}" "$@"
+"$PYTHON" -m pytest tests -n "${JOBS:-$(($(nproc) < 8 ? $(nproc) : 8))}" "$@"

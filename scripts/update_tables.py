@@ -259,8 +259,8 @@ def markdown(name, results):
 
 
 def measurements(rows):
-    """Return the rows (part, what, value, unit) of a check of a GPU as Markdown, numbers with four digits."""
-    for row in rows.index[rows["value"].str.fullmatch(r"[\d.]+(e-?\d+)?")]:
+    """Return the rows of a check of a GPU as Markdown, with values of four digits, or whole ones from 1,000 on."""
+    for row in rows.index[rows["value"].str.fullmatch(r"\d+(\.\d+)?(e-?\d+)?")]:
         value = float(rows.loc[row, "value"])
         rows.loc[row, "value"] = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     rows.loc[rows["value"] == "True", "value"] = "yes"

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ show what results/*.csv hold."""
+"""The tables of README.md, docs/ and benchmarks/README.md show what results/*.csv hold."""
 
 import csv
 import re

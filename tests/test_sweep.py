@@ -135,7 +135,7 @@ def test_a_stopped_sweep_continues(tmp_path, number):
     """Running jobs shut down before the sweep ends; waiting ones do not start."""
     run = tmp_path / "run"
     path = write_sweep(tmp_path, f"echo x >>{tmp_path}/before", resumable(tmp_path), f"echo x >>{tmp_path}/after")
-    command = ["env", "--default-signal=INT", SWEEP, path]  # which tests that run in the background ignore
+    command = ["env", "--default-signal=INT", SWEEP, path]  # a shell's background jobs, such as tests, ignore SIGINT
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     wait_for(lambda: run.exists() and run.read_text().count("\n") > 5)
     process.send_signal(number)
