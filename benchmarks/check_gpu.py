@@ -197,6 +197,7 @@ def elsewhere():
 
 def time_products(precision, device, size, data):
     """Return (floating-point operations of a step of the MLP, times of steps, of their products, of a large one)."""
+    keep_freed_memory()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     ours = build("MLP", precision, device, size, data)
     a, b = torch.randn(2, size.product, size.product, device=device).to(dtype)

@@ -260,10 +260,9 @@ def markdown(name, results):
 
 def measurements(rows):
     """Return the rows of a check of a GPU as Markdown, with values of four digits, or whole ones from 1,000 on."""
-    for row in rows.index[rows["value"].str.fullmatch(r"\d+(\.\d+)?(e-?\d+)?")]:
-        value = float(rows.loc[row, "value"])
-        rows.loc[row, "value"] = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-    rows.loc[rows["value"] == "True", "value"] = "yes"
+    numbers = pd.to_numeric(rows["value"], errors="coerce")
+    digits = numbers.map(lambda value: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
+    rows["value"] = rows["value"].replace("True", "yes").where(numbers.isna(), digits)
     return rows.to_markdown(index=False, disable_numparse=True)
 
 

@@ -19,6 +19,7 @@ from engine.measurement import Measurement
 from engine.run import Run
 from models import build_model
 from tests.conftest import ROOT, SERVER, as_main, nothing, rows_of
+from tests.test_ranks import FORKED
 from tests.test_sweep import wait_for
 
 
@@ -46,7 +47,7 @@ def run_as_fork(command, folder, before=nothing, **options):
     """
     script, *words = map(str, command[1:])
     if script == "-m":
-        script, words = torch.distributed.run.__file__, ["--run-path", "--start-method=fork", *words[1:]]
+        script, words = torch.distributed.run.__file__, [*FORKED, *words[1:]]
     process = SERVER.Process(target=as_main, args=(script, words, folder, ".output", before))
     process.start()
     process.join(600)
@@ -113,7 +114,8 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path):
     """Every part ends, and finds equal what must be equal."""
     out, error = run_as_fork(check_gpu(tmp_path), tmp_path, before=fork_everything)
     rows = rows_of(tmp_path / "check_gpu_cpu.csv")
-    assert not error and list(dict.fromkeys(row["part"] for row in rows)) == [
+    assert not error
+    assert list(dict.fromkeys(row["part"] for row in rows)) == [
         "machine", "agreement", "resume", "rates", "paper", "images",
     ]  # fmt: skip
     assert len(out.splitlines()) == len(rows) and not any("cut after" in row["what"] for row in rows)

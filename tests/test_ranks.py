@@ -26,6 +26,7 @@ from tests.conftest import (
     weights,
 )
 
+FORKED = ["--run-path", "--start-method=fork"]  # options of torchrun
 FLAGS = "--dataset digits --no-bias --sep_decay --lr 0.001 --width 24 --depth_relu 2".split()
 
 
@@ -36,8 +37,7 @@ class Torchrun:
     """
 
     def __init__(self, folder, number, ranks, flags, options=(), script=ROOT / TRAIN, fresh=False):
-        start = [] if fresh else ["--run-path", "--start-method=fork"]
-        options = ["--standalone", f"--nproc_per_node={ranks}", *start, *options, script, *flags]
+        options = ["--standalone", f"--nproc_per_node={ranks}", *([] if fresh else FORKED), *options, script, *flags]
         self.out, self.error = folder / f".{number}.stdout", folder / f".{number}.stderr"
         arguments = (torch.distributed.run.__file__, [*map(str, options)], folder, f".{number}", nothing)
         self.process = SERVER.Process(target=as_main, args=arguments)
@@ -172,7 +172,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_ranks(torchrun, train, tmp
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert state["epoch"] >= 1 and len(log_of(tmp_path / "cut")) == state["epoch"]
     middle, end = state["epoch"] + 2, state["epoch"] + 4
-    torchrun(2, *CUT, middle, "--save_path", "cut", "--resume").wait()
+    torchrun(2, *CUT, middle, "--save_path", "cut", "--resume", fresh=True).wait()
     train(*CUT, end, "--save_path", "cut", "--resume")
     train(*CUT, end, "--save_path", "one")
     check_same_run(tmp_path / "cut", tmp_path / "one", end, weight=1e-4)
