@@ -1,143 +1,45 @@
-"""Parse and check the flags of the two entry scripts, and derive the name and the folder of a run from them.
+"""The flags of the two entry scripts: what each one is, how they are checked, and the run that they name.
 
 Training and validation take the same flags, so that one command line serves both; each ignores the flags
 that only the other needs.
 """
 
 import argparse
-import difflib
 import hashlib
 import json
-import math
-import os
-import re
-import sys
+from functools import cache, partial
 from pathlib import Path
 
+from cli import (
+    Help,
+    Parser,
+    Share,
+    add_loss_flags,
+    bounded,
+    class_count_list,
+    decay_type,
+    epochs_or_share,
+    existing_or_new_dir,
+    imbalance_profile,
+    name_of,
+    real_path,
+    run_label,
+    true_or_false,
+)
 from datasets import SOURCES
-from engine.run import BN_SUFFIXES, CALL_FLAGS, THEORY_SUFFIXES
+from engine.tables import BN_SUFFIXES, THEORY_SUFFIXES
 from models import MODELS
 from utils import UserError
 
-# The flags that change the trained weights: they name the run and must agree with its config.json.
-TRAINING_FLAGS = (
-    "dataset imbalance n_max class_counts data_augmentation model depth_linear bias loss objective sep_decay "
-    "weight_decay feature_decay_rate optimizer lr decay_type gamma patience batch_size no_shuffle stratified "
-    "adam_beta2 adam_eps amsgrad warmup_epochs penalty_warmup_epochs clip_grad_norm precision seed init_from"
-).split()
-MLP_FLAGS = ["depth_relu", "width", "revive"]  # change the weights of an MLP only
-LOSS_FLAGS = ["class_weights", "logit_adjustment", "logit_scaling", "ldam_margin", "label_smoothing"]
-OPTIONAL_FLAGS = {  # flag: default. A default is no part of the name, so that runs older than the flag keep theirs
-    "planes": None,
-    "revive": False,
-    "feature_relu": True,
-    **dict.fromkeys(LOSS_FLAGS, 0.0),
-    "penalty_start": 1.0,
-    "penalty_hold_epochs": 0,
-    "penalty_fall_epochs": 0,
-}
-PROFILE_FLAGS = ("imbalance", "n_max", "class_counts")  # three ways to say how many images each class has
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Types: each converts a word of the command line, or raises ArgumentTypeError
-# ---------------------------------------------------------------------------------------------------------
-
-
-def bounded(cast, low, *, above=False, high=math.inf, below=False):
-    """Return an argparse type: a finite number, from low (exclusive if `above`) to high (exclusive if `below`)."""
-    kind = {int: "a whole number", float: "a number"}[cast]
-    bound = f"{'>' if above else '>='} {low}" + (f" and {'<' if below else '<='} {high}" if high < math.inf else "")
-
-    def parse(text):
-        try:
-            value = cast(text)
-        except ValueError:
-            value = math.nan
-        inside = (value > low if above else value >= low) and (value < high if below else value <= high)
-        if not (inside and value < math.inf):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {bound}")
-        return value
-
-    return parse
-
-
-def epochs_or_share(low):
-    """Return an argparse type: a whole number of epochs >= low, or a share of --epochs such as 36%."""
-    whole = bounded(int, low, high=2**31 - 1)
-
-    def parse(text):
-        if re.fullmatch(r"\d{1,2}(\.\d+)?%", text):
-            return text
-        try:
-            return whole(text)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}, nor a share of --epochs such as 36%") from None
-
-    return parse
-
-
-def true_or_false(text):
-    if text not in ("True", "False"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not True or False")
-    return text == "True"
-
-
-def name_of(names):
-    """Return an argparse type: one of the names, in upper or lower case."""
-    by_lower = {name.lower(): name for name in names}
-
-    def parse(text):
-        if text.lower() not in by_lower:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}{did_you_mean(text, names)}")
-        return by_lower[text.lower()]
-
-    return parse
-
-
-def class_count_list(text):
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if len(counts) < 2 or min(counts) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a comma-separated list of two or more whole numbers >= 1, one per class"
-        )
-    return counts
-
-
-def imbalance_profile(text):
-    if text in ("paper", "balanced"):
-        return text
-    kind, _, ratio = text.partition(":")
-    try:
-        valid = kind in ("exp", "step") and 1 <= float(ratio) < math.inf
-    except ValueError:
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not paper, balanced, exp:R or step:R with R >= 1")
-    return f"{kind}:{float(ratio):g}"
-
-
-def decay_type(text):
-    if text not in ("step", "cosine") and not re.fullmatch(r"step(_[1-9]\d*)+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not step, cosine, or milestones such as step_60_120")
-    return text
-
-
-def existing_or_new_dir(text):
-    return str(Path(os.path.expanduser(text)))
-
-
-def real_path(text):
-    return os.path.realpath(os.path.expanduser(text))
-
-
-def run_label(text):
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,79}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name of up to 80 letters, digits and . _ = + -")
-    return text
+# The roles of a flag, given where it is added. A flag without a role is recorded in config.json and may change later.
+NAMES_RUN = "changes the trained weights: it is part of the run's name, and must agree with config.json"
+OFF_BY_DEFAULT = "changes the trained weights, and is part of the run's name only if it is not at its default"
+THIS_CALL = "belongs to a call, not to the run: neither taken from config.json nor compared with it"
+MLP_ONLY = "has no effect on other models"
+ADAM_ONLY = "contradicts another --optimizer"
+LOSS_VARIANT = "makes a variant of the cross entropy"
+PROFILE = "says how many images each class has"
+MEASURES_ONLY = "has no effect on training"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -145,83 +47,21 @@ def run_label(text):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def did_you_mean(word, known):
-    """Return "; did you mean X?" for the known word closest to `word`, or "" if none is close."""
-    closest = difflib.get_close_matches(word.lower(), [name.lower() for name in known], 1, 0.7)
-    return "".join(f"; did you mean {name}?" for name in known if name.lower() in closest)
+def group(parser, title):
+    """Return a function like `add_argument`, for a group of the help text, that takes the flag's `roles` as well."""
+    add_argument = parser.add_argument_group(title).add_argument
+
+    def add(*names, roles=(), **options):
+        add_argument(*names, **options).roles = roles
+
+    return add
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, and whose @FILEs of flags may have comments after a #."""
-
-    def error(self, message):
-        if found := re.match(r"unrecognized arguments: (?:[^-]\S* )*(-[^ =]+)", message):
-            message += did_you_mean(found[1], self._option_string_actions)
-        raise UserError(message)
-
-    def convert_arg_line_to_args(self, line):
-        """Return a line's words; an @FILE in it that is not found from the current folder is looked for in ours."""
-        words = line.split("#")[0].split()
-        return [
-            f"@{Path(__file__).parent / word[1:]}" if word[0] == "@" and not Path(word[1:]).exists() else word
-            for word in words
-        ]
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds "(default: ...)" to every help text that does not state the default itself."""
-
-    def _get_help_string(self, action):
-        return action.help if "default" in action.help else super()._get_help_string(action)
-
-
-def add_loss_flags(add):
-    """Add the flags of `nc_theory.LossVariant`, the variants of the cross entropy for imbalanced classes."""
-    not_negative = bounded(float, 0)
-    add(
-        "--class_weights",
-        type=not_negative,
-        default=0.0,
-        metavar="E",
-        help="weight class k by n_k^-E, scaled to a mean of 1 over the samples; 1: inverse frequency; 0: off",
-    )
-    add(
-        "--logit_adjustment",
-        type=not_negative,
-        default=0.0,
-        metavar="TAU",
-        help="add TAU log(n_j/N) to the logits (LA: Menon et al. 2021); 0: off",
-    )
-    add(
-        "--logit_scaling",
-        type=not_negative,
-        default=0.0,
-        metavar="GAMMA",
-        help="multiply the logits by (n_j/n_max)^GAMMA (CDT: Ye et al. 2020; with LA, VS: Kini et al. 2021); 0: off",
-    )
-    add(
-        "--ldam_margin",
-        type=not_negative,
-        default=0.0,
-        metavar="C",
-        help="subtract C (n_min/n_k)^(1/4) from the logit of the sample's class (LDAM: Cao et al. 2019, here without "
-        "normalised features and their scale of 30); 0: off",
-    )
-    add(
-        "--label_smoothing",
-        type=bounded(float, 0, high=1, below=True),
-        default=0.0,
-        metavar="EPS",
-        help="share of the label that is spread evenly over all classes (Szegedy et al. 2016); 0: off",
-    )
-
-
-def make_parser(description=None):
-    """Return the parser of both entry scripts."""
+def make_parser(doc=None):
+    """Return the parser of both entry scripts. doc: the script's docstring."""
     parser = Parser(
+        doc,
         usage="%(prog)s [@FILE of flags] [flags]",
-        description=description,
-        allow_abbrev=False,
         fromfile_prefix_chars="@",
         formatter_class=lambda prog: Help(prog, max_help_position=32, width=110),
     )
@@ -233,12 +73,25 @@ def make_parser(description=None):
     def number_or_off(text):
         return not_negative(text) or None
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=SOURCES, default="cifar10", help="images to train on")
-    add("--data_dir", type=existing_or_new_dir, default=existing_or_new_dir("~/data"), help="folder of the data sets")
-    add("--download", action=yes_no, default=True, help="download a missing data set into --data_dir (default: on)")
+    add = group(parser, "data")
+    add("--dataset", roles=(NAMES_RUN,), choices=SOURCES, default="cifar10", help="images to train on")
+    add(
+        "--data_dir",
+        roles=(THIS_CALL,),
+        type=existing_or_new_dir,
+        default=existing_or_new_dir("~/data"),
+        help="folder of the data sets",
+    )
+    add(
+        "--download",
+        roles=(THIS_CALL,),
+        action=yes_no,
+        default=True,
+        help="download a missing data set into --data_dir (default: on)",
+    )
     add(
         "--imbalance",
+        roles=(NAMES_RUN, PROFILE),
         type=imbalance_profile,
         metavar="PROFILE",
         help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
@@ -246,75 +99,119 @@ def make_parser(description=None):
     )
     add(
         "--n_max",
+        roles=(NAMES_RUN, PROFILE),
         type=count,
         metavar="N",
         help="images of the largest class with balanced, exp:R and step:R (default: the most that the data allow)",
     )
     add(
         "--class_counts",
+        roles=(NAMES_RUN, PROFILE),
         type=class_count_list,
         metavar="N,N,...",
         help="training images of each class, instead of --imbalance (default: set by --imbalance)",
     )
     add(
         "--data_augmentation",
+        roles=(NAMES_RUN,),
         action=yes_no,
         default=False,
         help="train on random crops (4 pixels of padding) and horizontal flips (default: off)",
     )
 
-    add = parser.add_argument_group("model").add_argument
-    add("--model", type=name_of(MODELS), default="MLP", metavar="MODEL", help=f"network: {', '.join(MODELS)}")
-    add("--depth_relu", type=layers, default=6, metavar="N", help="MLP: ReLU layers before the feature layer")
-    add("--width", type=units, default=1024, metavar="N", help="MLP: units per layer")
+    add = group(parser, "model")
+    add(
+        "--model",
+        roles=(NAMES_RUN,),
+        type=name_of(MODELS),
+        default="MLP",
+        metavar="MODEL",
+        help=f"network: {', '.join(MODELS)}",
+    )
+    add(
+        "--depth_relu",
+        roles=(NAMES_RUN, MLP_ONLY),
+        type=layers,
+        default=6,
+        metavar="N",
+        help="MLP: ReLU layers before the feature layer",
+    )
+    add("--width", roles=(NAMES_RUN, MLP_ONLY), type=units, default=1024, metavar="N", help="MLP: units per layer")
     add(
         "--planes",
+        roles=(OFF_BY_DEFAULT,),
         type=bounded(int, 2, high=2**12),
         metavar="P",
         help="channels of the first stage of a ResNet or VGG; twice the growth rate of a DenseNet (default: 64; "
         "densenet_cifar: 24)",
     )
-    add("--depth_linear", type=layers, default=1, metavar="N", help="number of linear layers in the head")
-    add("--bias", action=yes_no, default=True, help="bias in the head (default: on)")
+    add(
+        "--depth_linear",
+        roles=(NAMES_RUN,),
+        type=layers,
+        default=1,
+        metavar="N",
+        help="number of linear layers in the head",
+    )
+    add("--bias", roles=(NAMES_RUN,), action=yes_no, default=True, help="bias in the head (default: on)")
     add(
         "--feature_relu",
+        roles=(OFF_BY_DEFAULT,),
         action=yes_no,
         default=True,
         help="MLP: apply a ReLU to the features; without it they can have any sign (default: on)",
     )
 
-    add = parser.add_argument_group("objective").add_argument
-    add("--loss", choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss per sample")
-    add_loss_flags(add)
+    add = group(parser, "objective")
+    add("--loss", roles=(NAMES_RUN,), choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss per sample")
+    add_loss_flags(partial(add, roles=(OFF_BY_DEFAULT, LOSS_VARIANT)))
     add(
         "--objective",
+        roles=(NAMES_RUN,),
         choices=["paper", "released"],
         default="paper",
         help="paper: the unconstrained features model; released: what the paper's released code minimises",
     )
     add(
         "--sep_decay",
+        roles=(NAMES_RUN,),
         action=yes_no,
         default=False,
         help="penalise only the head and the features, as the theory does (default: off: weight decay on all "
         "parameters)",
     )
-    add("--weight_decay", type=not_negative, default=1e-4, metavar="X", help="lambda_W, the factor of |W|^2 / 2")
+    add(
+        "--weight_decay",
+        roles=(NAMES_RUN,),
+        type=not_negative,
+        default=1e-4,
+        metavar="X",
+        help="lambda_W, the factor of |W|^2 / 2",
+    )
     add(
         "--feature_decay_rate",
+        roles=(NAMES_RUN,),
         type=not_negative,
         default=1e-5,
         metavar="X",
         help="lambda_H, the factor of |h|^2 / 2, with --sep_decay",
     )
 
-    add = parser.add_argument_group("training").add_argument
+    add = group(parser, "training")
     add("--epochs", type=count, default=4000, metavar="N", help="passes over the training set")
-    add("--batch_size", type=count, default=256, metavar="N", help="largest number of images in a step")
-    add("--optimizer", choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
-    add("--lr", type=positive, default=1e-4, metavar="X", help="initial learning rate")
+    add(
+        "--batch_size",
+        roles=(NAMES_RUN,),
+        type=count,
+        default=256,
+        metavar="N",
+        help="largest number of images in a step",
+    )
+    add("--optimizer", roles=(NAMES_RUN,), choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
+    add("--lr", roles=(NAMES_RUN,), type=positive, default=1e-4, metavar="X", help="initial learning rate")
     add(
         "--decay_type",
+        roles=(NAMES_RUN,),
         type=decay_type,
         default="step",
         metavar="TYPE",
@@ -323,14 +220,16 @@ def make_parser(description=None):
     )
     add(
         "--patience",
+        roles=(NAMES_RUN,),
         type=epochs_or_share(1),
         default=2000,
         metavar="N",
         help="epochs between lr drops, or before the cosine; a number or a share of --epochs such as 36%%",
     )
-    add("--gamma", type=positive, default=0.1, metavar="X", help="factor of an lr drop")
+    add("--gamma", roles=(NAMES_RUN,), type=positive, default=0.1, metavar="X", help="factor of an lr drop")
     add(
         "--warmup_epochs",
+        roles=(NAMES_RUN,),
         type=epochs_or_share(0),
         default=0,
         metavar="N",
@@ -338,6 +237,7 @@ def make_parser(description=None):
     )
     add(
         "--penalty_warmup_epochs",
+        roles=(NAMES_RUN,),
         type=epochs_or_share(0),
         default=0,
         metavar="N",
@@ -345,6 +245,7 @@ def make_parser(description=None):
     )
     add(
         "--penalty_start",
+        roles=(OFF_BY_DEFAULT,),
         type=positive,
         default=1.0,
         metavar="X",
@@ -352,6 +253,7 @@ def make_parser(description=None):
     )
     add(
         "--penalty_hold_epochs",
+        roles=(OFF_BY_DEFAULT,),
         type=epochs_or_share(0),
         default=0,
         metavar="N",
@@ -359,6 +261,7 @@ def make_parser(description=None):
     )
     add(
         "--penalty_fall_epochs",
+        roles=(OFF_BY_DEFAULT,),
         type=epochs_or_share(0),
         default=0,
         metavar="N",
@@ -366,47 +269,68 @@ def make_parser(description=None):
     )
     add(
         "--adam_beta2",
+        roles=(NAMES_RUN, ADAM_ONLY),
         type=bounded(float, 0, high=1, below=True),
         default=0.999,
         metavar="X",
         help="Adam: decay rate of the running mean of squared gradients",
     )
-    add("--adam_eps", type=positive, default=1e-8, metavar="X", help="Adam: term added to the denominator")
-    add("--amsgrad", action=yes_no, default=False, help="Adam: divide by the largest mean so far (default: off)")
     add(
         "--clip_grad_norm",
+        roles=(NAMES_RUN,),
         type=number_or_off,
         metavar="X",
         help="clip the norm of the gradient to X; 0: no clipping (default: no clipping)",
     )
     add(
         "--revive",
+        roles=(OFF_BY_DEFAULT,),
         action=yes_no,
         default=False,
         help="pass gradients that raise features at zero and, in an MLP, hidden layers that are all zero for an image; "
         "an ordinary ReLU blocks them (default: off)",
     )
-    add("--no_shuffle", action="store_true", help="take batches in the order of the data set (default: off)")
+    add(
+        "--no_shuffle",
+        roles=(NAMES_RUN,),
+        action="store_true",
+        help="take batches in the order of the data set (default: off)",
+    )
     add(
         "--stratified",
+        roles=(NAMES_RUN,),
         action=yes_no,
         default=False,
         help="shuffle so that each batch has every class in proportion and sizes differ by at most one (default: off)",
     )
     add(
         "--seed",
+        roles=(NAMES_RUN,),
         type=bounded(int, 0, high=2**63 - 1),
         default=1,
         metavar="N",
         help="seed of the initial weights and of the batches",
     )
-    add("--init_from", type=real_path, metavar="FILE", help="checkpoint with the initial weights (default: random)")
+    add(
+        "--init_from",
+        roles=(NAMES_RUN,),
+        type=real_path,
+        metavar="FILE",
+        help="checkpoint with the initial weights (default: random)",
+    )
 
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: the GPU if there is one")
-    add("--gpu_id", type=from_zero, default=0, metavar="N", help="index of the GPU")
+    add = group(parser, "machine")
+    add(
+        "--device",
+        roles=(THIS_CALL,),
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: the GPU if there is one",
+    )
+    add("--gpu_id", roles=(THIS_CALL,), type=from_zero, default=0, metavar="N", help="index of the GPU")
     add(
         "--precision",
+        roles=(NAMES_RUN,),
         choices=["fp32", "tf32", "bf16"],
         default="fp32",
         help="arithmetic of the network's body; weights, head, loss and penalties stay fp32; "
@@ -414,14 +338,16 @@ def make_parser(description=None):
     )
     add(
         "--cuda_graph",
+        roles=(THIS_CALL,),
         action=yes_no,
         default=True,
         help="on a GPU, capture the training step and replay it (default: on)",
     )
 
-    add = parser.add_argument_group("files of a run").add_argument
+    add = group(parser, "files of a run")
     add(
         "--save_path",
+        roles=(THIS_CALL,),
         type=existing_or_new_dir,
         metavar="DIR",
         help="the run's folder (default: model_weights/<run name>)",
@@ -435,21 +361,32 @@ def make_parser(description=None):
     add("--save_every", type=count, default=10, metavar="N", help="epochs between checkpoints")
     add(
         "--keep",
+        roles=(THIS_CALL,),
         type=count,
         metavar="N",
         help="keep the last N checkpoints and those of epochs 1, 2, 4, 8, ..., which are then saved too (default: all)",
     )
     add(
-        "--resume", action="store_true", help="continue the run in the folder, or start if there is none (default: off)"
+        "--resume",
+        roles=(THIS_CALL,),
+        action="store_true",
+        help="continue the run in the folder, or start if there is none (default: off)",
     )
-    add("--force", action="store_true", help="delete the run in the folder and start again (default: off)")
+    add(
+        "--force",
+        roles=(THIS_CALL,),
+        action="store_true",
+        help="delete the run in the folder and start again (default: off)",
+    )
     add(
         "--tensorboard",
+        roles=(THIS_CALL,),
         action="store_true",
         help="log to tensorboard/ in the run's folder; needs the package (default: off)",
     )
     add(
         "--wandb",
+        roles=(THIS_CALL,),
         type=true_or_false,
         nargs="?",
         const=True,
@@ -458,11 +395,18 @@ def make_parser(description=None):
         help="log to Weights & Biases; needs the package; WANDB_MODE applies",
     )
 
-    add = parser.add_argument_group("measuring").add_argument
+    add = group(parser, "measuring")
     add("--nc_every", type=from_zero, default=0, metavar="N", help="epochs between measurements in training; 0: none")
-    add("--load_path", type=existing_or_new_dir, metavar="DIR", help="folder to validate (default: as --save_path)")
+    add(
+        "--load_path",
+        roles=(THIS_CALL, MEASURES_ONLY),
+        type=existing_or_new_dir,
+        metavar="DIR",
+        help="folder to validate (default: as --save_path)",
+    )
     add(
         "--theory",
+        roles=(THIS_CALL, MEASURES_ONLY),
         choices=THEORY_SUFFIXES,
         default="objective",
         help="optimum to compare with; objective: of the problem that is minimised; nominal: of the problem without "
@@ -470,58 +414,81 @@ def make_parser(description=None):
     )
     add(
         "--bn_statistics",
+        roles=(THIS_CALL,),
         choices=BN_SUFFIXES,
         default="running",
         help="BatchNorm statistics when the network is measured: the running averages, or the exact statistics of the "
         "training set, computed layer by layer",
     )
-    add("--watch", action="store_true", help="validate: follow a training run to its last epoch (default: off)")
-    add("--recompute", action="store_true", help="validate: measure again the epochs already measured (default: off)")
+    add(
+        "--watch",
+        roles=(THIS_CALL, MEASURES_ONLY),
+        action="store_true",
+        help="validate: follow a training run to its last epoch (default: off)",
+    )
+    add(
+        "--recompute",
+        roles=(THIS_CALL, MEASURES_ONLY),
+        action="store_true",
+        help="validate: measure again the epochs already measured (default: off)",
+    )
     return parser
 
 
-def parse_args(description=None, argv=None, config=None, folder=None):
+@cache
+def flags_with(role):
+    """Return the names of the flags that have a role, in the order of the help text."""
+    return [action.dest for action in make_parser()._actions if role in getattr(action, "roles", ())]
+
+
+def parse_args(doc=None, argv=None, config=None, folder=None):
     """Parse the command line (or `argv`) into a namespace.
 
-    config: the config.json of the run in `folder`. Its flags are the defaults. Raises UserError if a flag of the
-    command line would train other weights; the folder of the data and the device may differ.
+    doc: the script's docstring. config: the config.json of the run in `folder`. Its flags are the defaults. Raises
+    UserError if a flag of the command line would train other weights; the folder of the data and the device may differ.
     """
-    parser = make_parser(description)
-    args = resolve_shares(parser.parse_args(argv))
-    if config:
-        args = merge_config(parser, argv, args, config, folder)
-    if message := contradiction(args, parser):
+    parser = make_parser(doc)
+    defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
+    typed = given_flags(parser, argv)
+    args = merge_config(parser, defaults, typed, config, folder) if config else with_epochs(defaults | typed)
+    if message := contradiction(args, defaults):
         raise UserError(f"{folder}/config.json and the flags: {message}" if config else message)
     return args
 
 
-def resolve_shares(args):
-    """Replace each share of --epochs, such as 36%, by a number of epochs; return args."""
-    for name in ("patience", "warmup_epochs", "penalty_warmup_epochs", "penalty_hold_epochs", "penalty_fall_epochs"):
-        value = getattr(args, name)
-        if isinstance(value, str):
-            setattr(args, name, max(round(float(value[:-1]) / 100 * args.epochs), int(name == "patience")))
-    return args
+def given_flags(parser, argv):
+    """Return {name: value} of the flags that the words `argv` (None: the command line) give, without the defaults."""
+    absent = object()
+    start = argparse.Namespace(**{action.dest: absent for action in parser._actions if action.dest != "help"})
+    return {name: value for name, value in vars(parser.parse_args(argv, start)).items() if value is not absent}
 
 
-def merge_config(parser, argv, typed, config, folder):
-    """Parse the command line again, after the flags of a run's config.json; raise UserError if it contradicts them."""
-    flags = {name: value for name, value in config["flags"].items() if name not in CALL_FLAGS}
+def with_epochs(flags):
+    """Return a namespace of flags {name: value}, with each share of --epochs, such as 36%, as a number of epochs."""
+    epochs = flags["epochs"]
+    return argparse.Namespace(
+        **{name: value.of(epochs) if isinstance(value, Share) else value for name, value in flags.items()}
+    )
+
+
+def merge_config(parser, defaults, typed, config, folder):
+    """Return the namespace of the flags of a run's config.json and the typed ones; UserError if they contradict it."""
+    names = {name for name in config["flags"] if name not in flags_with(THIS_CALL)}
     data_dir = config["flags"].get("data_dir")
     if isinstance(data_dir, str) and Path(data_dir).is_dir():
-        flags["data_dir"] = data_dir
+        names.add("data_dir")
     try:
-        then = parser.parse_args(words_of(parser, flags))
+        recorded = given_flags(parser, words_of(parser, {name: config["flags"][name] for name in names}))
     except UserError as error:
         raise UserError(f"{folder}/config.json: damaged, {error}") from None
-    replaced = ("imbalance", "n_max") if typed.class_counts else ("class_counts",) if typed.imbalance else ()
-    words = words_of(parser, {name: value for name, value in flags.items() if name not in replaced})
-    args = resolve_shares(make_parser().parse_args([*words, *(argv if argv is not None else sys.argv[1:])]))
-    if args.class_counts == config["class_counts"]:  # the same images
-        for name in PROFILE_FLAGS:
-            setattr(args, name, getattr(then, name))
-    flags_now, flags_then = (
-        training_flags(found) | {name: getattr(found, name) for name in OPTIONAL_FLAGS} for found in (args, then)
+    replaced = ("imbalance", "n_max") if typed.get("class_counts") else ("class_counts",) * bool(typed.get("imbalance"))
+    kept = {name: value for name, value in recorded.items() if name not in replaced}
+    then, now = with_epochs(defaults | recorded), with_epochs(defaults | kept | typed)
+    if now.class_counts == config["class_counts"]:  # the same images
+        vars(now).update({name: getattr(then, name) for name in flags_with(PROFILE)})
+    optional = flags_with(OFF_BY_DEFAULT)
+    flags_then, flags_now = (
+        training_flags(args) | {name: getattr(args, name) for name in optional} for args in (then, now)
     )
     contradictions = [
         f"--{name} is {value}, in the run {flags_then.get(name)}"
@@ -530,7 +497,7 @@ def merge_config(parser, argv, typed, config, folder):
     ]
     if contradictions:
         raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")
-    return args
+    return now
 
 
 def words_of(parser, flags):
@@ -548,7 +515,7 @@ def words_of(parser, flags):
     return words
 
 
-def contradiction(args, parser):
+def contradiction(args, defaults):
     """Return the error message for flags that are valid one by one but not together, or None."""
     if args.resume and args.force:
         return "--resume and --force: give one of them"
@@ -562,7 +529,7 @@ def contradiction(args, parser):
         return f"--planes {args.planes}: {args.model} needs an even number, twice its growth rate"
     if not args.feature_relu and args.model != "MLP":
         return f"--no-feature_relu: only with --model MLP; the features of {args.model} come from ReLUs by construction"
-    for name in (name for name in LOSS_FLAGS if getattr(args, name)):
+    for name in (name for name in flags_with(LOSS_VARIANT) if getattr(args, name)):
         if args.loss != "CrossEntropy":
             return f"--{name}: only with --loss CrossEntropy, of which it is a variant"
         if args.objective == "released":
@@ -575,8 +542,8 @@ def contradiction(args, parser):
         return "--penalty_hold_epochs and --penalty_fall_epochs: their sum must be less than --epochs"
     if args.penalty_warmup_epochs >= args.epochs:
         return f"--penalty_warmup_epochs {args.penalty_warmup_epochs}: must be less than --epochs {args.epochs}"
-    for name in ("adam_beta2", "adam_eps", "amsgrad"):
-        if args.optimizer != "Adam" and getattr(args, name) != parser.get_default(name):
+    for name in flags_with(ADAM_ONLY):
+        if args.optimizer != "Adam" and getattr(args, name) != defaults[name]:
             return f"--{name}: only with --optimizer Adam"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
@@ -593,10 +560,10 @@ def contradiction(args, parser):
 def notes(args, num_images):
     """Return a sentence for each flag that has no effect on this training run."""
     found = [
-        f"--{name} has no effect on training" for name in ("load_path", "watch", "recompute") if getattr(args, name)
+        f"--{name} has no effect on training, only on validate_NC_unbalanced.py"
+        for name in flags_with(MEASURES_ONLY)
+        if getattr(args, name) not in (None, False, "objective")
     ]
-    if args.theory != "objective":
-        found.append("--theory has no effect on training, only on validate_NC_unbalanced.py")
     if args.batch_size > num_images:
         found.append(
             f"--batch_size {args.batch_size} is more than the {num_images} images: every step takes all of them"
@@ -621,14 +588,13 @@ def notes(args, num_images):
 
 def training_flags(args):
     """Return the flags that change the trained weights, with their values."""
-    names = list(TRAINING_FLAGS)
-    if args.model == "MLP":
-        names += MLP_FLAGS
+    parser = make_parser()
+    names = [name for name in flags_with(NAMES_RUN) if args.model == "MLP" or name not in flags_with(MLP_ONLY)]
     if args.dataset == "imagefolder":
         names += ["data_dir"]  # it determines the images
     if args.decay_type == "cosine":
         names += ["epochs"]  # the learning rate of each epoch depends on how many there will be
-    names += [name for name, default in OPTIONAL_FLAGS.items() if getattr(args, name) != default]
+    names += [name for name in flags_with(OFF_BY_DEFAULT) if getattr(args, name) != parser.get_default(name)]
     flags = {name: getattr(args, name) for name in names}
     if not args.class_counts:
         flags["imbalance"] = args.imbalance or ("paper" if SOURCES[args.dataset].paper_counts else "all")
@@ -636,6 +602,14 @@ def training_flags(args):
         if flags.get(name):
             flags[name] = str(Path(flags[name]).resolve())
     return flags
+
+
+def recorded_flags(args, before):
+    """Return the flags that config.json records; a resumed run keeps those of its first call that belong to a call.
+
+    before: the flags {name: value} of the run's config.json; {} if it is new.
+    """
+    return vars(args) | {name: value for name, value in before.items() if name in flags_with(THIS_CALL)}
 
 
 def run_name(args):
@@ -655,5 +629,5 @@ def run_folder(args):
     if args.save_path:
         return Path(args.save_path)
     name = run_name(args)
-    older = sorted(Path("model_weights").glob(f"*_{name[-8:]}"))  # named by an earlier version, or by --run_name
-    return older[0] if older and not args.run_name else Path("model_weights") / name
+    named = sorted(Path("model_weights").glob(f"*_{name[-8:]}"))  # perhaps by --run_name
+    return named[0] if named and not args.run_name else Path("model_weights") / name

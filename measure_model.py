@@ -12,6 +12,7 @@ measured at its input.
 """
 
 import importlib.util
+import inspect
 from pathlib import Path
 
 import pandas as pd
@@ -21,16 +22,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
-from args import Help, Parser, bounded
+from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
+from cli import Parser, bounded
 from datasets import list_folder
 from engine.checkpoints import load_weights
-from engine.distributed import pick_device
-from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
+from engine.device import pick_device
 from engine.measurement import BATCH, load_run
-from engine.run import write_table
+from engine.tables import write_table
 from nc_layers import head_input, head_weight, layer_statistics, linear_layers
 from nc_metrics import nc_metrics
-from utils import UserError, atomic_write, from_flags, message_of, run_script
+from utils import UserError, atomic_write, message_of, run_script
 
 PANELS = {"NC1": "log", "CDNV": "log", "NCM_acc1": "linear"}  # columns of the figure and their axes
 LABELS = {"NC1": "NC1", "CDNV": "CDNV", "NCM_acc1": "nearest class mean, accuracy (%)"}
@@ -55,7 +56,7 @@ def main():
 
 
 def make_parser():
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True).add_argument
     what("--model", metavar="MODEL", help="torchvision:NAME, timm:NAME, or FILE.py:FUNCTION that returns a model")
@@ -129,7 +130,9 @@ def build(name, num_classes):
             return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"--model {name}: {message_of(error)}") from None
-    return from_flags(load_function(source, name_in_source), {"num_classes": num_classes}), None
+    function = load_function(source, name_in_source)
+    takes_classes = "num_classes" in inspect.signature(function).parameters
+    return (function(num_classes=num_classes) if takes_classes else function()), None
 
 
 def load_function(path, name):

@@ -3,22 +3,21 @@
     python plot_nc.py model_weights/RUN                        (into RUN/figures/)
     python plot_nc.py model_weights/RUN ... --out figures      (overlaid; runs that differ by seed: mean and range)
 
-Each figure is written as PDF and PNG at print size; `engine/figures.py` says what they show.
+Each figure is written as PDF and PNG at print size; `analysis/figures.py` says what they show.
 """
 
 from pathlib import Path
 
-from args import Help, Parser, bounded
-from engine.figures import ABSCISSAE, NC_PANELS, draw_runs
-from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, read_measured_run
+from analysis.figures import NC_PANELS, draw_runs
+from analysis.settings import ABSCISSAE, add_comparison_flags, read_measured_run
+from cli import Parser, bounded
 from utils import run_script
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was validated")
-    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as in the validation script")
-    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
+    add_comparison_flags(parser.add_argument)
     parser.add_argument(
         "--epoch", type=bounded(int, 1), metavar="E", help="epoch of all figures except the curves (default: the last)"
     )

@@ -3,22 +3,21 @@
     python report.py model_weights/RUN                            (writes report.html)
     python report.py model_weights/*/ --out report.html           (compared; runs that differ by seed: mean and range)
 
-It needs Plotly: pip install ".[report]". `engine/report.py` says what the report shows.
+It needs Plotly: pip install ".[report]". `analysis/report.py` says what the report shows.
 """
 
 from pathlib import Path
 
-from args import Help, Parser
-from engine.report import write_report
-from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, read_measured_run
+from analysis.report import write_report
+from analysis.settings import add_comparison_flags, read_measured_run
+from cli import Parser
 from utils import run_script
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run that was validated")
-    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as in the validation script")
-    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
+    add_comparison_flags(parser.add_argument)
     parser.add_argument("--out", type=Path, default="report.html", metavar="FILE", help="the file to write")
     args = parser.parse_args()
     folders = {folder.resolve(): folder for folder in args.runs}.values()

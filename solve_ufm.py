@@ -19,8 +19,8 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from args import Help, Parser, add_loss_flags, bounded, class_count_list
-from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
+from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
+from cli import Parser, add_loss_flags, bounded, class_count_list
 from nc_theory import (
     LOSSES,
     MOST_CLASSES,
@@ -72,7 +72,7 @@ def only_flags(args, parser, mode, names):
 
 
 def make_parser():
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = Parser(__doc__)
     add = parser.add_argument
     positive, not_negative = bounded(float, 0, above=True), bounded(float, 0)
     add(

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from args import Help, Parser
-from engine.run import BN_SUFFIXES, THEORY_SUFFIXES, Run, by_setting, read_measured_run, write_table
-from engine.summary import METRICS, last_measured, markdown, plain_table, state, summarize, written
+from analysis.settings import add_comparison_flags, by_setting, read_measured_run
+from analysis.summary import METRICS, last_measured, markdown, plain_table, state, summarize, written
+from cli import Parser
+from engine.run import Run
+from engine.tables import MeasuredRun, write_table
 from utils import UserError, atomic_write, run_script
 
 
 def main():
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, formatter_class=Help)
+    parser = Parser(__doc__)
     parser.add_argument(
         "runs",
         nargs="*",
@@ -28,8 +30,7 @@ def main():
         help="folder of a run (default: list the runs below model_weights/)",
     )
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="folder for summary.md and summary.csv")
-    parser.add_argument("--theory", choices=THEORY_SUFFIXES, default="objective", help="as in the validation script")
-    parser.add_argument("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
+    add_comparison_flags(parser.add_argument)
     parser.add_argument(
         "--worst", action="store_true", help="show the worst seed instead of the deviation in the table (default: off)"
     )
@@ -54,7 +55,7 @@ def overview(folder, theory="objective", bn_statistics="running"):
         {file.parent for name in ("config.json", "nc_metrics*.csv") for file in Path(folder).rglob(name)}
     ):
         try:
-            run = Run(path, theory, bn_statistics)
+            run = MeasuredRun(Run(path), theory, bn_statistics)
             distance = run.rows["NC2_H"].iloc[-1] if "NC2_H" in run.rows else math.nan
             lines.append([path, state(run), last_measured(run), written("NC2_H", distance)])
         except UserError as error:

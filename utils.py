@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import json
 import math
 import multiprocessing
@@ -28,15 +27,6 @@ class UserError(Exception):
 def message_of(error):
     """Return an exception's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def from_flags(function, flags, **others):
-    """Call `function` with those of the flags {name: value} that it has parameters for; `others` take precedence.
-
-    This is why parameters have the names of the flags: no call has to list them.
-    """
-    names = inspect.signature(function).parameters
-    return function(**{name: flags[name] for name in names if name in flags} | others)
 
 
 def run_script(main, resume_hint="run the same command again", takes_ranks=False):

@@ -17,32 +17,32 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+from analysis.figures import draw_runs, heatmaps
+from analysis.report import write_report
 from args import parse_args, run_folder
-from datasets import load_data
 from engine.checkpoints import load_state_dict, load_torch
-from engine.distributed import pick_device, set_precision
-from engine.figures import draw_runs
+from engine.device import pick_device, set_precision
 from engine.loggers import open_loggers, require_packages
 from engine.measurement import Measurement
-from engine.report import write_report
 from engine.run import Run
-from models import build_model, to_device
+from engine.tables import MeasuredRun
+from engine.training import make_model, make_objective, read_data
+from models import to_device
 from nc_metrics import THEORY_COLUMNS
 from nc_theory import GAP_COLUMNS
-from objective import Objective
-from utils import FAILED_WORK, Progress, UserError, from_flags, run_script
+from utils import FAILED_WORK, Progress, UserError, run_script
 
 CLASSES_PRINTED = 100  # at most, evenly spaced
 WATCH_SECONDS = 2  # between two looks at the folder with --watch
 
 
 def main():
-    args = parse_args(__doc__.split("\n")[0])
+    args = parse_args(__doc__)
     folder = Path(args.load_path) if args.load_path else run_folder(args)
-    run = Run(folder, args.theory, args.bn_statistics)
+    run = Run(folder)
     if args.watch and not run.config:
         wait_for_run(folder)
-        run = Run(folder, args.theory, args.bn_statistics)
+        run = Run(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; train with the same flags first, or give --load_path")
     if run.config:
@@ -56,42 +56,41 @@ def main():
         print("tf32 needs a GPU: measured in fp32")
         args.precision = "fp32"
     set_precision(args.precision, device)
-    data = from_flags(load_data, vars(args))
+    data = read_data(args)
     run.check_class_counts(data.class_counts)
-    model = from_flags(build_model, vars(args), num_classes=data.num_classes)
-    model, data = to_device(model, data, device)
-    if not run.problems:  # a folder of bare checkpoints
-        objective = from_flags(
-            Objective, vars(args), class_counts=data.class_counts, feature_dim=model.fc[0].in_features
-        )
-        run.problems = objective.problems()
-    if run.optimum is None:
-        print(f"columns {', '.join([*THEORY_COLUMNS, *GAP_COLUMNS])} stay empty: {run.no_optimum}")
+    model, data = to_device(make_model(args, data.num_classes), data, device)
+    problems = run.config.get("problems")
+    if problems is None:  # a folder of bare checkpoints
+        problems = make_objective(args, data.class_counts, model.fc[0].in_features).problems()
+    measured = MeasuredRun(run, args.theory, args.bn_statistics, problems)
+    if measured.comparison.optimum is None:
+        print(f"columns {', '.join([*THEORY_COLUMNS, *GAP_COLUMNS])} stay empty: {measured.comparison.no_optimum}")
 
-    with open_loggers(vars(args), folder, "validate", first_epoch=0 if args.recompute else None) as loggers:
-        failed = measure_all(args, run, Measurement(run, model, data, args.precision), device, loggers)
-    if run.rows.empty:
+    first_epoch = 0 if args.recompute else None
+    with open_loggers(vars(args), folder, "validate", heatmaps, first_epoch) as loggers:
+        failed = measure_all(args, measured, Measurement(measured, model, data, args.precision), device, loggers)
+    if measured.rows.empty:
         raise UserError(f"{folder}: no checkpoint could be measured", FAILED_WORK)
-    print_table(run)
-    print(f"figures in {draw_runs([run], run.figures)[0].parent}")
+    print_table(measured)
+    print(f"figures in {draw_runs([measured], run.figures)[0].parent}")
     if find_spec("plotly"):
-        print(f"report in  {write_report([run], run.report)}")
+        print(f"report in  {write_report([measured], measured.report)}")
     return FAILED_WORK if failed else 0
 
 
-def measure_all(args, run, measurement, device, loggers):
+def measure_all(args, measured, measurement, device, loggers):
     """Measure the checkpoints without a row (--watch: up to the last epoch); return the number of damaged ones."""
-    measured, damaged = set(), set()
+    run, fresh, damaged = measured.run, set(), set()
     while True:
         ended = not args.watch or run.checkpoint(args.epochs).exists()  # checked first, so that the last one is listed
-        done = measured if args.recompute else set(run.read_rows()["epoch"])
+        done = fresh if args.recompute else set(measured.read_rows()["epoch"])
         todo = {e: path for e, path in run.checkpoints().items() if e not in done | damaged}
         with Progress(len(todo), "checkpoint") as progress:
             for epoch, path, load in read_ahead(todo, device):
                 try:
                     load_state_dict(measurement.model, load(), path)
                     row = measurement.record(epoch, loggers)
-                    measured.add(epoch)
+                    fresh.add(epoch)
                     progress.step(f"epoch {epoch}  NC1 {row['NC1']:.2e}  NC2_W {row['NC2_W']:.2e}")
                 except UserError as error:
                     if not path.exists():  # training with --keep has deleted it
@@ -121,7 +120,7 @@ def wait_for_run(folder):
 
 
 def print_table(run):
-    """Print the last row of a `Run`: measured against theorem class by class, and the metrics."""
+    """Print the last row of a `MeasuredRun`: measured against theorem class by class, and the metrics."""
     row = run.rows.iloc[-1]
     epoch = int(row["epoch"])
     parts = run.geometry(epoch)
@@ -141,8 +140,9 @@ def print_table(run):
     print()
     for name, value in row.drop("epoch").items():
         print(f"{name:>20}  {'-' if math.isnan(value) else f'{value:.4g}'}")
-    if run.optimum and row.get("optimality_gap", math.nan) >= 0:
-        print(f"\n{explain_gap(row, run.optimum.certified)}")
+    optimum = run.comparison.optimum
+    if optimum and row.get("optimality_gap", math.nan) >= 0:
+        print(f"\n{explain_gap(row, optimum.certified)}")
     print(f"\nrows in    {run.csv}")
 
 

@@ -23,21 +23,22 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
-import training
 from common import ROOT, random_images, ratios, time_in_turn
 from reference import run_usual_training
 from torch.nn.utils import parameters_to_vector
+from training import OurTraining
 
 import train_1st_order_unbalanced as train_script
 from args import parse_args
+from datasets import load_data
 from engine.checkpoints import load_torch
 from engine.cuda_graph import CudaGraphs
-from engine.distributed import device_name, keep_freed_memory, pick_device, set_precision
+from engine.device import device_name, keep_freed_memory, pick_device, set_precision
 from engine.run import Run
 from engine.step_log import MEASURED
+from engine.tables import MeasuredRun
 from utils import Interrupted, run_script
 
 TRAIN = ROOT / "train_1st_order_unbalanced.py"
@@ -136,7 +137,7 @@ def paper(device, size, data):
     runs = {"the paper's MLP": command.split(), "the recipe": [f"@{ROOT}/scripts/collapse.flags", *recipe.split()]}
     for (name, words), seconds in zip(runs.items(), size.seconds, strict=True):
         with tempfile.TemporaryDirectory() as folder:
-            run, began = Run(folder), time.perf_counter()
+            run, began = MeasuredRun(Run(folder)), time.perf_counter()
             train_for(seconds, [*words, *common.split()], run, data)
             wall, log, row = time.perf_counter() - began, run.log, run.rows.iloc[-1]
         yield f"{name}: epochs", len(log), f"in {wall:.1f} s, with start, measurements and files"
@@ -151,9 +152,8 @@ def images(device, size, data):
     for precision in precisions(device):
         choices = {"deterministic": set_precision, "fastest": set_precision_not_deterministic}
         for how in choices if device.type == "cuda" else ("deterministic",):
-            with mock.patch.object(training, "set_precision", choices[how]):
-                ours = build("ResNet18", precision, device, size, data)
-                times = time_in_turn({"": partial(ours.run, size.steps)}, size.pairs, device)[""]
+            ours = build("ResNet18", precision, device, size, data, choose=choices[how])
+            times = time_in_turn({"": partial(ours.run, size.steps)}, size.pairs, device)[""]
             yield f"ResNet18, {precision}, {how}", size.images * size.steps / statistics.median(times), "images/s"
 
 
@@ -169,12 +169,12 @@ def precisions(device):
     return ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
 
 
-def build(model, precision, device, size, data, *more):
-    """Return the `OurTraining` of the paper's flags for a model."""
+def build(model, precision, device, size, data, *more, choose=set_precision):
+    """Return the `OurTraining` of the paper's flags for a model. choose: as in `OurTraining`."""
     batch = size.batch if model == "MLP" else size.images
     words = f"--model {model} --batch_size {batch} --width {size.width} --precision {precision} --no-bias --sep_decay"
     words = [*words.split(), *more] + ([] if model == "MLP" else ["--planes", str(size.planes)])
-    return training.OurTraining(parse_args(argv=words), data, torch.device(device))
+    return OurTraining(parse_args(argv=words), data, torch.device(device), choose)
 
 
 def relative_difference(a, b):
@@ -229,10 +229,10 @@ def products_of_a_step(ours, dtype):
     return sum(2 * len(a) * a.shape[1] * b.shape[1] for a, b in pairs), pairs
 
 
-def train_here(words):
-    """Run the training script in this process, silently."""
-    with mock.patch.object(sys, "argv", [str(TRAIN), *words]), contextlib.redirect_stdout(None):
-        train_script.main()
+def train_here(words, data=None):
+    """Run the training script in this process, silently, on the images that the flags name, or on `data`."""
+    with contextlib.redirect_stdout(None):
+        train_script.main(words, data)
 
 
 def train_elsewhere(group, words):
@@ -253,9 +253,9 @@ def train_for(seconds, words, run, data):
         if not ended.wait(seconds):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(train_script, "load_data", lambda: data), contextlib.suppress(Interrupted):
+    with contextlib.suppress(Interrupted):
         threading.Thread(target=stop, daemon=True).start()
-        train_here([*words, "--save_path", str(run.folder)])
+        train_here([*words, "--save_path", str(run.folder)], data)
         ended.set()
 
 
@@ -312,7 +312,7 @@ def run_part(part, table, device, size, data_dir):
     os.setpgid(0, 0)
     ELSEWHERE.set_forkserver_preload(PRELOADED)  # for the processes that the part starts
     keep_freed_memory()
-    data = train_script.load_data("cifar10", data_dir) if data_dir else random_images(size.fraction)
+    data = load_data("cifar10", data_dir) if data_dir else random_images(size.fraction)
     values = [add_row(table, part.__name__, *row) for row in part(device, size, data)]
     return int(any(value is False for value in values))
 

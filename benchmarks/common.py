@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from args import parse_args  # noqa: E402
 from datasets import Data, Split  # noqa: E402
-from engine.distributed import device_name  # noqa: E402
+from engine.device import device_name  # noqa: E402
 
 COUNTS = [1000, 1000, 2000, 2000, 3000, 3000, 4000, 4000, 5000, 5000]  # the paper's CIFAR-10 subset
 

@@ -16,7 +16,7 @@ import torch
 from common import make_parser, paper_args, random_images, report, time_in_turn
 from training import OurTraining
 
-from engine.distributed import keep_freed_memory, pick_device
+from engine.device import keep_freed_memory, pick_device
 from engine.measurement import BATCH
 from nc_metrics import ClassStatistics, geometry, nc_metrics
 from nc_theory import UFM, solve

@@ -12,9 +12,10 @@ from common import make_parser, paper_args, random_images, ratios, report, time_
 from reference import usual_nc1
 from training import OurTraining
 
-from engine.distributed import pick_device
+from engine.device import pick_device
 from engine.measurement import Measurement
 from engine.run import Run
+from engine.tables import MeasuredRun
 
 
 @torch.inference_mode()
@@ -32,8 +33,7 @@ def main():
     data = random_images(options.fraction).to(device)
     training = OurTraining(paper_args("MLP", 256, options.width), data, device)
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(folder)
-        run.problems = training.objective.problems()
+        run = MeasuredRun(Run(folder), problems=training.objective.problems())
         measurement = Measurement(run, training.model, data)
         works = {"bare forward pass": partial(bare_pass, measurement), "ours": measurement.measure}
         works["epoch"] = partial(training.run, len(training.batches.sizes))

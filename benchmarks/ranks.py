@@ -16,7 +16,7 @@ import numpy as np
 from common import ROOT, make_parser, report
 from PIL import Image
 
-from engine.distributed import pick_device
+from engine.device import pick_device
 from engine.run import Run
 
 
@@ -61,7 +61,7 @@ def images_per_second(options, ranks, folder):
     flags += ["--data_dir", folder, "--save_path", f"{folder}/run"]
     command = [sys.executable, *launcher, ROOT / "train_1st_order_unbalanced.py", *flags]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return Run(f"{folder}/run").log["images_per_second"][1:].median()
+    return Run(f"{folder}/run").train_log.table()["images_per_second"][1:].median()
 
 
 if __name__ == "__main__":

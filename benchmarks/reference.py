@@ -11,8 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from models import build_model
-from utils import from_flags
+from engine.training import make_model
 
 
 class Images(Dataset):
@@ -49,7 +48,7 @@ def usual_training(model, batch_size, width, fraction, device):
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # by default, convolutions in fp32 are in TF32
     args, split = paper_args(model, batch_size, width), random_images(fraction).train
     torch.manual_seed(args.seed)
-    model = from_flags(build_model, vars(args), num_classes=10).to(device)
+    model = make_model(args, num_classes=10).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     # Fork, as in a script that a user starts: in a spawned process, workers would import everything in every epoch.
     loading = {"num_workers": 4 if device.type == "cuda" else 1, "multiprocessing_context": "fork"}

@@ -14,13 +14,12 @@ from common import ROOT, write_table
 from matplotlib.figure import Figure
 from training import OurTraining
 
+from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
 from args import parse_args
-from datasets import load_data
-from engine.distributed import pick_device
-from engine.figures import COLOURS, STYLE_FILE, TEXT_WIDTH
-from engine.optim import Schedule, set_learning_rate
+from engine.device import pick_device
 from engine.step_log import MEASURED
-from utils import Progress, from_flags
+from engine.training import read_data
+from utils import Progress
 
 SETTING = (
     "--class_counts 420,60,350,120,280,90,500,240,150,200 --width 512 --depth_relu 4 --batch_size 200 --no-bias "
@@ -61,14 +60,13 @@ def main():
 def follow(words):
     """Train with the flags `words`; return a row for each epoch."""
     args = parse_args(argv=words)
-    training = OurTraining(args, from_flags(load_data, vars(args)), pick_device(args.device, args.gpu_id))
-    model, optimizer, schedule = training.model, training.optimizer, from_flags(Schedule, vars(args))
+    training = OurTraining(args, read_data(args), pick_device(args.device, args.gpu_id))
+    model, optimizer = training.model, training.optimizer
     body = [parameter for name, parameter in model.named_parameters() if not name.startswith("fc.")]
     rows = []
     with Progress(args.epochs, "epoch") as progress:
         for epoch in range(1, args.epochs + 1):
-            lr = set_learning_rate(optimizer, schedule.learning_rate(epoch))
-            training.penalty_scale.fill_(schedule.penalty_scale(epoch))
+            lr, _ = training.set_epoch(epoch)
             model.train()
             norms, moved = [], []
             for batch in training.batches.draw(epoch):
@@ -77,7 +75,7 @@ def follow(words):
                 change = [new.detach() - old for new, old in zip(body, before, strict=True)]
                 moved.append(float(torch.nn.utils.get_total_norm(change)) / lr)
             moments = torch.cat([optimizer.state[parameter]["exp_avg_sq"].flatten() for parameter in body])
-            row = {"epoch": epoch, **misplaced_images(model, training.split), "grad_norm_max": max(norms)}
+            row = {"epoch": epoch, **misplaced_images(model, training.data.train), "grad_norm_max": max(norms)}
             rows.append(row | {"step_max": max(moved), "second_moment": float(moments.sqrt().median())})
             progress.step(f"{row['wrong']} wrong, {row['dead']} dead")
     return rows

@@ -16,46 +16,26 @@ import torch
 from common import make_parser, paper_args, random_images, ratios, report, time_in_turn
 from reference import run_usual_training
 
-from engine.batches import Batches
-from engine.checkpoints import TrainingState
-from engine.cuda_graph import GraphedStep
-from engine.distributed import OneProcess, keep_freed_memory, pick_device, set_precision
-from engine.optim import make_optimizer
-from engine.step_log import new_rows
-from models import build_model, to_device
-from objective import Objective
-from train_1st_order_unbalanced import train_step
-from utils import from_flags
+from engine.device import keep_freed_memory, pick_device, set_precision
+from engine.training import Training, make_model
+from models import to_device
 
 
-class OurTraining:
-    """The training of the flags `args` without files: `step`, and the model, optimizer and scale that it uses."""
+class OurTraining(Training):
+    """The training of the flags `args`, without files, ready to step. choose: sets the precision on a device."""
 
-    def __init__(self, args, data, device):
-        set_precision(args.precision, device)
+    def __init__(self, args, data, device, choose=set_precision):
+        self.choose = choose
+        choose(args.precision, device)
         torch.manual_seed(args.seed)
-        model, flags = from_flags(build_model, vars(args), num_classes=data.num_classes), vars(args)
-        self.model, self.split = to_device(model, data.train, device)
-        self.args, self.device = args, device
-        self.batches = from_flags(Batches, flags, labels=self.split.labels)
-        facts = {"class_counts": data.class_counts, "feature_dim": model.fc[0].in_features}
-        self.objective, self.penalty_scale = from_flags(Objective, flags, **facts), torch.ones((), device=device)
-        graphed = device.type == "cuda" and args.cuda_graph
-        decay = {"weight_decay": self.objective.optimizer_decay, "for_cuda_graph": graphed}
-        self.optimizer = from_flags(make_optimizer, flags, parameters=model.parameters(), **decay)
-        self.step = partial(
-            train_step, split=self.split, model=model, objective=self.objective, optimizer=self.optimizer,
-            shifts=self.batches.shifts, penalty_scale=self.penalty_scale, one=torch.ones((), device=device),
-            precision=args.precision, clip_norm=args.clip_grad_norm, ranks=OneProcess(),
-        )  # fmt: skip
-        if graphed:
-            state = TrainingState(model, self.optimizer, new_rows(self.batches.sizes, device))
-            self.step = GraphedStep(self.step, self.batches.sizes, state.tensors, device)
-        self.endless = chain.from_iterable(map(self.batches.draw, count(1)))
+        model, data = to_device(make_model(args, data.num_classes), data, device)
+        super().__init__(args, data, model, device)
+        self.capture()
+        self.args, self.endless = args, chain.from_iterable(map(self.batches.draw, count(1)))
 
     def run(self, steps):
         """Make the next `steps` steps, in the precision of the flags."""
-        set_precision(self.args.precision, self.device)
+        self.choose(self.args.precision, self.device)
         self.model.train()
         for _ in range(steps):
             self.step(next(self.endless))
@@ -95,7 +75,7 @@ def share_of_ceiling(training):
 
     Only the matrix products of the layers count: one forward, and two backward, but none to the images.
     """
-    args, device, samples = training.args, training.device, len(training.split)
+    args, device, samples = training.args, training.device, len(training.data.train)
     flops = 2 * samples * (2 * 3072 * args.width + 3 * (args.depth_relu * args.width**2 + 10 * args.width))
     size = args.width * (4 if device.type == "cuda" else 2)
     a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if args.precision == "bf16" else torch.float32)

@@ -1,1 +1,1 @@
-"""The machinery of one run: its folder, checkpoints, optimizer, device, measurement and figures."""
+"""One run: its training, measurement, files, device and processes."""

@@ -3,7 +3,7 @@
 import torch
 
 from datasets import epoch_batches, epoch_order, random_shifts
-from engine.distributed import send
+from engine.device import send
 
 
 class Batches:

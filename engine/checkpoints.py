@@ -81,7 +81,7 @@ class Checkpoints:
         """Save last.pt: everything an exact resume needs."""
         state = self.state
         check_finite(state.rows[: state.step].cpu(), state.model, state.epoch + 1)
-        self.run.flush_log()  # a resumed run does not repeat the epochs in it
+        self.run.train_log.flush()  # a resumed run does not repeat the epochs in it
         parts = {
             "epoch": state.epoch,
             "steps": state.step,
@@ -266,8 +266,6 @@ def load_optimizer(optimizer, state):
     """Load an optimizer's state dict, but keep the current hyperparameters, which the flags and the device set."""
     groups = [dict(group) for group in optimizer.param_groups]
     expected = OPTIMIZER_STATE[type(optimizer).__name__]
-    if optimizer.defaults.get("amsgrad"):
-        expected = expected | {"max_exp_avg_sq"}
     optimizer.load_state_dict(state)
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
         group.update(wanted)

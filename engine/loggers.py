@@ -22,18 +22,19 @@ def require_packages(flags):
 
 
 @contextlib.contextmanager
-def open_loggers(flags, folder, job, first_epoch=None):
+def open_loggers(flags, folder, job, draw_heatmaps, first_epoch=None):
     """Yield the list of loggers that the flags {name: value} select, and close them at the end.
 
-    job: "train" or "validate". first_epoch: TensorBoard hides what an earlier call has logged from this epoch on.
+    job: "train" or "validate". draw_heatmaps: a function of the geometry {name: array} and the epoch that returns a
+    Matplotlib figure. first_epoch: TensorBoard hides what an earlier call has logged from this epoch on.
     """
     with contextlib.ExitStack() as stack:
         loggers = []
         flags = flags if is_first_rank() else dict.fromkeys(flags, False)
         if flags["tensorboard"]:
-            loggers.append(TensorBoard(folder, job, first_epoch))
+            loggers.append(TensorBoard(folder, job, draw_heatmaps, first_epoch))
         if flags["wandb"]:
-            loggers.append(WeightsAndBiases(folder, job, flags))
+            loggers.append(WeightsAndBiases(folder, job, draw_heatmaps, flags))
         for logger in loggers:
             stack.callback(logger.close)
         yield loggers
@@ -42,10 +43,11 @@ def open_loggers(flags, folder, job, first_epoch=None):
 class TensorBoard:
     """Write TensorBoard event files into tensorboard/ in the run's folder."""
 
-    def __init__(self, folder, job, first_epoch):
+    def __init__(self, folder, job, draw_heatmaps, first_epoch):
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         self.writer = SummaryWriter(Path(folder) / "tensorboard" / job, purge_step=first_epoch)
+        self.draw_heatmaps = draw_heatmaps
 
     def scalars(self, group, row):
         """Log the values of a row (a dict with the key "epoch") under the names group/column."""
@@ -53,7 +55,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, row["epoch"])
 
     def heatmaps(self, geometry, epoch):
-        self.writer.add_figure("heatmaps", draw_heatmaps(geometry, epoch), epoch)
+        self.writer.add_figure("heatmaps", self.draw_heatmaps(geometry, epoch), epoch)
 
     def close(self):
         self.writer.close()
@@ -62,10 +64,10 @@ class TensorBoard:
 class WeightsAndBiases:
     """Log to the W&B project neural-collapse-imbalance, with a group per run folder; offline without an API key."""
 
-    def __init__(self, folder, job, config):
+    def __init__(self, folder, job, draw_heatmaps, config):
         import wandb
 
-        self.image = wandb.Image
+        self.image, self.draw_heatmaps = wandb.Image, draw_heatmaps
         begin = dict(
             project="neural-collapse-imbalance",
             name=f"{Path(folder).name} {job}",
@@ -88,16 +90,10 @@ class WeightsAndBiases:
         self.run.log({"epoch": row["epoch"], **numbers(group, row)})
 
     def heatmaps(self, geometry, epoch):
-        self.run.log({"epoch": epoch, "heatmaps": self.image(draw_heatmaps(geometry, epoch))})
+        self.run.log({"epoch": epoch, "heatmaps": self.image(self.draw_heatmaps(geometry, epoch))})
 
     def close(self):
         self.run.finish()
-
-
-def draw_heatmaps(geometry, epoch):
-    from engine.figures import heatmaps  # here, so that Matplotlib is imported only if a logger needs it
-
-    return heatmaps(geometry, epoch)
 
 
 def numbers(group, row):

@@ -4,29 +4,30 @@ import contextlib
 import math
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from datasets import load_data
 from engine.batch_norm import training_set_statistics
 from engine.checkpoints import load_weights
-from engine.distributed import OneProcess, autocast
+from engine.device import autocast
+from engine.ranks import OneProcess
 from engine.run import Run
-from models import build_model
+from engine.training import make_model, read_data
 from nc_layers import head_weight
 from nc_metrics import ClassStatistics, geometry, nc_metrics
 from nc_theory import GAP_COLUMNS, optimality_gap
 from nc_theory.losses import losses_and_gradients
-from utils import FAILED_WORK, UserError, from_flags, is_first_rank
+from utils import FAILED_WORK, UserError, is_first_rank
 
 BATCH = 512  # images per forward pass
 FEATURES_KEPT = 2**31  # bytes of features kept between the two passes; if they take more, they are computed twice
 
 
 class Measurement:
-    """Measure a model on the training and test images, and add the results to a run's rows.
+    """Measure a model on the training and test images, and add the results to the rows of a `MeasuredRun`.
 
     after_batch: called after every batch; it may raise to abandon a measurement. ranks: `Ranks` that share the images.
     """
@@ -66,7 +67,7 @@ class Measurement:
         )
 
     def _measure(self):
-        statistics, optimum = ClassStatistics(self.data.num_classes), self.run.optimum
+        statistics, optimum = ClassStatistics(self.data.num_classes), self.run.comparison.optimum
         weight, bias = head_weight(self.model.fc), self.model.fc[-1].bias
         loss = np.float64(0)
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
@@ -195,10 +196,15 @@ def load_run(folder, epoch=None, data_dir=None):
     epoch = max(checkpoints) if epoch is None else epoch
     if epoch not in checkpoints:
         raise UserError(f"{folder}: no checkpoint of epoch {epoch}, there are {', '.join(map(str, checkpoints))}")
-    flags = run.flags | ({"data_dir": data_dir} if data_dir else {})
-    data = from_flags(load_data, flags)
+    flags = SimpleNamespace(**run.flags | ({"data_dir": data_dir} if data_dir else {}))
+    try:
+        data = read_data(flags)
+        model = make_model(flags, data.num_classes)
+    except AttributeError as error:
+        if error.obj is not flags:
+            raise
+        raise UserError(f"{folder}/config.json: of another version of this code, without --{error.name}") from None
     run.check_class_counts(data.class_counts)
-    model = from_flags(build_model, flags, num_classes=data.num_classes)
     load_weights(model, checkpoints[epoch])
     return run.config, data, model.eval()
 

@@ -51,8 +51,8 @@ class Schedule:
         return scale * min(1.0, done / self.penalty_warmup_epochs) if self.penalty_warmup_epochs else scale
 
 
-def make_optimizer(parameters, *, optimizer, lr, weight_decay, adam_beta2, adam_eps, amsgrad, for_cuda_graph=False):
-    """Return a fused Adam, or SGD with momentum 0.9; the keyword arguments have the names of the flags.
+def make_optimizer(parameters, *, optimizer, lr, weight_decay, adam_beta2, for_cuda_graph=False):
+    """Return a fused Adam, or SGD with momentum 0.9.
 
     for_cuda_graph: keep the learning rate and the step counts on the device, where a captured step reads them.
     """
@@ -62,9 +62,7 @@ def make_optimizer(parameters, *, optimizer, lr, weight_decay, adam_beta2, adam_
     common = {"lr": lr, "weight_decay": weight_decay, "fused": True}
     if optimizer == "SGD":
         return torch.optim.SGD(parameters, momentum=0.9, **common)
-    return torch.optim.Adam(
-        parameters, betas=(0.9, adam_beta2), eps=adam_eps, amsgrad=amsgrad, capturable=for_cuda_graph, **common
-    )
+    return torch.optim.Adam(parameters, betas=(0.9, adam_beta2), capturable=for_cuda_graph, **common)
 
 
 def set_learning_rate(optimizer, lr):

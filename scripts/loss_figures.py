@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.figures import CLASS_VALUES, COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH
+from analysis.figures import CLASS_VALUES
+from analysis.style import COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH
 from nc_theory import UFM, LossVariant, solve, suggest_lambdas
 
 ROOT = Path(__file__).resolve().parent.parent

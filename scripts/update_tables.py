@@ -22,8 +22,10 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.figures import draw_runs
-from engine.run import Run
 from engine.summary import written
+
+from engine.run import Run
+from engine.tables import MeasuredRun
 from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,8 +227,8 @@ def take_over(folder, root):
     for name in table.drawn or table.rows:
         for path in measured:
             if run_name(path) == name:
-                runs.append(Run(path, bn_statistics=table.bn_statistics))
-                runs[-1].flags["run_name"] = table.rows[name].replace("`", "")  # legends as in the table
+                label = table.rows[name].replace("`", "")  # legends as in the table
+                runs.append(MeasuredRun(Run(path), bn_statistics=table.bn_statistics, run_name=label))
     with tempfile.TemporaryDirectory() as drawn:
         for name, figure in (table.figures or {}).items():
             draw_runs(runs, Path(drawn), x=table.x)

@@ -20,13 +20,13 @@ import time
 import zipfile
 from pathlib import Path
 
+import engine.report
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import engine.report
 import train_1st_order_unbalanced as training
 import utils
 import validate_NC_unbalanced as validation

@@ -8,10 +8,6 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from PIL import Image
-
 from engine.figures import (
     NC_PANELS,
     STYLE_FILE,
@@ -24,6 +20,10 @@ from engine.figures import (
     theorem,
     write_animation,
 )
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
 from engine.run import FIGURE_KINDS, FIGURES, THEORY_SUFFIXES, Run, read_rows, write_table
 from nc_theory import UFM, released_formula, solve, solve_numerically
 from utils import UserError

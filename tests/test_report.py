@@ -11,9 +11,9 @@ from html import unescape
 import numpy as np
 import pandas as pd
 import pytest
+from engine.report import POINTS, write_report
 from PIL import Image
 
-from engine.report import POINTS, write_report
 from engine.run import Run, write_table
 from tests.browser import CHROMIUM, chromium
 from tests.conftest import TINY

@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from engine.distributed import OneProcess
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_1st_order_unbalanced as training
 from datasets import Data, Split
-from engine.distributed import OneProcess
 from engine.optim import make_optimizer
 from engine.run import Run
 from models import MODELS, build_model

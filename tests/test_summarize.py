@@ -7,9 +7,9 @@ import statistics
 
 import pandas as pd
 import pytest
+from engine.summary import METRICS, markdown, shortfall, summarize, time_to_collapse
 
 from engine.run import by_setting, read_measured_run, write_table
-from engine.summary import METRICS, markdown, shortfall, summarize, time_to_collapse
 from tests.test_run import make_run
 
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 1 --batch_size 200 --no-bias --sep_decay".split()

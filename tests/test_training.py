@@ -11,12 +11,12 @@ from functools import partial
 
 import pytest
 import torch
+from engine.distributed import OneProcess, pick_device
 
 import engine.checkpoints as checkpoint_files
 from datasets import Data, Split
 from engine.checkpoints import Checkpoints, TrainingState, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
-from engine.distributed import OneProcess, pick_device
 from engine.measurement import ClassAccuracy
 from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
 from engine.run import Run

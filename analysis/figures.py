@@ -8,10 +8,8 @@ heatmaps            H^T H, W W^T and W H, measured and of the theorem, and their
 heatmaps_animation  heatmaps, one frame per checkpoint
 """
 
-import re
 import tempfile
 import textwrap
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -25,14 +23,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from engine.run import by_setting
+from analysis.settings import ABSCISSAE, geometry_epochs, listed, make_settings, thinned
+from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH, style_of
+from engine.run import note_drawn
 from nc_theory import class_curve, collapse_count
-from utils import UserError, atomic_write
+from utils import atomic_write
 
-STYLE_FILE = Path(__file__).with_suffix(".mplstyle")
-TEXT_WIDTH = 6.75  # inches: the width of a two-column page
-COLOURS = matplotlib.rc_params_from_file(STYLE_FILE, use_default_template=False)["axes.prop_cycle"].by_key()["color"]
-MARKERS = "os^Dv<>P"
 DISTANCE = "distance to the theorem"
 NC_PANELS = [  # title, y axis, scale, and the columns with their labels
     ("NC1", "variability within classes", "log", {"NC1": r"tr$(\Sigma_W\Sigma_B^\dagger)/K$"}),
@@ -50,7 +46,6 @@ TRAINING_PANELS = [
         {"gap_within": "within classes", "gap_head": "head", "gap_means": "class means"},
     ),
 ]
-ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
 CLASS_VALUES = {"margins": r"margin $M_k$", "mean_norms_sq": r"class-mean norm $\|\mu_k\|^2$"}
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
 WIDE = 20  # n_max / n_min above which an axis of n_k is logarithmic
@@ -83,8 +78,8 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     out.mkdir(parents=True, exist_ok=True)
     suffix, written = runs[0].suffix, []
     for name, figure in figures.items():
-        if runs[0].comparison and not name.startswith("heatmaps"):  # heatmaps have it in their titles
-            figure.suptitle(runs[0].comparison)
+        if runs[0].caption and not name.startswith("heatmaps"):  # heatmaps have it in their titles
+            figure.suptitle(runs[0].caption)
         for kind in ("pdf", "png"):
             written.append(out / f"{name}{suffix}.{kind}")
             with atomic_write(written[-1]) as file:
@@ -92,104 +87,8 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     for setting in measured if animate else []:
         written.append(out / f"heatmaps_animation{setting.name}{suffix}.gif")
         write_animation(written[-1], setting)
+    note_drawn(out, [path.name for path in written])
     return written
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Runs of one setting
-# ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Setting:
-    """Runs that differ only in their seed, and their geometry at the epoch that the figures show."""
-
-    label: str  # the flags in which the setting differs from the others; "" for a single setting
-    name: str  # the label as a part of a file name; "" for a single setting
-    style: dict  # colour and marker in a figure of several settings
-    runs: list
-    epoch: int | None  # None if there is no epoch with a geometry in all runs
-    geometries: list  # the geometry of each run at that epoch
-
-    @property
-    def seeds(self):
-        return f"{len(self.runs)} seeds" if len(self.runs) > 1 else ""
-
-    @property
-    def note(self):
-        """The caption of a figure that shows the first run alone."""
-        run = self.runs[0]
-        seed = f"seed {run.seed}, one of {len(self.runs)}" if self.seeds else ""
-        return listed(self.label, run.comparison, seed)
-
-    @property
-    def class_counts(self):
-        return self.geometries[0]["class_counts"]
-
-    @property
-    def least_loss(self):
-        """The least value of the training objective, or None if it is not known."""
-        run = self.runs[0]
-        if run.optimum is None or run.theory != "objective":
-            return None
-        return run.optimum.loss * run.config.get("data_factor", 1)
-
-    @property
-    def test_accuracy(self):
-        """Test accuracies (S, K) of S seeds and K classes at the epoch, in percent, or None if a run lacks them."""
-        values = [run.test_accuracy(self.epoch) for run in self.runs]
-        return np.array(values) if all(map(len, values)) else None
-
-    def series(self, column, x):
-        """Return x (E,) and values (E, S) of a column at the E epochs where all S runs have a value.
-
-        x is the mean over the runs. The column is read from the log if it is there, else from the rows.
-        """
-        tables = [run.log if column in run.log else run.rows for run in self.runs]
-        values = [table.reindex(columns=["epoch", column]).groupby("epoch")[column].last() for table in tables]
-        values = pd.concat(values, axis=1, join="inner").replace([np.inf, -np.inf], np.nan).dropna()
-        return np.mean([abscissa(run, values.index, x) for run in self.runs], axis=0), values.to_numpy()
-
-
-def make_settings(runs, epoch=None):
-    """Group runs by setting, and return a list of `Setting`; `epoch` is as in `choose_epoch`."""
-    if empty := [run for run in runs if run.rows.empty]:
-        raise UserError(f"{empty[0].folder}: no rows in {empty[0].csv.name}; run validate_NC_unbalanced.py first")
-    groups, settings = by_setting(runs), []
-    for index, (label, group) in enumerate(groups):
-        label = (label or group[0].folder.name) if len(groups) > 1 else ""
-        name = f"_{index + 1}_{re.sub(r'[^A-Za-z0-9.]+', '-', label)[:60].strip('-')}" if label else ""
-        chosen = choose_epoch(group, epoch)
-        geometries = [run.geometry(chosen) for run in group if chosen]
-        settings.append(Setting(label, name, style_of(index), group, chosen, geometries))
-    return settings
-
-
-def geometry_epochs(runs):
-    """Return the sorted epochs at which all runs have a row and a geometry."""
-    epochs = [{epoch for epoch in run.rows["epoch"].tolist() if run.geometry_file(epoch).exists()} for run in runs]
-    return sorted(set.intersection(*epochs))
-
-
-def choose_epoch(runs, epoch):
-    """Return `epoch`; if that is None, the last epoch with a geometry in all runs, or None if there is none."""
-    epochs = geometry_epochs(runs)
-    if epoch is None:
-        return epochs[-1] if epochs else None
-    if epoch not in epochs:
-        folders = ", ".join(str(run.folder) for run in runs)
-        raise UserError(f"{folders}: no geometry of epoch {epoch}, there are {', '.join(map(str, epochs)) or 'none'}")
-    return epoch
-
-
-def thinned(values, most):
-    """Return at most `most` values of a list, evenly spaced, including the first and the last."""
-    return [values[i] for i in np.unique(np.linspace(0, len(values) - 1, most).round().astype(int))]
-
-
-def style_of(index):
-    """Return the colour and marker of the index-th curve of a panel."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,11 +121,13 @@ def curves(panels, settings, x="epoch"):
         axis.xaxis.set_major_locator(MaxNLocator(4))  # step numbers are wide
         for position, (column, label) in enumerate(columns.items()):
             for setting in settings:
-                plot_series(axis, *setting.series(column, x), label, setting.style if several else style_of(position))
+                plot_series(
+                    axis, *setting.series(column, x), label, style_of(setting.index) if several else style_of(position)
+                )
         for setting in settings if "loss" in columns else []:
             if setting.least_loss is not None:
                 label = f"optimum, {setting.least_loss:.4g}"
-                axis.axhline(setting.least_loss, color=setting.style["color"], linestyle="--", label=label)
+                axis.axhline(setting.least_loss, color=style_of(setting.index)["color"], linestyle="--", label=label)
         if not axis.lines:
             axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
         elif not several:
@@ -240,19 +141,11 @@ def curves(panels, settings, x="epoch"):
         least = [setting.least_loss if with_loss else None for setting in settings]
         optima = [f"dashed: optimum {loss:.4g}" if loss is not None else "" for loss in least]
         shared, labels = in_common(settings, seeds, optima)
-        handles = [Line2D([], [], **setting.style) for setting in settings]
+        handles = [Line2D([], [], **style_of(setting.index)) for setting in settings]
         legend_below(figure, handles, labels, listed(spread if any(seeds) else "", shared))
     elif settings[0].seeds:
         figure.legend([Patch(color="grey", alpha=0.4)], [f"{settings[0].seeds}: {spread}"], loc="outside lower center")
     return figure
-
-
-def abscissa(run, epochs, x):
-    """Return the positions (E,) of the ends of epochs (E,) of a run on the axis `x`, a key of ABSCISSAE."""
-    ends = {"epoch": np.array, "step": run.steps_until, "minutes": lambda e: run.seconds_until(e) / 60}[x](epochs)
-    if np.isnan(ends).any():
-        raise UserError(f"{run.folder}: no {'config.json' if x == 'step' else 'train_log.jsonl'}: --x {x} is not known")
-    return ends
 
 
 def plot_series(axis, ends, values, label, style):
@@ -269,11 +162,6 @@ def mean_over_seeds(values, scale):
     """Return the mean (E,) of values (E, S), the geometric mean if the scale of the axis is "log"."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.exp(np.log(values).mean(1)) if scale == "log" else values.mean(1)
-
-
-def listed(*texts):
-    """Join the non-empty texts with commas."""
-    return ", ".join(filter(None, texts))
 
 
 def in_common(settings, *columns):
@@ -305,7 +193,7 @@ def theorem(settings):
         set_count_axis(axis, settings, label)
     drawn = []
     for setting in settings:  # hollow markers: points that coincide stay visible
-        style = setting.style | {"markerfacecolor": "none"} if several else setting.style
+        style = style_of(setting.index) | {"markerfacecolor": "none"} if several else style_of(setting.index)
         drawn.append(plot_theorem(axes, setting, style, style["color"] if several else COLOURS[1]))
     if several:
         shared, labels = in_common(settings, *measured_texts(settings))
@@ -327,7 +215,8 @@ def plot_theorem(axes, setting, style, colour):
     if "margins_theory" not in geometry:
         return drawn
 
-    threshold = collapse_count(run.problem) if run.problem and run.theory != "released" else None
+    problem = run.comparison.problem
+    threshold = collapse_count(problem) if problem and run.theory != "released" else None
     near = threshold is not None and min(counts) / 10 < threshold < 2 * max(counts)
     sizes, theory, line = theory_values(setting, [*counts, threshold] if near else counts)
     for axis, values in zip(axes, theory, strict=True):
@@ -349,8 +238,8 @@ def theory_values(setting, span):
     """
     geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
     sizes = np.geomspace(max(1, 0.9 * min(span)), min(1.05 * max(span), counts.sum()), 100)
-    formula = "released" if run.theory == "released" else "exact"
-    curve = class_curve(run.problem, sizes, formula) if run.problem else None
+    formula, problem = "released" if run.theory == "released" else "exact", run.comparison.problem
+    curve = class_curve(problem, sizes, formula) if problem else None
     if curve is not None:
         return sizes, curve, {}
     points = {"linestyle": "none", "marker": "_", "markersize": 10, "zorder": 1}
@@ -364,11 +253,11 @@ def class_accuracy(settings):
     set_count_axis(axis, settings, "test accuracy of the class (%)")
     for setting in settings:
         values = setting.test_accuracy
-        plot_classes(axis, setting.class_counts, values, setting.style)
+        plot_classes(axis, setting.class_counts, values, style_of(setting.index))
         means = pd.Series(values.mean(0)).groupby(setting.class_counts).mean()
-        axis.plot(means.index, means, color=setting.style["color"], alpha=0.5)
+        axis.plot(means.index, means, color=style_of(setting.index)["color"], alpha=0.5)
     shared, labels = in_common(settings, *measured_texts(settings))
-    handles, line = [Line2D([], [], **setting.style) for setting in settings], "line: mean at equal $n_k$"
+    handles, line = [Line2D([], [], **style_of(setting.index)) for setting in settings], "line: mean at equal $n_k$"
     legend_below(figure, handles, [label or line for label in labels], listed(shared, line if labels[0] else ""))
     return figure
 

@@ -1,7 +1,7 @@
 """Write the report of runs: one HTML file that contains its data and Plotly's script, so that it opens offline.
 
 It shows the flags of the runs, the final metrics over the seeds, the NC curves, margins, class-mean norms and test
-accuracies against n_k, the matrices at measured epochs, and the training curves. `engine/report.html` is the template.
+accuracies against n_k, the matrices at measured epochs, and the training curves. `report.html` is the template.
 
 The data and the script are compressed, since Plotly's script alone takes 4.8 MB; the browser decompresses them. To
 keep a report of ten runs below 8 MB, curves have at most POINTS points, and the matrices are shown at fewer epochs the
@@ -20,23 +20,19 @@ from string import Template
 import numpy as np
 import pandas as pd
 
-from engine.figures import (
-    COLOURS,
+from analysis.figures import (
     FRAMES,
     NC_PANELS,
     TRAINING_PANELS,
     count_scale,
-    geometry_epochs,
     heatmap_limits,
     heatmap_rows,
-    listed,
-    make_settings,
     mean_over_seeds,
     theory_values,
-    thinned,
 )
-from engine.run import require_columns
-from engine.summary import COLLAPSE_NOTE, METRICS, METRICS_NOTE, not_counted, summarize, text_tables
+from analysis.settings import flags_of_setting, geometry_epochs, listed, make_settings, require_columns, thinned
+from analysis.style import COLOURS
+from analysis.summary import COLLAPSE_NOTE, METRICS, METRICS_NOTE, not_counted, summarize, text_tables
 from utils import UserError, atomic_write
 
 COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  # required in the rows of every run
@@ -77,7 +73,7 @@ def write_report(runs, path):
     }
     content = {
         "title": escape(f"{len(runs)} runs" if len(runs) > 1 else runs[0].folder.name),
-        "comparison": escape(runs[0].comparison),
+        "comparison": escape(runs[0].caption),
         "runs": runs_table(settings),
         "metrics": table(metrics),
         "metrics_note": METRICS_NOTE.format("mean ± standard deviation").replace("`", ""),
@@ -121,9 +117,15 @@ def runs_table(settings):
     """Return as HTML a table of the flags and facts that differ between settings, those in common, and the folders."""
     facts = pd.DataFrame([facts_of(setting.runs[0]) for setting in settings]).fillna("-")
     differs = facts.nunique() > 1
-    differing = facts.loc[:, differs].assign(seed=[", ".join(str(run.seed) for run in s.runs) for s in settings])
+    differing = facts.loc[:, differs].assign(
+        seed=[", ".join(str(run.flags.get("seed")) for run in s.runs) for s in settings]
+    )
     differing.insert(0, "setting", range(1, len(settings) + 1))
-    folders = [(listed(setting.label, f"seed {run.seed}"), run.folder) for setting in settings for run in setting.runs]
+    folders = [
+        (listed(setting.label, f"seed {run.flags.get('seed')}"), run.folder)
+        for setting in settings
+        for run in setting.runs
+    ]
     shared = folded("flags and facts in common", facts.loc[0, ~differs].items())
     return table(differing) + shared + folded("folders", folders)
 
@@ -136,8 +138,8 @@ def folded(what, items):
 
 def facts_of(run):
     """Return {name: text} of a run's flags, the FACTS and versions in its config, and a summary of the optimum."""
-    facts = run.setting | {name: run.config[name] for name in FACTS if name in run.config}
-    facts |= {"optimum": run.theory_summary()} | run.config.get("versions", {})
+    facts = flags_of_setting(run) | {name: run.config[name] for name in FACTS if name in run.config}
+    facts |= {"optimum": run.comparison.summary()} | run.config.get("versions", {})
     texts = {list: lambda values: ", ".join(map(str, values)), float: "{:g}".format}
     return {name: texts.get(type(value), str)(value) for name, value in facts.items()}
 
