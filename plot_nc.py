@@ -29,7 +29,7 @@ def main():
     args = parser.parse_args()
     folders = {folder.resolve(): folder for folder in args.runs}.values()
     columns = [column for *_, panel in NC_PANELS for column in panel]
-    runs = [read_measured_run(folder, columns, args.theory, args.bn_statistics) for folder in folders]
+    runs = [read_measured_run(folder, args.theory, args.bn_statistics, columns) for folder in folders]
     out = args.out or (runs[0].folder if len(runs) == 1 else Path()) / "figures"
     for path in draw_runs(runs, out, args.epoch, args.x, args.animate):
         print(path)

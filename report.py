@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--out", type=Path, default="report.html", metavar="FILE", help="the file to write")
     args = parser.parse_args()
     folders = {folder.resolve(): folder for folder in args.runs}.values()
-    runs = [read_measured_run(folder, [], args.theory, args.bn_statistics) for folder in folders]
+    runs = [read_measured_run(folder, args.theory, args.bn_statistics) for folder in folders]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     print(write_report(runs, args.out))
 

@@ -38,7 +38,7 @@ def main():
     if not args.runs:
         print(overview("model_weights", args.theory, args.bn_statistics))
         return
-    runs = [read_measured_run(folder, METRICS, args.theory, args.bn_statistics) for folder in dict.fromkeys(args.runs)]
+    runs = [read_measured_run(folder, args.theory, args.bn_statistics, METRICS) for folder in dict.fromkeys(args.runs)]
     table = summarize(by_setting(runs))
     text = markdown(table, runs, args.worst)
     args.out.mkdir(parents=True, exist_ok=True)

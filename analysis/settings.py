@@ -19,7 +19,7 @@ def add_comparison_flags(add):
     add("--bn_statistics", choices=BN_SUFFIXES, default="running", help="as in the validation script")
 
 
-def read_measured_run(folder, columns, theory="objective", bn_statistics="running"):
+def read_measured_run(folder, theory="objective", bn_statistics="running", columns=()):
     """Return the `MeasuredRun` of a folder; raise UserError if there is no such folder or its rows lack a column."""
     run = MeasuredRun(Run(folder), theory, bn_statistics)
     if not run.folder.is_dir():

@@ -21,9 +21,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.figures import draw_runs
-from engine.summary import written
-
+from analysis.figures import draw_runs
+from analysis.summary import written
 from engine.run import Run
 from engine.tables import MeasuredRun
 from utils import UserError, atomic_write, run_script

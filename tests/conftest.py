@@ -5,17 +5,26 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from args import parse_args, training_flags  # noqa: E402
+from engine.run import Run  # noqa: E402
+from engine.tables import MeasuredRun  # noqa: E402
+from engine.training import make_objective  # noqa: E402
+
 UNPACK = ROOT.parent / "shared" / "tools" / "unpack-cifar10"  # beside a development checkout only
 
 torch.set_num_threads(1)
@@ -28,6 +37,12 @@ SERVER.set_forkserver_preload(
 )
 
 TRAIN, VALIDATE = "train_1st_order_unbalanced.py", "validate_NC_unbalanced.py"
+PAPER = (
+    "--model MLP --no-bias --dataset cifar10 --depth_relu 6 --depth_linear 1 --width 1024 --seed 1 --sep_decay "
+    "--batch_size 256 --feature_decay_rate 0.00001 --loss CrossEntropy --lr 0.0001 --weight_decay 0.0001 "
+    "--optimizer Adam --epochs 4000 --patience 2000"
+)
+FORKED = ["--run-path", "--start-method=fork"]  # options of torchrun
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 2 --lr 0.001 --batch_size 50 --no-bias --sep_decay".split()
 
 
@@ -47,11 +62,11 @@ def nothing():
 
 def without_figures():
     """Have validation draw no figures and no report, which take longer than the rest of a small run."""
-    import engine.figures
-    import engine.report
+    import analysis.figures
+    import analysis.report
 
-    engine.figures.draw_runs = lambda runs, folder, *options: [folder / "none.pdf"]
-    engine.report.write_report = lambda runs, path: path
+    analysis.figures.draw_runs = lambda runs, folder, *options: [folder / "none.pdf"]
+    analysis.report.write_report = lambda runs, path: path
 
 
 class Script:
@@ -74,7 +89,7 @@ class Script:
 
     def wait_for(self, condition):
         """Return once condition() holds, while the script runs or of what it left."""
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 1000
         while True:
             alive = self.process.is_alive()  # asked first: what the script wrote just before its end counts
             if condition():
@@ -85,7 +100,7 @@ class Script:
 
     def wait(self, status=0):
         """Return its (stdout, stderr) once it has ended with that exit status; a negative one is a signal's."""
-        self.process.join(timeout=300)
+        self.process.join(timeout=1000)
         if self.process.is_alive():
             self.process.kill()
             pytest.fail(f"{self.command} hangs")
@@ -164,3 +179,44 @@ def weights(path):
 def same_weights(a, b):
     a, b = weights(a), weights(b)
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What tests start from, and waiting
+# ---------------------------------------------------------------------------------------------------------
+
+
+def write_folder(root, train=4, test=2, classes=("ant", "bee", "cow"), size=(32, 32), suffix="png"):
+    """Pictures of known pixels; returns {(split, class, index): array}."""
+    random, written = np.random.default_rng(3), {}
+    for split, count in (("train", train), ("test", test)):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index:04d}.{suffix}")
+                written[split, name, index] = pixels
+    return written
+
+
+def make_run(folder, *flags, drop=()):
+    """Return a run with the config.json that training writes for these flags, without those in `drop`."""
+    folder.mkdir()
+    args = parse_args(argv=[*flags])
+    parts = {"flags": vars(args), "training_flags": training_flags(args)}
+    config = {name: {k: v for k, v in part.items() if k not in drop} for name, part in parts.items()}
+    objective = make_objective(args, [3, 4], args.width)
+    config |= {"class_counts": [3, 4], "problems": objective.problems(), "data_factor": objective.data_factor}
+    (folder / "config.json").write_text(json.dumps(config))
+    return MeasuredRun(Run(folder))
+
+
+def python_examples(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+
+
+def wait_for(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)

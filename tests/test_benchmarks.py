@@ -18,9 +18,7 @@ from datasets import Data, Split
 from engine.measurement import Measurement
 from engine.run import Run
 from models import build_model
-from tests.conftest import ROOT, SERVER, as_main, nothing, rows_of
-from tests.test_ranks import FORKED
-from tests.test_sweep import wait_for
+from tests.conftest import FORKED, ROOT, SERVER, as_main, nothing, rows_of, wait_for
 
 
 @pytest.fixture
@@ -140,7 +138,7 @@ def test_a_check_that_is_stopped_keeps_its_rows_and_leaves_no_process(tmp_path):
         wait_for(lambda: len(descendants(process.pid)) >= 5, 120)
         found = descendants(process.pid)
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGINT and error.count("\n") == 1 and "stopped by SIGINT" in error
     assert [row["part"] for row in rows_of(table)] == ["images", "machine"]
     wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in found), 20)

@@ -17,6 +17,7 @@ from PIL import Image
 
 import datasets
 from datasets import Split, crop_and_flip, epoch_batches, epoch_order, load_data, profile_counts, random_shifts
+from tests.conftest import write_folder
 from utils import UserError
 
 COUNTS = [3, 2, 3, 2, 3, 2, 3, 2, 3, 2]
@@ -222,19 +223,6 @@ def test_damaged_idx_files_are_named(tmp_path, content):
 # ---------------------------------------------------------------------------------------------------------
 # Image folders and digits
 # ---------------------------------------------------------------------------------------------------------
-
-
-def write_folder(root, train=4, test=2, classes=("ant", "bee", "cow"), size=(32, 32), suffix="png"):
-    """Pictures of known pixels; returns {(split, class, index): array}."""
-    random, written = np.random.default_rng(3), {}
-    for split, count in (("train", train), ("test", test)):
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{index:04d}.{suffix}")
-                written[split, name, index] = pixels
-    return written
 
 
 def test_imagefolder(tmp_path):

@@ -20,13 +20,13 @@ import time
 import zipfile
 from pathlib import Path
 
-import engine.report
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import analysis.report
 import train_1st_order_unbalanced as training
 import utils
 import validate_NC_unbalanced as validation
@@ -653,7 +653,7 @@ def test_damaged_files_of_a_run_are_clean_errors(monkeypatch, tmp_path):
     """500 cases: a script succeeds or prints one line, and files that it does not write stay unchanged."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validation, "draw_runs", lambda runs, out: [out / "x"])  # seconds each time
-    monkeypatch.setattr(engine.report, "packed", functools.cache(engine.report.packed))  # Plotly, each time
+    monkeypatch.setattr(analysis.report, "packed", functools.cache(analysis.report.packed))  # Plotly, each time
     known, real = {}, validation.load_data
 
     @functools.wraps(real)

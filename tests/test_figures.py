@@ -1,38 +1,46 @@
 """Figures, drawn from the CSV, npz, log and config of a recorded run: an MLP on digits, 80 epochs, seed 1."""
 
-import json
 import shutil
-from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-import pandas as pd
 import pytest
-from engine.figures import (
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from analysis.figures import (
     NC_PANELS,
-    STYLE_FILE,
     TRAINING_PANELS,
     class_accuracy,
     curves,
     draw_runs,
     heatmaps,
-    make_settings,
     theorem,
     write_animation,
 )
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from PIL import Image
-
-from engine.run import FIGURE_KINDS, FIGURES, THEORY_SUFFIXES, Run, read_rows, write_table
+from analysis.settings import make_settings, read_measured_run
+from analysis.style import STYLE_FILE
+from engine.run import drawn
+from engine.tables import THEORY_SUFFIXES, read_rows, write_table
 from nc_theory import UFM, released_formula, solve, solve_numerically
+from tests.recorded import (
+    COUNTS,
+    EPOCHS,
+    LOG,
+    RECORDED,
+    ROWS,
+    change_geometry,
+    change_rows,
+    geometry,
+    recorded,
+    save_nothing,
+    set_config,
+    three_seeds,
+    without_saving,
+    write_accuracies,
+)
 from utils import UserError
-
-RECORDED = Path(__file__).parent / "recorded_run"
-COUNTS = [34, 34, 68, 68, 102, 102, 136, 136, 170, 170]
-EPOCHS = [1, 21, 41, 61, 80]
-ROWS = np.genfromtxt(RECORDED / "nc_metrics.csv", delimiter=",", names=True)
-LOG = [json.loads(line) for line in (RECORDED / "train_log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
@@ -42,40 +50,8 @@ def style():
         yield
 
 
-def recorded(folder, factor=1.0, **flags):
-    """Copy the recorded run, with other flags and all measurements times a factor; return its folder."""
-    shutil.copytree(RECORDED, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["flags"] |= flags
-    (folder / "config.json").write_text(json.dumps(config))
-    change_rows(folder, lambda column: column if column.name == "epoch" else factor * column)
-    lines = [{name: value if name == "epoch" else factor * value for name, value in line.items()} for line in LOG]
-    (folder / "train_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for path in (folder / "geometry").iterdir():
-        change_geometry(path, lambda name, array: array if name.endswith(("theory", "counts")) else factor * array)
-    return folder
-
-
-def set_config(folder, **entries):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
-def change_rows(folder, change):
-    write_table(folder / "nc_metrics.csv", read_rows(folder / "nc_metrics.csv").apply(change))
-
-
-def change_geometry(path, change):
-    arrays = {name: change(name, array) for name, array in np.load(path).items()}
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-
-
 def settings_of(*folders, theory="objective", epoch=None):
-    return make_settings([Run(folder, theory) for folder in folders], epoch)
-
-
-def three_seeds(tmp_path, **flags):
-    return [recorded(tmp_path / f"seed{n}", factor, seed=n, **flags) for n, factor in ((1, 1), (2, 2), (3, 4))]
+    return make_settings([read_measured_run(folder, theory) for folder in folders], epoch)
 
 
 def texts(figure):
@@ -87,10 +63,6 @@ def legend_of(part):
     return [text.get_text() for text in legend.get_texts()]
 
 
-def geometry(epoch):
-    return np.load(RECORDED / "geometry" / f"epoch_{epoch:03d}.npz")
-
-
 # ---------------------------------------------------------------------------------------------------------
 # The script
 # ---------------------------------------------------------------------------------------------------------
@@ -100,11 +72,11 @@ def test_figures_of_a_run(run_script, tmp_path):
     """In the run's folder: PDFs with text in embedded TrueType fonts, PNGs of the same size, a GIF."""
     recorded(tmp_path / "run")
     out, _ = run_script("plot_nc.py", "run", "--animate")
-    figures = {path.name: path for path in (tmp_path / "run" / "figures").iterdir()}
+    figures = {path.name: path for path in (tmp_path / "run" / "figures").glob("[!.]*")}
     assert {f"run/figures/{name}" for name in figures} == set(out.split())
     stills = ["nc_curves", "theorem", "heatmaps", "training"]
     assert set(figures) == {f"{n}.{kind}" for n in stills for kind in ("pdf", "png")} | {"heatmaps_animation.gif"}
-    assert set(figures) <= {f"{name}.{kind}" for name in FIGURES for kind in FIGURE_KINDS}  # what --force deletes
+    assert set(drawn(tmp_path / "run" / "figures")) == set(figures)  # what --force deletes
     for name in stills:
         pdf = figures[f"{name}.pdf"].read_bytes()
         assert b"/FontFile2" in pdf and b"/Type3" not in pdf
@@ -113,21 +85,13 @@ def test_figures_of_a_run(run_script, tmp_path):
     assert Image.open(figures["heatmaps_animation.gif"]).n_frames == len(EPOCHS)
 
 
-def save_nothing(*arguments, **options):
-    """Stand in for Figure.savefig, which takes seconds, where only the names of the files matter."""
-
-
-def without_saving():
-    Figure.savefig = save_nothing
-
-
 def test_figures_of_several_runs(run_script, tmp_path):
     """In a folder of their own, with heatmaps per setting; the runs' folders are unchanged."""
     three_seeds(tmp_path)
     recorded(tmp_path / "other", lr=0.01)
     flags = ["seed1", "seed2", "seed3", "other", "other", "--out", "all", "--epoch", 41]
     run_script("plot_nc.py", *flags, before=without_saving)
-    assert {path.stem for path in (tmp_path / "all").iterdir()} == {
+    assert {path.stem for path in (tmp_path / "all").glob("[!.]*")} == {
         "nc_curves", "theorem", "training", "heatmaps_1_lr-0.001", "heatmaps_2_lr-0.01"
     }  # fmt: skip
     assert not (tmp_path / "seed1" / "figures").exists()
@@ -167,7 +131,11 @@ def test_what_a_folder_lacks_is_left_out(monkeypatch, tmp_path):
     bare = recorded(tmp_path / "bare")
     for name in ("config.json", "train_log.jsonl"):
         (bare / name).unlink()
-    assert {path.stem for path in draw_runs([Run(bare)], bare / "figures")} == {"nc_curves", "theorem", "heatmaps"}
+    assert {path.stem for path in draw_runs([read_measured_run(bare)], bare / "figures")} == {
+        "nc_curves",
+        "theorem",
+        "heatmaps",
+    }
     figure = theorem(settings_of(bare))
     assert legend_of(figure) == ["measured at epoch 80", "theory"]  # no penalties known, so no threshold
     assert list(figure.axes[0].lines[1].get_xdata()) == list(geometry(80)["class_counts"])
@@ -183,7 +151,7 @@ def test_what_a_folder_lacks_is_left_out(monkeypatch, tmp_path):
     assert [text.get_text() for text in nc3.texts] == ["no optimum known"] and not nc3.lines
 
     shutil.rmtree(plain / "geometry")
-    assert {path.stem for path in draw_runs([Run(plain)], plain / "new")} == {"nc_curves", "training"}
+    assert {path.stem for path in draw_runs([read_measured_run(plain)], plain / "new")} == {"nc_curves", "training"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -347,8 +315,7 @@ def test_a_threshold_far_from_the_classes_is_in_the_legend_alone(tmp_path):
 )
 def test_the_curve_meets_the_theory_of_the_classes(tmp_path, theory, loss, bias, form, counts):
     """For every theory, the curve at the run's n_k has the values that validation stored."""
-    run = recorded(tmp_path / "run", loss=loss, bias=bias)
-    set_config(run, class_counts=counts)
+    run = recorded(tmp_path / "run", counts=counts, loss=loss, bias=bias)
     suffix = THEORY_SUFFIXES[theory]
     optimum = form(UFM(counts, 0.01, 0.0005, loss, bias=bias and theory == "objective"))
     names = ("HTH", "WWT", "WH", "margins", "mean_norms_sq")
@@ -396,22 +363,14 @@ def test_settings_in_the_theorem_have_a_row_each(tmp_path):
     assert figure.legends[0].get_title().get_text() == "measured at epoch 80; theory; collapse threshold"
 
 
-def write_accuracies(folder, values, epoch=80):
-    """Write a class_accuracy.csv with unordered classes, and with other epochs and splits to be ignored."""
-    rows = [
-        {"epoch": e, "split": split, "class": label, "n_k": COUNTS[label], "accuracy": value + shift}
-        for e, split, shift in ((epoch, "test", 0), (epoch, "train", 50), (41, "test", 30))
-        for label, value in reversed(list(enumerate(values)))
-    ]
-    write_table(folder / "class_accuracy.csv", pd.DataFrame(rows))
-
-
 def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
     """Points are the mean over the seeds, bars their range, and the line is the mean of the classes with equal n_k."""
     monkeypatch.setattr(Figure, "savefig", save_nothing)
     folders = three_seeds(tmp_path)
     values = np.arange(10.0)
-    assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}
+    assert "class_accuracy" not in {
+        path.stem for path in draw_runs([read_measured_run(folders[0])], tmp_path / "figures")
+    }
     for folder, factor in zip(folders, (1, 2, 6), strict=True):
         write_accuracies(folder, factor * values)
     figure = class_accuracy(settings_of(*folders))
@@ -423,8 +382,10 @@ def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
     ends = np.array([segment[:, 1] for segment in axis.collections[0].get_segments()])
     np.testing.assert_allclose(ends, np.stack([values, 6 * values], axis=1))
     assert figure.legends[0].get_title().get_text() == "measured at epoch 80, mean and range over 3 seeds"
-    assert "class_accuracy" in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "figures")}
-    assert "class_accuracy" not in {path.stem for path in draw_runs([Run(folders[0])], tmp_path / "61", epoch=61)}
+    assert "class_accuracy" in {path.stem for path in draw_runs([read_measured_run(folders[0])], tmp_path / "figures")}
+    assert "class_accuracy" not in {
+        path.stem for path in draw_runs([read_measured_run(folders[0])], tmp_path / "61", epoch=61)
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -525,6 +486,6 @@ def test_figures_name_their_theory_and_statistics(tmp_path, monkeypatch):
     (run / "nc_metrics.csv").rename(run / "nc_metrics_bn_nominal.csv")
     (run / "geometry").rename(run / "geometry_bn_nominal")
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: titles.append(figure.get_suptitle()))
-    paths = draw_runs([Run(run, "nominal", "training_set")], tmp_path / "figures")
+    paths = draw_runs([read_measured_run(run, "nominal", "training_set")], tmp_path / "figures")
     assert len(paths) == len(titles) == 8 and all(path.stem.endswith("_bn_nominal") for path in paths)
     assert all("theory nominal, training-set BatchNorm statistics" in title for title in titles)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.run import Run
+from analysis.settings import read_measured_run
 from tests.conftest import ROOT
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -32,18 +32,20 @@ def test_tensorboard_has_the_log_the_metrics_and_the_heatmaps(train, measure, tm
     run = tmp_path / "run"
     train(*TINY, "--epochs", 1, "--nc_every", 1, "--tensorboard")
     scalars, heatmaps = events(run / "tensorboard" / "train")
-    assert same(scalars["train/loss"], Run(run).log, "loss") and same(scalars["train/lr"], Run(run).log, "lr")
-    assert same(scalars["nc/NC2_H"], Run(run).rows, "NC2_H") and heatmaps == [1]
+    assert same(scalars["train/loss"], read_measured_run(run).log, "loss") and same(
+        scalars["train/lr"], read_measured_run(run).log, "lr"
+    )
+    assert same(scalars["nc/NC2_H"], read_measured_run(run).rows, "NC2_H") and heatmaps == [1]
     assert not {tag for tag in scalars if "epoch" in tag}
 
     train(*TINY, "--epochs", 3, "--nc_every", 0, "--resume", "--tensorboard")  # goes on in the same curves
     scalars, _ = events(run / "tensorboard" / "train")
-    assert same(scalars["train/loss"], Run(run).log, "loss") and len(Run(run).log) == 3
+    assert same(scalars["train/loss"], read_measured_run(run).log, "loss") and len(read_measured_run(run).log) == 3
 
     for flags, epochs in (([], [3]), (["--recompute"], [1, 3])):  # the second call hides what the first one wrote
         measure("--load_path", "run", "--tensorboard", *flags)
         scalars, heatmaps = events(run / "tensorboard" / "validate")
-        rows = Run(run).rows
+        rows = read_measured_run(run).rows
         assert same(scalars["nc/NC1"], rows[rows["epoch"].isin(epochs)], "NC1") and heatmaps == epochs
 
     (run / "tensorboard" / "notes.txt").write_text("mine")

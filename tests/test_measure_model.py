@@ -8,9 +8,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from tests.conftest import TINY, rows_of
+from tests.conftest import TINY, python_examples, rows_of
 from tests.test_nc_metrics import full_nc1
-from tests.test_readme import python_examples
 
 SCRIPT = "measure_model.py"
 OWN = """

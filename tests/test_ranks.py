@@ -13,6 +13,7 @@ import torch.distributed.run
 from PIL import Image
 
 from tests.conftest import (
+    FORKED,
     ROOT,
     SERVER,
     TRAIN,
@@ -26,7 +27,6 @@ from tests.conftest import (
     weights,
 )
 
-FORKED = ["--run-path", "--start-method=fork"]  # options of torchrun
 FLAGS = "--dataset digits --no-bias --sep_decay --lr 0.001 --width 24 --depth_relu 2".split()
 
 
@@ -45,13 +45,13 @@ class Torchrun:
 
     def wait(self, status=0):
         """Return (standard output, lines of ours on standard error) once it has ended; torchrun's status is 0 or 1."""
-        self.process.join(timeout=120)
+        self.process.join(timeout=600)
         out, error = self.out.read_text(), self.error.read_text()
         assert self.process.exitcode == status, out + error
         return out, [line for line in error.splitlines() if re.match(r"\w+\.py: ", line)]
 
     def wait_for(self, text, count=1):
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 1000
         while not self.out.exists() or self.out.read_text().count(text) < count:
             assert self.process.is_alive() and time.monotonic() < deadline, self.error.read_text()
             time.sleep(0.02)

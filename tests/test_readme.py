@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from args import make_parser, parse_args, run_folder
-from tests.conftest import ROOT, TINY, rows_of
+from tests.conftest import ROOT, TINY, python_examples, rows_of
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,10 +19,6 @@ OTHERS = set(  # of pip, sbatch and torchrun
     "--nproc_per_node --max-restarts --rdzv_backend --rdzv_id --rdzv_endpoint".split()
 )
 FOLDERS = "scripts|docs|results|benchmarks|engine|nc_theory|tests|models"
-
-
-def python_examples(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
 def run_example(code, run_script, folder):

@@ -11,13 +11,15 @@ from html import unescape
 import numpy as np
 import pandas as pd
 import pytest
-from engine.report import POINTS, write_report
 from PIL import Image
 
-from engine.run import Run, write_table
+from analysis.report import POINTS, write_report
+from analysis.settings import read_measured_run
+from engine.run import Run
+from engine.tables import write_table
 from tests.browser import CHROMIUM, chromium
 from tests.conftest import TINY
-from tests.test_figures import (
+from tests.recorded import (
     EPOCHS,
     LOG,
     ROWS,
@@ -45,7 +47,7 @@ def page_of(runs, folder):
 
 
 def report_of(*folders):
-    return page_of([Run(folder) for folder in folders], folders[0].parent)
+    return page_of([read_measured_run(folder) for folder in folders], folders[0].parent)
 
 
 def traces_of(data, title):
@@ -76,9 +78,9 @@ def without_plotly():
 
 def without_figures():
     """Have validate draw no figures but the report."""
-    import engine.figures
+    import analysis.figures
 
-    engine.figures.draw_runs = lambda runs, folder, *options: [folder / "none.pdf"]
+    analysis.figures.draw_runs = lambda runs, folder, *options: [folder / "none.pdf"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def test_settings_are_numbered_and_a_table_says_how_they_differ(tmp_path):
     page, data = report_of(*folders)
     runs, metrics, _ = tables(page)
     assert runs["setting"] == ["1", "2"] and runs["lr"] == ["0.001", "0.01"]
-    assert set(runs) == {"setting", "lr", "run_name", "seed"} and "<li><b>width</b> 256</li>" in page
+    assert set(runs) == {"setting", "lr", "seed"} and "<li><b>width</b> 256</li>" in page
     assert metrics["setting"][1] == "2: <b>mine</b>" and "2: &lt;b&gt;mine&lt;/b&gt;</button>" in page
     for panels in data["panels"].values():
         for panel in panels:
@@ -212,9 +214,9 @@ def test_ten_runs_of_a_hundred_classes_take_less_than_8_mb(tmp_path):
         arrays = {name: generator.normal(size=(100, 100)) for name in MATRICES}
         arrays |= {name: generator.random(100) for name in ("margins", "mean_norms_sq")}
         np.savez(path, class_counts=[9] * 100, **arrays, **{f"{name}_theory": a[::-1] for name, a in arrays.items()})
-    runs = [Run(folder) for _ in range(10)]
+    runs = [read_measured_run(folder) for _ in range(10)]
     for number, run in enumerate(runs):
-        run.flags["width"] = number + 1
+        run.config["training_flags"]["width"] = number + 1
     page, data = page_of(runs, tmp_path)
     assert len(page) < 8e6
     assert len(traces_of(data, "NC1")[9]["x"]) == POINTS
@@ -281,7 +283,7 @@ def report(tmp_path_factory):
     folders = [*three_seeds(folder), recorded(folder / "other", 0.5, lr=0.01)]
     for run in folders:
         write_accuracies(run, range(60, 70))
-    return write_report([Run(run) for run in folders], folder / "report.html")
+    return write_report([read_measured_run(run) for run in folders], folder / "report.html")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from scripts import update_tables
 from tests.conftest import ROOT
-from tests.test_figures import recorded, save_nothing
+from tests.recorded import recorded, save_nothing
 from utils import UserError
 
 PAGES = update_tables.documents(ROOT)

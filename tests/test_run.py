@@ -1,6 +1,5 @@
 """engine/run.py: a run's folder, read back; rows and log; runs grouped by setting."""
 
-import json
 import math
 import resource
 
@@ -8,19 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from args import parse_args, training_flags
-from engine.run import Run, append_rows, by_setting, last_epoch, read_measured_run, read_rows, write_table
+from analysis.settings import by_setting, read_measured_run
+from engine.run import Run
+from engine.tables import MeasuredRun, append_rows, last_epoch, read_rows, write_table
+from tests.conftest import make_run
 from utils import UserError
-
-
-def make_run(folder, *flags, drop=()):
-    """A folder with the config.json that training writes for these flags, without those in `drop`."""
-    folder.mkdir()
-    args = parse_args(argv=[*flags])
-    parts = {"flags": vars(args), "training_flags": training_flags(args)}
-    config = {name: {k: v for k, v in part.items() if k not in drop} for name, part in parts.items()}
-    (folder / "config.json").write_text(json.dumps(config | {"class_counts": [3, 4]}))
-    return Run(folder)
 
 
 def test_runs_that_differ_by_seed_only_are_one_setting(tmp_path):
@@ -34,7 +25,7 @@ def test_runs_that_differ_by_seed_only_are_one_setting(tmp_path):
         ("lr 0.001", ["a", "c"]),
         ("lr 0.01", ["b"]),
     ]
-    assert [run.seed for run in groups[0][1]] == [1, 2]
+    assert [run.flags["seed"] for run in groups[0][1]] == [1, 2]
     assert by_setting(runs[:1])[0][0] == ""
 
 
@@ -43,17 +34,9 @@ def test_a_flag_younger_than_the_run_counts_as_off(tmp_path):
     assert len(by_setting(runs)) == 1
 
 
-def test_runs_of_earlier_versions_are_one_setting_over_their_seeds(tmp_path):
-    """Their config.json has flags only."""
-    runs = [make_run(tmp_path / f"{seed}", "--seed", f"{seed}", "--save_path", f"x{seed}") for seed in (1, 2)]
-    for run in runs:
-        del run.config["training_flags"]
-    assert [len(group) for _, group in by_setting(runs)] == [2]
-
-
 def test_a_folder_without_config_stands_for_itself(tmp_path):
     (tmp_path / "released").mkdir()
-    groups = by_setting([Run(tmp_path / "released"), make_run(tmp_path / "ours")])
+    groups = by_setting([MeasuredRun(Run(tmp_path / "released")), make_run(tmp_path / "ours")])
     assert [label for label, _ in groups] == ["released", ""]
 
 
@@ -71,13 +54,13 @@ def test_rows_come_by_epoch_theory_and_statistics(tmp_path):
     run = make_run(tmp_path / "run")
     (run.folder / "nc_metrics_bn_nominal.csv").write_text("epoch,NC1\n11,2\n1,3\n")
     assert run.rows.empty
-    other = Run(run.folder, "nominal", "training_set")
+    other = MeasuredRun(run.run, "nominal", "training_set")
     assert other.rows["epoch"].tolist() == [1, 11] and other.geometry_file(11).parent.name == "geometry_bn_nominal"
-    assert other.comparison == "theory nominal, training-set BatchNorm statistics" and run.comparison == ""
+    assert other.caption == "theory nominal, training-set BatchNorm statistics" and run.caption == ""
     with pytest.raises(UserError, match="no such folder"):
-        read_measured_run(tmp_path / "nothing", [])
+        read_measured_run(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"nc_metrics_bn_nominal.csv: no column NC2_H"):
-        read_measured_run(run.folder, ["NC2_H"], "nominal", "training_set")
+        read_measured_run(run.folder, "nominal", "training_set", ["NC2_H"])
 
 
 def test_rows_that_were_added_are_those_of_the_file(tmp_path):
@@ -117,7 +100,7 @@ def test_damaged_tables_are_named(tmp_path, text):
 
 def test_a_damaged_log_keeps_its_good_lines(tmp_path):
     run = make_run(tmp_path / "run")
-    run.log_file.write_text(
+    run.run.train_log.path.write_text(
         '{"epoch": 2, "loss": 0.5, "seconds": 1}\nhalf\n{"epoch": 1, "loss": "x"}\n{"epoch": 2, "loss": 3}'
     )
     assert run.log["epoch"].tolist() == [1, 2] and run.log["loss"].tolist()[1] == 3 and np.isnan(run.log["loss"][0])
@@ -133,15 +116,14 @@ def test_a_damaged_log_keeps_its_good_lines(tmp_path):
         ([], None, 1),
     ],
 )
-def test_an_older_config_stands_for_the_problem_of_its_flags(tmp_path, flags, problem, factor):
+def test_a_config_stands_for_the_problem_of_its_flags(tmp_path, flags, problem, factor):
     """3 and 4 images, batches of 4; lambdas 0.1 and 0.2. The nominal problem has no bias."""
     lambdas = ["--weight_decay", "0.1", "--feature_decay_rate", "0.2", "--batch_size", "4"]
     run = make_run(tmp_path / "run", *flags, *lambdas)
-    assert "problems" not in json.loads((run.folder / "config.json").read_text())
-    found = run.problem
+    found = run.comparison.problem
     assert (found and (found.lambda_w, found.lambda_h)) == (problem and pytest.approx(problem))
-    assert run.config["data_factor"] == factor and (run.no_optimum is None) == (problem is not None)
-    nominal = Run(run.folder, "nominal").problem
+    assert run.comparison.data_factor == factor and (run.comparison.no_optimum is None) == (problem is not None)
+    nominal = MeasuredRun(run.run, "nominal").comparison.problem
     assert (nominal.lambda_w, nominal.lambda_h, nominal.bias) == (0.1, 0.2, False)
     assert nominal.class_counts == (3, 4)
 

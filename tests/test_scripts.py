@@ -14,8 +14,7 @@ from engine.run import Run
 from models import MODELS, build_model
 from nc_theory import GAP_COLUMNS, UFM, closed_form, solve, solve_numerically
 from objective import Objective
-from tests.conftest import TINY, TRAIN, config_of, log_of, rows_of, same_weights, weights
-from tests.test_datasets import write_folder
+from tests.conftest import TINY, TRAIN, config_of, log_of, rows_of, same_weights, weights, write_folder
 from utils import UserError, from_flags
 
 COLUMNS = (

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from args import TRAINING_FLAGS, parse_args
-from tests.conftest import ROOT
-from tests.test_args import PAPER
-from tests.test_sweep import wait_for
+from tests.conftest import PAPER, ROOT, wait_for
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.s*") if path.name != "environment.sh")
 
@@ -32,7 +30,7 @@ def checkout(tmp_path):
 
 def call(script, *args, stub=None, status=0, **variables):
     env = os.environ | ({"PYTHON": str(stub)} if stub else {}) | variables
-    done = subprocess.run([script, *map(str, args)], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([script, *map(str, args)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
 
@@ -226,7 +224,7 @@ def test_a_stopped_table_stops_its_jobs(checkout, tmp_path):
     calls = tmp_path / "calls"
     wait_for(lambda: calls.exists() and calls.read_text().count("train") == 2)
     process.terminate()
-    _, error = process.communicate(timeout=30)  # ends once no process holds the pipes
+    _, error = process.communicate(timeout=600)  # ends once no process holds the pipes
     assert process.returncode == 143 and error == "sweep.sh: stopped; run it again to continue\n"
     assert "summarize" not in calls.read_text()
 

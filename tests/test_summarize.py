@@ -7,10 +7,11 @@ import statistics
 
 import pandas as pd
 import pytest
-from engine.summary import METRICS, markdown, shortfall, summarize, time_to_collapse
 
-from engine.run import by_setting, read_measured_run, write_table
-from tests.test_run import make_run
+from analysis.settings import by_setting, read_measured_run
+from analysis.summary import METRICS, markdown, shortfall, summarize, time_to_collapse
+from engine.tables import write_table
+from tests.conftest import make_run
 
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 1 --batch_size 200 --no-bias --sep_decay".split()
 
@@ -19,11 +20,11 @@ def write_run(folder, *flags, distances, epochs=9, every=4, seconds=2.0):
     """A run of 7 images and batches of 4, measured at epochs 1, 5, ...: there all metrics are `distances`."""
     run = make_run(folder, "--batch_size", "4", "--epochs", "9", *flags)
     for epoch in range(1, epochs + 1):
-        run.append_log({"epoch": epoch, "loss": 1 / epoch, "seconds": seconds})
+        run.run.train_log.append({"epoch": epoch, "loss": 1 / epoch, "seconds": seconds})
     if distances:
         rows = [{"epoch": 1 + every * i, **dict.fromkeys(METRICS, value)} for i, value in enumerate(distances)]
         write_table(folder / "nc_metrics.csv", pd.DataFrame(rows))
-    return read_measured_run(run.folder, METRICS)
+    return read_measured_run(run.folder, columns=METRICS)
 
 
 def cells(text):
@@ -106,8 +107,8 @@ def test_runs_that_do_not_count_are_listed(tmp_path):
     done = write_run(tmp_path / "done", distances=[0.9, 0.9, 0.3])
     cut = write_run(tmp_path / "cut", "--seed", "2", distances=[0.9, 0.8], epochs=6)
     failed = write_run(tmp_path / "failed", "--seed", "3", distances=[0.9], epochs=4)
-    failed.append_log({"epoch": 5, "loss": float("nan"), "seconds": 1.0})
-    failed = read_measured_run(failed.folder, METRICS)
+    failed.run.train_log.append({"epoch": 5, "loss": float("nan"), "seconds": 1.0})
+    failed = read_measured_run(failed.folder, columns=METRICS)
     unmeasured = write_run(tmp_path / "unmeasured", "--seed", "4", distances=[0.9, 0.8])
     empty = make_run(tmp_path / "empty", "--seed", "5", "--batch_size", "4", "--epochs", "9")
     runs = [done, cut, failed, unmeasured, empty]
@@ -159,7 +160,7 @@ def test_without_runs_it_lists_them_with_their_state(run_script, tmp_path):
     write_run(tmp_path / "model_weights" / "table" / "done", distances=[0.9, 0.9, 0.3])
     write_run(tmp_path / "model_weights" / "cut", distances=[0.9, 0.25], epochs=6)
     failed = write_run(tmp_path / "model_weights" / "failed", distances=[0.9], epochs=2)
-    failed.append_log({"epoch": 3, "loss": float("inf"), "seconds": 1.0})
+    failed.run.train_log.append({"epoch": 3, "loss": float("inf"), "seconds": 1.0})
     make_run(tmp_path / "model_weights" / "new", "--epochs", "9")
     (tmp_path / "model_weights" / "torn").mkdir()
     (tmp_path / "model_weights" / "torn" / "config.json").write_text("{")
