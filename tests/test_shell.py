@@ -78,6 +78,35 @@ def test_the_help_lists_the_tables_with_their_times(checkout):
         assert (f" {name} {table.what}. {f'Time: {table.time}.' if table.time else ''}" in out) != bool(table.part_of)
 
 
+def test_arguments_are_checked_without_packages():
+    """-S: the interpreter finds none."""
+    for arguments in (["--list"], ["--check", "run", "recipe", "x"], ["--check", "reproduce", "svhn"]):
+        subprocess.run([sys.executable, "-I", "-S", ROOT / "scripts" / "tables.py", *arguments], check=True)
+
+
+@pytest.mark.parametrize("table", [name for name, table in TABLES.items() if not table.part_of])
+def test_every_table_has_commands_that_parse(checkout, table):
+    """One for each run, in a folder of its own; a table that measures twice has a third command."""
+    folder, stub = checkout
+    data = folder / "data" / "cifar10" / "train"
+    data.mkdir(parents=True)
+    out, _ = call(folder / "scripts" / "table.sh", table, folder / "data", "--count", stub=stub)
+    lines = (folder / "model_weights" / table / "commands.txt").read_text().splitlines()
+    folders = set()
+    for line in lines:
+        for command in line.split(" && "):
+            flags = shlex.split(command.replace("@scripts", f"@{ROOT}/scripts"))[2:]
+            folders.add(parse_args(argv=flags).save_path)
+    assert int(out) == len(lines) == len(folders)
+    assert {line.count(" && ") for line in lines} == {2 if table == "zoo" else 1}
+
+
+def test_a_line_break_in_a_folder_is_one_line(checkout):
+    folder, stub = checkout
+    _, error = call(folder / "scripts" / "table.sh", "plain", "a\nb", "--count", stub=stub, status=2)
+    assert error.startswith("table.sh: error: ") and "line break" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "name, args, words",
     [
@@ -151,7 +180,7 @@ def test_the_papers_experiments(checkout, dataset):
 
 @pytest.mark.parametrize(
     "table, runs",
-    [("recipe", 25), ("small", 15), ("small_digits", 15), ("paper_counts", 2), ("plain", 4), ("losses", 27)],
+    [("recipe", 25), ("small", 15), ("small_digits", 15), ("paper_counts", 2), ("plain", 4)],
 )
 def test_the_runs_of_a_table(checkout, tmp_path, table, runs):
     folder, stub = checkout
