@@ -11,8 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 BAD_INPUT, FAILED_WORK = 2, 1  # exit statuses
 
 
@@ -192,8 +190,11 @@ class Progress:
     def __init__(self, total, unit, start=0, every=15.0):
         self.total, self.unit, self.every = total, unit, every
         self.done, self.began, self.start, self.last = start, time.monotonic(), start, -math.inf
-        terminal = sys.stderr.isatty() and is_first_rank()
-        self.bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True) if terminal else None
+        self.bar = None
+        if sys.stderr.isatty() and is_first_rank():
+            from tqdm import tqdm  # here, so that this module needs no package: scripts/tables.py runs without any
+
+            self.bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True)
 
     def step(self, text):
         """Advance by one and show `text`."""

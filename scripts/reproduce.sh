@@ -18,10 +18,4 @@
 # ResNet18, and all models on the other data sets as on cifar10.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
-dataset=${1:-} objective=${OBJECTIVE:-paper}
-[[ $dataset =~ ^(cifar10|cifar100|mnist|fashionmnist|svhn)$ ]] || fail "'$dataset' is not a data set of the paper"
-[[ $objective =~ ^(paper|released)$ ]] || fail "OBJECTIVE: '$objective' is not paper or released"
-out=model_weights/${dataset}_$objective
-flags=$(xargs -r printf '%q ' <<<"${FLAGS:-}") || exit 2
-eval "add_table paper --dataset $dataset --objective $objective $flags"
-run_table "${@:2}"
+run_tables reproduce "$@"

@@ -3,16 +3,38 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from args import TRAINING_FLAGS, parse_args
+from args import NAMES_RUN, flags_with, parse_args
+from scripts.tables import TABLES
 from tests.conftest import PAPER, ROOT, wait_for
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.s*") if path.name != "environment.sh")
+
+# The start of a stub of Python: the real one runs scripts/tables.py and `python -c`, which asks for the version.
+# If $NOTES names a file, tables.py reads no data but adds a line "load_data" to that file.
+REAL = f"""#!/usr/bin/env bash
+case $1 in
+    -c) exec {shlex.quote(sys.executable)} "$@" ;;
+    scripts/tables.py) exec {shlex.quote(sys.executable)} - "$@" <<'END' ;;
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+del sys.argv[0]
+if "NOTES" in os.environ and "--check" not in sys.argv:
+    import datasets
+    def note(*args, **kwargs):
+        with open(os.environ["NOTES"], "a") as file:
+            file.write("load_data\\n")
+    datasets.load_data = note
+runpy.run_path("scripts/tables.py", run_name="__main__")
+END
+esac
+"""
 
 
 @pytest.fixture
@@ -23,7 +45,7 @@ def checkout(tmp_path):
     for name in ("requirements.txt", "requirements-dev.txt"):
         (folder / name).touch()
     stub = tmp_path / "python stub"
-    stub.write_text(f'#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >>"{tmp_path}/calls"\n')
+    stub.write_text(f'{REAL}for word; do printf "%s\\n" "$word"; done >>"{tmp_path}/calls"\n')
     stub.chmod(0o755)
     return folder, stub
 
@@ -33,11 +55,6 @@ def call(script, *args, stub=None, status=0, **variables):
     done = subprocess.run([script, *map(str, args)], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
-
-
-def test_there_are_few_of_them():
-    assert len(SCRIPTS) + 1 <= 9
-    assert sum(len(path.read_text().splitlines()) for path in (ROOT / "scripts").glob("*.s*")) <= 267
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
@@ -52,6 +69,42 @@ def test_help_prints_the_header_and_runs_nothing(checkout, tmp_path, name, word)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_help_lists_the_tables_with_their_times(checkout):
+    folder, stub = checkout
+    out = " ".join(call(folder / "scripts" / "table.sh", "--help", stub=stub)[0].split())
+    for name, table in TABLES.items():
+        assert (f" {name} {table.what}. {f'Time: {table.time}.' if table.time else ''}" in out) != bool(table.part_of)
+
+
+def test_arguments_are_checked_without_packages():
+    """-S: the interpreter finds none."""
+    for arguments in (["--list"], ["--check", "run", "recipe", "x"], ["--check", "reproduce", "svhn"]):
+        subprocess.run([sys.executable, "-I", "-S", ROOT / "scripts" / "tables.py", *arguments], check=True)
+
+
+@pytest.mark.parametrize("table", [name for name, table in TABLES.items() if not table.part_of])
+def test_every_table_has_commands_that_parse(checkout, table):
+    """One for each run, in a folder of its own; a table that measures twice has a third command."""
+    folder, stub = checkout
+    data = folder / "data" / "cifar10" / "train"
+    data.mkdir(parents=True)
+    out, _ = call(folder / "scripts" / "table.sh", table, folder / "data", "--count", stub=stub)
+    lines = (folder / "model_weights" / table / "commands.txt").read_text().splitlines()
+    folders = set()
+    for line in lines:
+        for command in line.split(" && "):
+            flags = shlex.split(command.replace("@scripts", f"@{ROOT}/scripts"))[2:]
+            folders.add(parse_args(argv=flags).save_path)
+    assert int(out) == len(lines) == len(folders)
+    assert {line.count(" && ") for line in lines} == {2 if table == "zoo" else 1}
+
+
+def test_a_line_break_in_a_folder_is_one_line(checkout):
+    folder, stub = checkout
+    _, error = call(folder / "scripts" / "table.sh", "plain", "a\nb", "--count", stub=stub, status=2)
+    assert error.startswith("table.sh: error: ") and "line break" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "name, args, words",
     [
@@ -59,6 +112,8 @@ def test_help_prints_the_header_and_runs_nothing(checkout, tmp_path, name, word)
         ("quickstart.sh", ["a", "b"], "give one FOLDER at most"),
         ("table.sh", [], "give TABLE and DIR"),
         ("table.sh", ["nothing", "x"], "there is no table 'nothing'"),
+        ("table.sh", ["zoo_running", "x"], "there is no table 'zoo_running'"),
+        ("table.sh", ["recipe", "-x"], "give TABLE and DIR"),
         ("table.sh", ["recipe", "x", "--fast"], "unknown option --fast"),
         ("reproduce.sh", ["imagenet"], "'imagenet' is not a data set of the paper"),
         ("reproduce.sh", [], "'' is not a data set of the paper"),
@@ -115,14 +170,15 @@ def test_the_papers_experiments(checkout, dataset):
         assert (args.dataset, args.objective, args.save_every) == (dataset, "released", 100)
         assert args.data_dir == "else where" and args.batch_size == (256 if args.model == "MLP" else 32)
         free = {"model", "batch_size", "dataset", "objective"}
-        assert {name for name in TRAINING_FLAGS if getattr(args, name) != getattr(paper, name)} <= free
+        assert {name for name in flags_with(NAMES_RUN) if getattr(args, name) != getattr(paper, name)} <= free
         assert (args.epochs, args.patience) == (paper.epochs, paper.patience)
     assert [args.model for args in settings] == ["MLP", "ResNet18", "VGG11", "densenet_cifar"]
     assert len({args.save_path for args in settings}) == 4
 
 
 @pytest.mark.parametrize(
-    "table, runs", [("recipe", 25), ("small", 15), ("small_digits", 15), ("paper_counts", 2), ("plain", 4)]
+    "table, runs",
+    [("recipe", 25), ("small", 15), ("small_digits", 15), ("paper_counts", 2), ("plain", 4)],
 )
 def test_the_runs_of_a_table(checkout, tmp_path, table, runs):
     folder, stub = checkout
@@ -130,6 +186,7 @@ def test_the_runs_of_a_table(checkout, tmp_path, table, runs):
     (data / "cifar10" / "train").mkdir(parents=True)
     out, _ = call(folder / "scripts" / "table.sh", table, data, "--count", stub=stub)
     settings = commands_of(folder / "model_weights" / table / "commands.txt")
+    assert all(Path(args.save_path).parent == Path("model_weights", table) for args in settings)
     assert out == f"{runs}\n" and len({args.save_path for args in settings}) == len(settings) == runs
     assert {args.data_dir for args in settings} == {str(data)} and all(args.sep_decay for args in settings)
 
@@ -141,7 +198,7 @@ def test_the_papers_command_is_compared_with_the_recipe(checkout):
     paper = parse_args(argv=shlex.split(PAPER))
     for objective in ("paper", "released"):
         plain, recipe = settings[f"plain_{objective}"], settings[f"recipe_{objective}"]
-        assert {n for n in TRAINING_FLAGS if getattr(plain, n) != getattr(paper, n)} <= {"objective"}
+        assert {n for n in flags_with(NAMES_RUN) if getattr(plain, n) != getattr(paper, n)} <= {"objective"}
         assert plain.objective == recipe.objective == objective and plain.epochs == 4000 and recipe.revive
         for args in (plain, recipe):
             assert (args.weight_decay, args.feature_decay_rate) == (paper.weight_decay, paper.feature_decay_rate)
@@ -185,22 +242,24 @@ def test_the_small_table_takes_digits_where_there_is_no_cifar10(checkout, tmp_pa
 # ---------------------------------------------------------------------------------------------------------
 
 # Notes each call in a line. Validating leaves a CSV; training fails in the run $BROKEN, and hangs if $SLOW is set.
-STUB = """#!/usr/bin/env bash
-echo "${*//$'\\n'/ }" >>"${0%/*}/calls"
+STUB = (
+    REAL
+    + """echo "${*//$'\\n'/ }" >>"${0%/*}/calls"
 for word; do [ "$last" != --save_path ] || run=$word; last=$word; done
 case $1 in
-    train*) [ -z "$SLOW" ] || exec sleep 60; [[ -z $BROKEN || $run != *"$BROKEN" ]] ;;
+    train*) [ -z "$SLOW" ] || exec sleep 600; [[ -z $BROKEN || $run != *"$BROKEN" ]] ;;
     validate*) touch "$run/nc_metrics.csv" ;;
 esac
 """
+)
 
 
 def test_a_table_is_run_summarised_and_drawn(checkout, tmp_path):
     """In this order; a failed run is listed in the table but not drawn."""
     folder, stub = checkout
     stub.write_text(STUB)
-    arguments = "plain", tmp_path / "my data", "-j", "1"
-    out, _ = call(folder / "scripts" / "table.sh", *arguments, stub=stub, status=1, BROKEN="bf16")
+    arguments, variables = ("plain", tmp_path / "my data", "-j", "1"), {"BROKEN": "bf16", "NOTES": f"{tmp_path}/calls"}
+    out, _ = call(folder / "scripts" / "table.sh", *arguments, stub=stub, status=1, **variables)
     log = folder / "model_weights" / "plain" / "commands.txt.logs" / "2.log"
     assert out.endswith(f"job 2 failed with exit status 1, {log}: {log.read_text().splitlines()[-1]}\n")
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -214,28 +273,27 @@ def test_a_table_is_run_summarised_and_drawn(checkout, tmp_path):
     assert calls[-1] == f"plot_nc.py {' '.join([runs[0], *runs[2:]])} --out model_weights/plain/figures"
 
 
-def test_a_stopped_table_stops_its_jobs(checkout, tmp_path):
-    """On SIGTERM to the script alone."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stopped_table_stops_its_jobs(checkout, tmp_path, number):
+    """On SIGTERM to the script alone; on SIGINT and SIGHUP to its process group, as a terminal sends them."""
     folder, stub = checkout
     stub.write_text(STUB)
     command = [folder / "scripts" / "table.sh", "plain", "x", "-j", "2"]
-    env = os.environ | {"PYTHON": str(stub), "SLOW": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     calls = tmp_path / "calls"
+    env = os.environ | {"PYTHON": str(stub), "SLOW": "1", "NOTES": str(calls)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(["env", "--default-signal", *command], env=env, process_group=0, **pipes)
     wait_for(lambda: calls.exists() and calls.read_text().count("train") == 2)
-    process.terminate()
+    (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     _, error = process.communicate(timeout=600)  # ends once no process holds the pipes
-    assert process.returncode == 143 and error == "sweep.sh: stopped; run it again to continue\n"
+    assert process.returncode == 128 + number and error == "sweep.sh: stopped; run it again to continue\n"
     assert "summarize" not in calls.read_text()
 
 
 def test_missing_data_stop_a_table_before_its_jobs(checkout, tmp_path):
     """With one line from datasets.py, because the real Python reads the data."""
     folder, stub = checkout
-    reads = (
-        f'case $2 in *load_data*) PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} "$@" ;; esac'
-    )
-    stub.write_text(f"#!/bin/sh\n{reads}\necho $1 >>{shlex.quote(str(tmp_path / 'calls'))}\n")
+    stub.write_text(f"{REAL}echo $1 >>{shlex.quote(str(tmp_path / 'calls'))}\n")
     flags = "--data_dir nowhere --no-download"
     _, error = call(folder / "scripts" / "reproduce.sh", "mnist", stub=stub, status=2, FLAGS=flags)
     assert error.startswith("reproduce.sh: error: mnist: ") and error.count("\n") == 1
@@ -246,7 +304,7 @@ def test_missing_packages_go_into_a_virtual_environment(checkout, tmp_path):
     """Made once; the commands are those of its interpreter."""
     folder, stub = checkout
     stub.write_text(
-        f'#!/bin/sh\necho "$*" >>"{tmp_path}/calls"\ncase "$*" in\n*--dry-run*) echo Would install torch ;;\n'
+        f'{REAL}echo "$*" >>"{tmp_path}/calls"\ncase "$*" in\n*--dry-run*) echo Would install torch ;;\n'
         '"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;\nesac\n'
     )
     for _ in range(2):

@@ -1,0 +1,533 @@
+"""Define the published tables: what is trained for each, what to expect, and how the documents show it.
+
+    python scripts/tables.py                                              (list the tables)
+    python scripts/tables.py run TABLE DIR [OPTION of scripts/sweep.sh]...
+    python scripts/tables.py reproduce DATASET [OPTION of scripts/sweep.sh]...
+
+`run` and `reproduce` do the work of scripts/table.sh and scripts/reproduce.sh, which first find or install the packages
+and describe the arguments. With --check before them, they only check the arguments, which needs no packages.
+scripts/update_tables.py writes the tables into the documents.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils import UserError, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+SWEEP = ROOT / "scripts" / "sweep.sh"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PYTHON = os.environ.get("PYTHON") or sys.executable  # of the commands
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Definitions
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of a table: runs that differ by their seed."""
+
+    flags: str  # added to the table's flags; where both give a flag, this one wins
+    label: str = ""  # in the documents
+    seeds: int | None = None  # default: the table's
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table. The documents show it if it has `heads`, columns of `COLUMNS` in scripts/update_tables.py."""
+
+    settings: dict  # name: Setting, in the order in which they are trained
+    flags: str  # of all runs
+    seeds: int = 1
+    what: str = ""  # is trained, for the list of tables
+    time: str = ""
+    expected: str = ""
+    one_at_a_time: bool = False  # on CPUs the default is a job per core
+    part_of: str = ""  # the table whose runs this one shows in other columns
+    title: str = ""  # of the first column
+    heads: tuple = ()  # of the other columns
+    worst: tuple = ()  # heads of the columns that also show the worst seed, in brackets
+    shown: tuple = ()  # names of settings, in the order of the rows; default: as in `settings`
+    figures: dict = field(default_factory=dict)  # file name in docs/figures: figure of plot_nc.py
+    drawn: tuple = ()  # names of the settings in these figures; default: all
+    x: str = "epoch"  # the x axis of figures
+    bn_statistics: str = "running"
+
+
+GEOMETRY = ("NC1", "NC2_H", "NC2_WWT", "NC3_WH", "margins", "norms")
+UP_TO_500 = "--class_counts 100,100,200,200,300,300,400,400,500,500"  # N = 3,000
+UP_TO_50 = "--class_counts 10,10,20,20,30,30,40,40,50,50"  # N = 300
+
+PAPER = (  # the paper's own flags for CIFAR-10
+    "--no-bias --depth_relu 6 --depth_linear 1 --width 1024 --sep_decay --feature_decay_rate 0.00001 "
+    "--loss CrossEntropy --lr 0.0001 --weight_decay 0.0001 --optimizer Adam --epochs 4000 --patience 2000"
+)
+PAPER_LAMBDAS = (  # the recipe for small penalties with the paper's MLP and lambdas
+    "@scripts/small_lambda.flags --depth_relu 6 --width 1024 --batch_size 256 --feature_decay_rate 0.00001 "
+    "--weight_decay 0.0001 --lr 0.001 --epochs 120"
+)
+SMALL_LAMBDA = (  # as difficult as the paper's MLP and lambdas, with fewer images
+    f"{UP_TO_500} --width 512 --depth_relu 6 --batch_size 256 --weight_decay 0.0001 --feature_decay_rate 0.0001 "
+    "--save_every 100"
+)
+PLAIN_ADAM = (
+    f"--no-bias {UP_TO_500} --depth_relu 6 --depth_linear 1 --width 512 --batch_size 256 --weight_decay 0.005 "
+    "--feature_decay_rate 0.00005 --epochs 1000 --patience 500"
+)
+PLAIN_DIGITS = (
+    "--dataset digits --depth_relu 3 --width 256 --weight_decay 0.01 --feature_decay_rate 0.0005 --clip_grad_norm 1 "
+    "--batch_size 102"
+)
+SMALL_PENALTIES = {"heads": ("train", *GEOMETRY, "optimality gap", "minutes"), "x": "step"}
+
+PAPER_DATASETS = ("cifar10", "cifar100", "mnist", "fashionmnist", "svhn")
+PAPER_MODELS = Table(  # of scripts/reproduce.sh, which adds the data set and the objective
+    flags=PAPER,
+    settings={
+        "MLP": Setting("--model MLP --batch_size 256"),
+        "ResNet18": Setting("--model ResNet18 --batch_size 32"),
+        "VGG11": Setting("--model VGG11 --batch_size 32"),
+        "densenet_cifar": Setting("--model densenet_cifar --batch_size 32"),
+    },
+)
+
+TABLES = {
+    "recipe": Table(
+        what="The recipe of docs/recipe.md on five settings, five seeds each",
+        time="25 minutes on 2 CPU cores, 1.6 GB",
+        expected="every run ends within 0.04 % of the theorem",
+        flags="@scripts/collapse.flags --width 256 --depth_relu 4 --batch_size 200 --weight_decay 0.004 "
+        "--feature_decay_rate 0.0001 --save_every 50 --nc_every 10",
+        seeds=5,
+        settings={
+            "readme": Setting(
+                f"{UP_TO_500} --width 512 --depth_relu 6 --batch_size 256 --weight_decay 0.005 "
+                "--feature_decay_rate 0.00005",
+                "CIFAR-10, 100 to 500 of a class, N = 3,000",
+            ),
+            "mixed": Setting(
+                "--class_counts 420,60,350,120,280,90,500,240,150,200 --width 512",
+                "CIFAR-10, 60 to 500 of a class, N = 2,410",
+            ),
+            "exp10": Setting("--imbalance exp:10 --n_max 500", "CIFAR-10, `exp:10`, n_max 500, N = 2,043"),
+            "step10": Setting("--imbalance step:10 --n_max 500", "CIFAR-10, `step:10`, n_max 500, N = 2,750"),
+            "digits": Setting(
+                "--dataset digits --depth_relu 3 --batch_size 102 --weight_decay 0.01 --feature_decay_rate 0.0005",
+                "digits, 34 to 170 of a class, N = 1,020",
+            ),
+        },
+        title="five seeds each",
+        heads=(*GEOMETRY, "steps to 0.01", "minutes"),
+        worst=(*GEOMETRY, "steps to 0.01"),
+        figures={"theorem": "theorem", "nc_curves": "nc_curves", "heatmaps": "heatmaps"},
+        drawn=("readme",),
+    ),
+    "small": Table(
+        what="Imbalanced and balanced classes, an exponential and a step profile, and large lambdas, with which the "
+        "minority classes collapse, three seeds each",
+        time="13 minutes on 2 CPU cores, 1.1 GB",
+        expected="within 0.1 % of the theorem; 100 % training accuracy unless classes collapse",
+        flags="@scripts/collapse.flags --width 256 --depth_relu 4 --batch_size 200 --weight_decay 0.004 "
+        "--feature_decay_rate 0.0001 --save_every 20",
+        seeds=3,
+        settings={
+            "imbalanced": Setting(UP_TO_500, "imbalanced, 100 to 500 of a class"),
+            "balanced": Setting("--imbalance balanced --n_max 300", "balanced, 300 of a class"),
+            "exp10": Setting("--imbalance exp:10 --n_max 500", "`exp:10`, 500 to 50"),
+            "step10": Setting("--imbalance step:10 --n_max 500", "`step:10`, 500 and 50"),
+            "collapsed": Setting(  # by the theorem, classes of at most 108 images collapse
+                "--class_counts 500,450,400,350,300,250,200,60,50,40 --weight_decay 0.024 --feature_decay_rate 0.0006",
+                "collapsed, 500 to 200 and 60, 50, 40",
+            ),
+        },
+        title="three seeds each, mean",
+        heads=(*GEOMETRY, "train", "test"),
+        figures={"small_theorem": "theorem", "small_nc_curves": "nc_curves"},
+    ),
+    "small_digits": Table(
+        what="The same on digits; runs in place of small if DIR has no CIFAR-10",
+        flags="@scripts/collapse.flags --dataset digits --width 256 --depth_relu 3 --batch_size 102 "
+        "--weight_decay 0.01 --feature_decay_rate 0.0005 --save_every 20",
+        seeds=3,
+        settings={
+            "imbalanced": Setting("--imbalance paper"),
+            "balanced": Setting("--imbalance balanced --n_max 100"),
+            "exp10": Setting("--imbalance exp:10 --n_max 170"),
+            "step10": Setting("--imbalance step:10 --n_max 170"),
+            "collapsed": Setting(  # by the theorem, classes of at most 35 images collapse
+                "--class_counts 170,150,130,110,90,80,70,20,15,10 --weight_decay 0.03 --feature_decay_rate 0.0015"
+            ),
+        },
+    ),
+    "paper_counts": Table(
+        what="N = 30,000 as in the paper, with larger lambdas, in fp32 and bf16, one seed each",
+        time="half an hour each on 2 CPU cores",
+        expected="fp32 within 0.01 % of the theorem, bf16 within 0.6 %",
+        one_at_a_time=True,
+        flags="@scripts/collapse.flags --width 1024 --depth_relu 6 --batch_size 256 --lr 0.001 --weight_decay 0.005 "
+        "--feature_decay_rate 0.000005 --save_every 50 --nc_every 10",
+        settings={
+            "fp32": Setting("--epochs 150 --patience 54 --penalty_warmup_epochs 30", "fp32, 150 epochs"),
+            "bf16": Setting(
+                "--epochs 260 --patience 93 --penalty_warmup_epochs 52 --precision bf16", "bf16, 260 epochs"
+            ),
+        },
+        title="one seed each",
+        heads=("train", *GEOMETRY, "minutes", "minutes to 0.05", "minutes to 0.01"),
+        figures={"paper_counts": "nc_curves"},
+        x="minutes",
+    ),
+    "paper_lambdas": Table(
+        what="The paper's command, and small_lambda.flags with its MLP and lambdas, with both objectives; for a GPU",
+        time="45 seconds for each run with small_lambda.flags on an H100; by the time of a step there, 6 minutes for "
+        "the paper's 4,000 epochs",
+        expected="with small_lambda.flags, a loss within 0.02 % of the optimum (trained once). We have not run the "
+        "paper's command",
+        one_at_a_time=True,
+        flags=f"{PAPER} --batch_size 256 --save_every 50 --nc_every 10",
+        settings={
+            "plain_paper": Setting("--objective paper"),
+            "plain_released": Setting("--objective released"),
+            "recipe_paper": Setting("@scripts/small_lambda.flags --objective paper --lr 0.001 --epochs 120"),
+            "recipe_released": Setting(
+                "@scripts/small_lambda.flags --objective released --penalty_start 27 --lr 0.001 --epochs 120"
+            ),
+        },
+        x="minutes",
+    ),
+    "paper_schedule": Table(
+        what="small_lambda.flags with the paper's MLP and lambdas, objective paper, one seed",
+        time="48 minutes on one core",
+        expected="within 0.05 % of the theorem",
+        one_at_a_time=True,
+        flags=f"{PAPER_LAMBDAS} --save_every 10",
+        settings={"paper": Setting("--objective paper", "`@scripts/small_lambda.flags --lr 0.001 --epochs 120`")},
+        title="one seed",
+        figures={"paper_schedule": "training"},
+        **SMALL_PENALTIES,
+    ),
+    "paper_released": Table(
+        what="The same with the objective released, one seed",
+        time="58 minutes on one core",
+        expected="within 0.07 % of the theorem",
+        one_at_a_time=True,
+        flags=f"{PAPER_LAMBDAS} --save_every 20",
+        settings={
+            "released": Setting(
+                "--objective released --penalty_start 27", "the same with `--objective released --penalty_start 27`"
+            )
+        },
+        title="one seed",
+        figures={"paper_released": "training"},
+        **SMALL_PENALTIES,
+    ),
+    "small_lambda": Table(
+        what="The same difficulty on 3,000 images, three seeds",
+        time="16 to 18 minutes each on one core",
+        expected="within 0.02 % of the theorem",
+        flags=f"@scripts/small_lambda.flags {SMALL_LAMBDA}",
+        seeds=3,
+        settings={"schedule": Setting("--objective paper", "`@scripts/small_lambda.flags`")},
+        title="three seeds",
+        worst=(*GEOMETRY, "optimality gap"),
+        figures={"small_lambda": "training"},
+        **SMALL_PENALTIES,
+    ),
+    "small_lambda_without": Table(
+        what="The same with the schedule, with the recipe alone and with plain Adam, one seed each",
+        time="14 to 16 minutes each on one core",
+        expected="norms off by 0.02 %, 0.6 % and 170 %",
+        flags=f"{SMALL_LAMBDA} --sep_decay --no-bias",
+        settings={
+            "schedule": Setting("@scripts/small_lambda.flags", "`@scripts/small_lambda.flags`"),
+            "recipe": Setting("@scripts/collapse.flags --epochs 900", "`@scripts/collapse.flags --epochs 900`"),
+            "plain": Setting(
+                "--optimizer Adam --lr 0.0001 --epochs 900 --patience 450", "the paper's flags, 900 epochs"
+            ),
+        },
+        title="one seed",
+        figures={"small_lambda_without": "training"},
+        **SMALL_PENALTIES,
+    ),
+    "plain": Table(
+        what="Plain Adam in fp32 and bf16 on 3,000 CIFAR-10 images; on digits a head with bias, and MSE; one seed each",
+        time="11 minutes on one core in fp32, 6 in bf16, 1 to 2 on digits",
+        expected="fp32 runs within 0.5 % of the optimum, bf16 within 2 %",
+        flags="--model MLP --sep_decay --optimizer Adam --lr 0.001 --save_every 100",
+        settings={
+            "adam": Setting(PLAIN_ADAM, "(a) CIFAR-10, N = 3,000, plain Adam, 1,000 epochs"),
+            "adam_bf16": Setting(f"{PLAIN_ADAM} --precision bf16", "(a) with `--precision bf16`"),
+            "bias": Setting(f"--bias {PLAIN_DIGITS} --epochs 1000 --patience 800", "(b) digits, with bias"),
+            "mse": Setting(f"--no-bias --loss MSE {PLAIN_DIGITS} --epochs 500 --patience 400", "(c) digits, MSE"),
+        },
+        title="one seed each",
+        heads=(*GEOMETRY, "train", "test"),
+    ),
+    "losses": Table(
+        what="Nine losses for imbalanced classes, each compared with its own optimum, three seeds each",
+        time="43 minutes on one core",
+        expected="within 0.05 % of the optimum",
+        flags=f"@scripts/collapse.flags {UP_TO_500} --width 256 --depth_relu 4 --batch_size 200 --weight_decay 0.005 "
+        "--feature_decay_rate 0.00005 --save_every 50",
+        seeds=3,
+        settings={
+            "ce": Setting("--loss CrossEntropy", "cross entropy"),
+            "weighted_half": Setting("--class_weights 0.5", "`--class_weights 0.5`"),
+            "weighted": Setting("--class_weights 1", "`--class_weights 1`"),
+            "la": Setting("--logit_adjustment 1 --epochs 500", "`--logit_adjustment 1`, 500 epochs"),
+            "cdt": Setting("--logit_scaling 0.2", "`--logit_scaling 0.2`"),
+            "vs": Setting(
+                "--logit_adjustment 1 --logit_scaling 0.3 --epochs 500",
+                "`--logit_adjustment 1 --logit_scaling 0.3`, 500 epochs",
+            ),
+            "ldam": Setting("--ldam_margin 0.5", "`--ldam_margin 0.5`"),
+            "smoothing": Setting("--label_smoothing 0.1", "`--label_smoothing 0.1`"),
+            "free": Setting("--no-feature_relu", "cross entropy, `--no-feature_relu`"),
+        },
+        title="three seeds each",
+        heads=("optimality gap", "NC1", "NC2_H", "NC3_WH", "margins", "norms", "test", "test, few"),
+        worst=("optimality gap", "NC3_WH"),
+        figures={"free_features": "theorem"},
+        drawn=("ce", "free"),
+    ),
+    "zoo": Table(
+        what="ResNet18, ResNet50, VGG11 and DenseNet with BatchNorm, measured with statistics of the training set and "
+        "with running ones",
+        time="2 to 65 minutes for each run on one core. With more than six jobs, run it twice: two runs continue "
+        "others",
+        expected="norms within 0.5 % with statistics of the training set; with batches of 60, ResNet50 12 % and "
+        "ResNet18 with 64 channels 8 %, until batches of all images continue them",
+        flags="@scripts/collapse_resnet.flags --planes 16 --weight_decay 0.005 --feature_decay_rate 0.0005 "
+        "--save_every 500",
+        bn_statistics="training_set",
+        settings={
+            "resnet18_64": Setting(
+                f"--model ResNet18 --planes 64 {UP_TO_50} --epochs 400", "ResNet18, 64 channels, N = 300, 400 epochs"
+            ),
+            "resnet18_3000": Setting(
+                f"--model ResNet18 {UP_TO_500} --epochs 130 --feature_decay_rate 0.00005",
+                "ResNet18, 100 to 500 of a class, N = 3,000",
+                seeds=3,
+            ),
+            "densenet_cifar": Setting(
+                f"--model densenet_cifar --planes 12 {UP_TO_50}", "DenseNet, 12 channels, N = 300"
+            ),
+            "resnet50": Setting(f"--model ResNet50 {UP_TO_50}", "ResNet50, N = 300, batches of 60"),
+            "resnet18": Setting(f"--model ResNet18 {UP_TO_50}", "ResNet18, 10 to 50 of a class, N = 300", seeds=5),
+            "resnet18_exp10": Setting(
+                "--model ResNet18 --imbalance exp:10 --n_max 60 --batch_size 82 --epochs 1000",
+                "ResNet18, `exp:10`, n_max 60, N = 240",
+                seeds=5,
+            ),
+            "vgg11": Setting(f"--model VGG11 {UP_TO_50}", "VGG11, N = 300", seeds=5),
+            "resnet50_full": Setting(
+                f"--model ResNet50 {UP_TO_50} --batch_size 300 --epochs 160 --lr 0.0003 --patience 20 "
+                "--warmup_epochs 10 --penalty_warmup_epochs 0 --init_from model_weights/zoo/resnet50/epoch_600.pth",
+                "ResNet50, then 160 epochs with batches of 300",
+            ),
+            "resnet18_64_full": Setting(
+                f"--model ResNet18 --planes 64 {UP_TO_50} --batch_size 300 --epochs 90 --lr 0.0005 --patience 30 "
+                "--warmup_epochs 5 --penalty_warmup_epochs 0 --init_from model_weights/zoo/resnet18_64/epoch_400.pth",
+                "the same, then 90 epochs with batches of 300",
+            ),
+        },
+        title="statistics of the training set",
+        heads=("seeds", *GEOMETRY, "optimality gap", "minutes"),
+        worst=GEOMETRY,
+        shown=(
+            *("resnet18", "resnet18_exp10", "resnet18_3000", "vgg11", "densenet_cifar"),
+            *("resnet50", "resnet50_full", "resnet18_64", "resnet18_64_full"),
+        ),
+        figures={"zoo_theorem": "theorem"},
+        drawn=("resnet18", "vgg11", "densenet_cifar", "resnet50_full"),
+    ),
+}
+TABLES["zoo_running"] = replace(
+    TABLES["zoo"],
+    part_of="zoo",
+    bn_statistics="running",
+    title="running statistics",
+    heads=("seeds", *GEOMETRY, "optimality gap"),
+    figures={},
+)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The list, and the commands
+# ---------------------------------------------------------------------------------------------------------
+
+
+def listing():
+    """Return the tables that can be run, with their times and what to expect, as text."""
+    lines = []
+    for name, table in TABLES.items():
+        if not table.part_of:
+            time, expected = table.time and f" Time: {table.time}.", table.expected and f" Expected: {table.expected}."
+            text = f"{name:<20}  {table.what}.{time}{expected}".replace(" %", "\N{NO-BREAK SPACE}%")
+            lines += textwrap.wrap(text, 118, initial_indent="  ", subsequent_indent=" " * 24)
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def runs_of(table, out, extra):
+    """Return {folder: command-line words} of a table's runs, which go into folders in `out`, with further words."""
+    runs = {}
+    for name, setting in table.settings.items():
+        seeds = setting.seeds or table.seeds
+        for seed in range(1, seeds + 1):
+            folder = f"{out}/{name}-{seed}" if seeds > 1 else f"{out}/{name}"
+            words = [*table.flags.split(), *bn_flags(table), *setting.flags.split(), "--seed", str(seed), *extra]
+            runs[folder] = [*words, "--save_path", folder, "--resume"]
+    return runs
+
+
+def bn_flags(table):
+    return [] if table.bn_statistics == "running" else ["--bn_statistics", table.bn_statistics]
+
+
+def command_of(table, words):
+    """Return the shell command that trains and measures a run, twice if not only with running statistics."""
+    calls = [["train_1st_order_unbalanced.py", *words], ["validate_NC_unbalanced.py", *words]]
+    if bn_flags(table):
+        calls.append([*calls[1], "--bn_statistics", "running"])
+    command = " && ".join(shlex.join([PYTHON, *call]) for call in calls)
+    if "\n" in command:
+        raise UserError("a folder or flag has a line break in it, and commands.txt one command per line")
+    return command
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Running a table
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    words = sys.argv[1:]
+    check = words[:1] == ["--check"]
+    match words[check:]:
+        case [] | ["-h" | "--help"]:
+            return print(f"{__doc__}\n{listing()}")
+        case ["--list"]:
+            return print(listing())
+        case ["run", name, data, *options]:
+            job = published_table(name, data, options)
+        case ["reproduce", *rest]:
+            job = paper_models(*rest)
+        case _:
+            raise UserError("wrong arguments: see --help")
+    return None if check else run(*job)
+
+
+def published_table(name, data, options):
+    """Return (table, folder of its runs, further flags, options of sweep.sh) for scripts/table.sh."""
+    if name == "small" and not any(Path(data, found).is_dir() for found in ("cifar10/train", "cifar-10-batches-py")):
+        name = "small_digits"
+    if name not in TABLES or TABLES[name].part_of:
+        raise UserError(f"there is no table '{name}': see --help")
+    check_options(options)
+    table = TABLES[name]
+    if not (table.one_at_a_time or options or os.environ.get("CUDA_VISIBLE_DEVICES")):
+        options = ["-j", str(len(os.sched_getaffinity(0)))]
+    return table, f"model_weights/{name}", ["--data_dir", data], options
+
+
+def paper_models(dataset="", *options):
+    """Return the same for scripts/reproduce.sh."""
+    objective = os.environ.get("OBJECTIVE") or "paper"
+    if dataset not in PAPER_DATASETS:
+        raise UserError(f"'{dataset}' is not a data set of the paper")
+    if objective not in ("paper", "released"):
+        raise UserError(f"OBJECTIVE: '{objective}' is not paper or released")
+    try:
+        flags = shlex.split(os.environ.get("FLAGS", ""))
+    except ValueError as error:
+        raise UserError(f"FLAGS: {error}") from None
+    check_options(options)
+    extra = ["--dataset", dataset, "--objective", objective, *flags]
+    return PAPER_MODELS, f"model_weights/{dataset}_{objective}", extra, options
+
+
+def check_options(options):
+    """Exit with the message and the status of sweep.sh if it does not take these options."""
+    status = subprocess.run([SWEEP, *options, "--count", SWEEP], stdout=subprocess.DEVNULL).returncode
+    if status:
+        sys.exit(status)
+
+
+def run(table, out, extra, options):
+    """Train and measure the runs of a table in `out`, then write its summary and figures; return the exit status."""
+    os.chdir(ROOT)
+    runs = runs_of(table, out, extra)
+    for folder in runs:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    commands = Path(out) / "commands.txt"
+    commands.write_text("".join(f"{command_of(table, words)}\n" for words in runs.values()))
+    if "--count" in options:
+        return subprocess.run([SWEEP, *options, commands]).returncode
+    read_data(next(iter(runs.values())))
+    status = sweep(*options, commands)
+    if table.bn_statistics != "running":
+        call("summarize.py", *runs, "--worst", "--out", f"{out}_running")
+    call("summarize.py", *runs, "--worst", "--out", out, *bn_flags(table))
+    measured = [folder for folder in runs if (Path(folder) / "nc_metrics.csv").exists()]
+    x = [] if table.x == "epoch" else ["--x", table.x]
+    if measured:
+        call("plot_nc.py", *measured, *x, *bn_flags(table), "--out", f"{out}/figures")
+    return status
+
+
+def read_data(words):
+    """Download or decode the images of a run once, rather than in every job; raise UserError if that fails."""
+    import args  # here, because it needs the packages
+    import datasets
+
+    flags = args.parse_args(argv=words)
+    counts = {name: getattr(flags, name) for name in ("imbalance", "n_max", "class_counts")}
+    datasets.load_data(flags.dataset, flags.data_dir, download=flags.download, **counts)
+
+
+def sweep(*arguments):
+    """Run sweep.sh, passing signals on to it, and return its exit status; exit here if it was stopped."""
+    received, process = [], None
+
+    def pass_on(number, frame):
+        received.append(number)
+        if process:
+            process.send_signal(number)
+
+    signals = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    handlers = {number: signal.signal(number, pass_on) for number in signals}
+    # In a process group of its own, it gets Ctrl-C once, from here: a second signal would end it before its jobs have.
+    process = subprocess.Popen([SWEEP, *arguments], process_group=0)
+    if received:  # while it was started
+        process.send_signal(received[0])
+    status = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if status not in (0, 1):
+        sys.exit(status if status > 0 else 128 - status)
+    if received:
+        sys.exit(128 + received[0])
+    return status
+
+
+def call(*words):
+    """Run a script of this repository; exit with its status if it fails."""
+    status = subprocess.run([PYTHON, *words]).returncode
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    typed = {"run": "table.sh", "reproduce": "reproduce.sh"}  # errors bear the name that the user typed
+    sys.argv[0] = next((typed[word] for word in sys.argv[1:3] if word in typed), sys.argv[0])
+    run_script(main)
