@@ -17,6 +17,7 @@ import torch.distributed.run
 from datasets import Data, Split
 from engine.measurement import Measurement
 from engine.run import Run
+from engine.tables import MeasuredRun
 from models import build_model
 from tests.conftest import FORKED, ROOT, SERVER, as_main, nothing, rows_of, wait_for
 
@@ -89,7 +90,7 @@ def test_the_usual_nc1_is_ours(monkeypatch, tmp_path):
     images[0, 0, 0, :2] = torch.tensor([0.0, 255.0])
     split = Split(images, labels, torch.zeros(3))
     data, model = Data(split, split, [20] * 10), build_model("MLP", 10, depth_relu=1, width=64)
-    row, parts, _ = Measurement(Run(tmp_path), model, data).measure()
+    row, parts, _ = Measurement(MeasuredRun(Run(tmp_path)), model, data).measure()
     centre = torch.eye(10, dtype=torch.float64) - 0.1
     spectrum = torch.linalg.eigvalsh(centre @ parts["HTH"] @ centre)  # K times that of the between-class covariance
     rounding = 1e-5 * float(spectrum[-1] / spectrum[1])  # of fp32, times the condition number
@@ -124,8 +125,10 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path):
 
 def descendants(pid):
     """Return the process numbers of the children of a process, of their children, and so on."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    found = children.read_text().split() if children.exists() else []
+    try:
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        found = []
     return [*found, *itertools.chain(*map(descendants, found))]
 
 
@@ -135,13 +138,13 @@ def test_a_check_that_is_stopped_keeps_its_rows_and_leaves_no_process(tmp_path):
     table.write_text("part,what,value,unit\nimages,earlier,1,\n")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(check_gpu(tmp_path, "--part", "rates"), **streams) as process:
-        wait_for(lambda: len(descendants(process.pid)) >= 5, 120)
+        wait_for(lambda: len(descendants(process.pid)) >= 5)
         found = descendants(process.pid)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGINT and error.count("\n") == 1 and "stopped by SIGINT" in error
     assert [row["part"] for row in rows_of(table)] == ["images", "machine"]
-    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in found), 20)
+    wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in found))
 
 
 def endless_part(*setting):

@@ -117,29 +117,27 @@ def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path):
 
 IN_FLOAT64 = """
 import sys, torch
-from datasets import Split
-from engine.checkpoints import TrainingState
-from engine.distributed import get_ranks
-from engine.measurement import Measurement
-from models import build_model
-from objective import Objective
-from train_1st_order_unbalanced import train_step
+from args import parse_args
+from datasets import Data, Split
+from engine.ranks import get_ranks
+from engine.training import Training, make_model
+from utils import run_script
+
+FLAGS = "--model ResNet18 --planes 4 --no-bias --sep_decay --lr 0.001 --batch_size 9 --weight_decay 0.001"
 
 def main():
+    args = parse_args(argv=[*FLAGS.split(), "--feature_decay_rate", "0.0001"])
     torch.manual_seed(0)
     with get_ranks() as ranks:
-        model = build_model("ResNet18", 5, bias=False, planes=4).double().to(memory_format=torch.channels_last).train()
+        model = make_model(args, 5).double().to(memory_format=torch.channels_last).train()
         split = Split(torch.rand(44, 3, 32, 32, dtype=torch.float64), torch.arange(44) % 5, torch.zeros(3))
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        ranks.connect(TrainingState(model, optimizer, None), split, [9, 7])
-        objective = Objective([9, 9, 9, 9, 8], 9, 32, sep_decay=True, weight_decay=1e-3, feature_decay_rate=1e-4)
+        training = Training(args, Data(split, split, [9, 9, 9, 9, 8]), model, torch.device("cpu"), ranks)
+        training.unit_gradient = training.unit_gradient.double()
+        training.connect()
         for indices in torch.randperm(44).repeat(2).split(9):  # the last of the batches has 7 images
-            row = train_step(indices, split=split, model=model, objective=objective, optimizer=optimizer, shifts=None,
-                             penalty_scale=1.0, one=torch.ones((), dtype=torch.float64), precision="fp32",
-                             clip_norm=None, ranks=ranks)
+            row = training.step(indices)
         torch.save({**model.state_dict(), "row": row}, f"{sys.argv[1]}{getattr(ranks, 'rank', 0)}.pt")
 
-from utils import run_script
 run_script(main, takes_ranks=True)
 """
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import torch
 from datasets import epoch_order, load_data
 from engine.measurement import Measurement, features, load_run
 from engine.run import Run
+from engine.tables import MeasuredRun
+from engine.training import make_objective
 from models import MODELS, build_model
 from nc_theory import GAP_COLUMNS, UFM, closed_form, solve, solve_numerically
-from objective import Objective
 from tests.conftest import TINY, TRAIN, config_of, log_of, rows_of, same_weights, weights, write_folder
-from utils import UserError, from_flags
+from utils import UserError
 
 COLUMNS = (
     "epoch train_acc1 test_acc1 balanced_acc1 many_acc1 medium_acc1 few_acc1 NC1 NC0 NC2_H NC2_WWT NC2_W NC3_WH "
@@ -53,7 +55,7 @@ def test_files_of_a_run(train, validate, tmp_path):
     assert UFM(**config["problems"]["objective"]) == UFM(**config["problems"]["nominal"]) == problem
     optimum = closed_form(problem)
     np.testing.assert_allclose(geometry["WWT_theory"], optimum.WWT)
-    figures = {path.name for path in (folder / "figures").iterdir()}
+    figures = {path.name for path in (folder / "figures").glob("[!.]*")}
     names = ("nc_curves", "theorem", "heatmaps", "training", "class_accuracy")
     assert figures == {f"{name}.{kind}" for name in names for kind in ("pdf", "png")}
     assert "measured against theorem" in out and f"{optimum.margins[0]:.4f}" in out
@@ -333,7 +335,7 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     out, _ = measure(*flags)
     row = {name: float(cell) for name, cell in rows_of(tmp_path / "run" / "nc_metrics.csv")[-1].items()}
     config, data, model = load_run(tmp_path / "run")
-    objective = from_flags(Objective, config["flags"], class_counts=data.class_counts, feature_dim=24)
+    objective = make_objective(SimpleNamespace(**config["flags"]), data.class_counts, feature_dim=24)
     with torch.inference_mode():
         total = objective(*model.double()(data.train.images.double()), data.train.labels, model.fc)[0].item()
     bound = solve(objective.problem()).lower_bound
@@ -349,7 +351,7 @@ def test_negative_features_are_noted_once(train, tmp_path, capsys, recwarn):
     train(*TINY, "--save_path", "run")
     _, data, model = load_run(tmp_path / "run")
     model.embed = lambda images, embed=model.embed: embed(images) - 1
-    measurement = Measurement(Run(tmp_path / "run"), model, data)
+    measurement = Measurement(MeasuredRun(Run(tmp_path / "run")), model, data)
     capsys.readouterr()
     for _ in range(2):
         measurement.measure()

@@ -1,47 +1,32 @@
 """The operations, host reads and leftovers of a step, and the host reads of an epoch, checked on the CPU."""
 
 import gc
-from functools import partial
 
 import pytest
 import torch
-from engine.distributed import OneProcess
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_1st_order_unbalanced as training
+from args import parse_args
 from datasets import Data, Split
-from engine.optim import make_optimizer
+from engine.batches import Batches
 from engine.run import Run
+from engine.training import Training, make_model
 from models import MODELS, build_model
-from objective import Objective
 from tests.conftest import TINY, log_of
+from train_1st_order_unbalanced import train
 
 TO_HOST = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__}
 TO_HOST |= {torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__}
 
 
-def build(name="MLP", *, precision="fp32", augmented=False, clip_grad_norm=None, optimizer="Adam", **flags):
-    """step(indices) of a small model of the paper's depth on 20 images; flags are the model's and the objective's."""
-    pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
-    model_flags = {key: flags.pop(key) for key in ("revive", "feature_relu") if key in flags}
-    model = build_model(name, 4, bias=False, width=8, planes=None if name == "MLP" else 4, **model_flags)
-    objective = Objective([5] * 4, 8, 8, sep_decay=True, **flags)
-    adam = {"adam_beta2": 0.999, "adam_eps": 1e-8, "amsgrad": False}
-    return partial(
-        training.train_step,
-        split=Split(pixels, torch.arange(20) % 4, *torch.rand(3, 3)),
-        model=model,
-        objective=objective,
-        optimizer=make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-3, weight_decay=0.0, **adam),
-        shifts=torch.zeros(20, 3, dtype=torch.int64) if augmented else None,
-        penalty_scale=torch.ones(()),
-        one=torch.ones(()),
-        ranks=OneProcess(),
-        precision=precision,
-        clip_norm=clip_grad_norm,
-    )
+def build(name="MLP", *flags):
+    """step(indices) of a small model of the paper's depth on 20 images, with further flags."""
+    size = ["--width", "8"] if name == "MLP" else ["--planes", "4"]
+    args = parse_args(argv=["--model", name, *size, "--batch_size", "8", "--no-bias", "--sep_decay", *flags])
+    split = Split(torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 4, *torch.rand(3, 3))
+    return Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu")).step
 
 
 class Trace(TorchDispatchMode):
@@ -73,33 +58,35 @@ class NothingGoesToTheHost(TorchFunctionMode):
 
 @pytest.mark.parametrize(
     "flags, most",
-    [({}, 74), ({"precision": "bf16"}, 105), ({"clip_grad_norm": 1.0}, 79), ({"revive": True}, 101)],
+    [("", 74), ("--precision bf16", 105), ("--clip_grad_norm 1", 79), ("--revive", 101)],
     ids=["fp32", "bf16", "clipped", "revived"],
 )
 def test_a_step_of_the_papers_mlp_launches_few_operations(flags, most):
     """Four of them normalise the images, which lie on the device as bytes."""
-    step, indices = build(**flags), torch.arange(8)
+    step, indices = build("MLP", *flags.split()), torch.arange(8)
     step(indices)
     with Trace() as trace:
         step(indices)
     assert len(trace.launches()) <= most
 
 
-SETTINGS = [{"name": name} for name in MODELS]
-SETTINGS += [{"name": name, "precision": "bf16"} for name in ("MLP", "ResNet18", "VGG11")]
-SETTINGS += [{"name": name, "revive": True, "augmented": True} for name in ("MLP", "ResNet18")]
+SETTINGS = [(name, "") for name in MODELS]
+SETTINGS += [(name, "--precision bf16") for name in ("MLP", "ResNet18", "VGG11")]
+SETTINGS += [(name, "--revive --data_augmentation") for name in ("MLP", "ResNet18")]
 SETTINGS += [
-    {"loss": "MSE"}, {"class_weights": 1.0}, {"logit_adjustment": 1.0}, {"logit_scaling": 1.0}, {"ldam_margin": 1.0},
-    {"label_smoothing": 0.1}, {"objective": "released"}, {"clip_grad_norm": 1.0}, {"optimizer": "SGD"},
-    {"feature_relu": False},
+    ("MLP", flags)
+    for flags in (
+        "--loss MSE", "--class_weights 1", "--logit_adjustment 1", "--logit_scaling 1", "--ldam_margin 1",
+        "--label_smoothing 0.1", "--objective released", "--clip_grad_norm 1", "--optimizer SGD", "--no-feature_relu",
+    )
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: "-".join(map(str, flags.values())))
-def test_a_step_reads_nothing_and_is_the_same_every_time(flags):
+@pytest.mark.parametrize("name, flags", SETTINGS)
+def test_a_step_reads_nothing_and_is_the_same_every_time(name, flags):
     """Its tensors are fake: what depends on their values cannot be computed. The first step makes Adam's moments."""
     with FakeTensorMode(), NothingGoesToTheHost():
-        step, traces = build(**flags), [Trace() for _ in range(3)]
+        step, traces = build(name, *flags.split()), [Trace() for _ in range(3)]
         for trace in traces:
             with trace:
                 step(torch.arange(8))
@@ -124,7 +111,7 @@ def test_no_autograd_node_outlives_a_step():
         tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
         return {id(tensor) for tensor in tensors if tensor.grad_fn is not None}
 
-    step, before = build(revive=True, logit_adjustment=1.0), with_history()
+    step, before = build("MLP", "--revive", "--logit_adjustment", "1"), with_history()
     row = step(torch.arange(8))
     assert with_history() == before and not row.requires_grad
 
@@ -150,11 +137,10 @@ class OnDevice(torch.Tensor):
 @pytest.mark.parametrize("flags", [[], ["--stratified", "--data_augmentation", "--revive"]], ids=["plain", "more"])
 def test_the_next_epoch_is_drawn_before_this_one_is_read(monkeypatch, tmp_path, flags):
     """An epoch is read twice: its rows, and whether all weights are finite."""
-    events, draw, state = [], training.Batches.draw, training.TrainingState
+    events, draw = [], Batches.draw
     monkeypatch.setattr(OnDevice, "events", events)
-    monkeypatch.setattr(training.Batches, "draw", lambda self, epoch: events.append(epoch) or draw(self, epoch))
-    monkeypatch.setattr(training, "TrainingState", lambda *parts: state(*parts[:2], parts[2].as_subclass(OnDevice)))
-    args = training.parse_args(argv=[*TINY, "--epochs", "4", "--save_every", "9", *flags])
+    monkeypatch.setattr(Batches, "draw", lambda self, epoch: events.append(epoch) or draw(self, epoch))
+    args = parse_args(argv=[*TINY, "--epochs", "4", "--save_every", "9", *flags])
     model = build_model("MLP", 4, bias=False, depth_relu=1, width=24)
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -162,8 +148,9 @@ def test_the_next_epoch_is_drawn_before_this_one_is_read(monkeypatch, tmp_path, 
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().as_subclass(OnDevice))
     parts = torch.rand(70, 3, 32, 32), torch.arange(70) % 4, torch.zeros(3)
     split = Split(*(part.as_subclass(OnDevice) for part in parts))
-    run = Run(tmp_path)
-    training.train(args, run, Data(split, split, [18, 18, 17, 17]), model, torch.device("cpu"), OneProcess())
+    training = Training(args, Data(split, split, [18, 18, 17, 17]), model, torch.device("cpu"))
+    training.state.rows = training.state.rows.as_subclass(OnDevice)
+    train(args, Run(tmp_path), training)
     assert len(log_of(tmp_path)) == 4
     at = {event: number for number, event in enumerate(events) if event != "read"}
     assert events[at[3] : at[5]] == [3, "read", "read", 4, "read", "read"]

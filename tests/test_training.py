@@ -11,38 +11,31 @@ from functools import partial
 
 import pytest
 import torch
-from engine.distributed import OneProcess, pick_device
 
 import engine.checkpoints as checkpoint_files
+from args import parse_args
 from datasets import Data, Split
-from engine.checkpoints import Checkpoints, TrainingState, load_optimizer, load_torch, to_host
+from engine.checkpoints import Checkpoints, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
+from engine.device import pick_device
 from engine.measurement import ClassAccuracy
-from engine.optim import Schedule, make_optimizer, optimizer_tensors, set_learning_rate
+from engine.optim import Schedule, make_optimizer, set_learning_rate
 from engine.run import Run
-from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means, new_rows
+from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means
+from engine.training import Training, make_model
 from models import build_model, to_device
-from objective import Objective
-from train_1st_order_unbalanced import train_step
 from utils import UserError
 
 ORDER = torch.randperm(20, generator=torch.Generator().manual_seed(1))
 
 
-def build(optimizer="Adam", clip_grad_norm=None, **flags):
-    """A small MLP, its optimizer, and its step(indices) on 20 random images."""
+def build(*flags):
+    """Return the `Training` of a small MLP on 20 random images, with further flags."""
+    words = "--depth_relu 1 --width 8 --batch_size 8 --no-bias --sep_decay --lr 0.01 --weight_decay 0.001"
+    args = parse_args(argv=[*words.split(), "--feature_decay_rate", "0.001", *flags])
     torch.manual_seed(0)
     split = Split(torch.rand(20, 3, 32, 32), torch.arange(20) % 4, torch.zeros(3))
-    model = build_model("MLP", 4, bias=False, depth_relu=1, width=8)
-    decays = {"weight_decay": 1e-3, "feature_decay_rate": 1e-3}
-    objective = Objective([5] * 4, 8, 8, sep_decay=True, **decays)
-    adam = {"adam_beta2": 0.9, "adam_eps": 1e-8, "amsgrad": False} | flags
-    chosen = make_optimizer(model.parameters(), optimizer=optimizer, lr=1e-2, weight_decay=0.0, **adam)
-    step = partial(
-        train_step, split=split, model=model, objective=objective, optimizer=chosen, shifts=None, penalty_scale=1.0,
-        one=torch.ones(()), precision="fp32", clip_norm=clip_grad_norm, ranks=OneProcess(),
-    )  # fmt: skip
-    return model, chosen, step
+    return Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu"))
 
 
 def capture(step, indices):
@@ -53,72 +46,57 @@ def capture(step, indices):
     return lambda: result.copy_(step(indices))
 
 
-def state_of(model, optimizer):
-    return lambda: [*model.state_dict().values(), *optimizer_tensors(optimizer)]
-
-
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
     """The steps of the capture leave no trace, and the buffers of both batch lengths are filled."""
-    model, chosen, step = build(optimizer)
+    ours, expected = build("--optimizer", optimizer), build("--optimizer", optimizer)
     for indices in ORDER.split(8)[:steps_before]:
-        step(indices)
-    expected_model, before = copy.deepcopy(model), copy.deepcopy(chosen.state_dict())
-    graphed = GraphedStep(step, [8, 4], state_of(model, chosen), "cpu", capture)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected_model.parameters(), strict=True))
-    for kept, tensors in chosen.state_dict()["state"].items():
+        ours.step(indices)
+        expected.step(indices)
+    before = copy.deepcopy(ours.optimizer.state_dict())
+    graphed = GraphedStep(ours.step, [8, 4], ours.state.tensors, "cpu", capture)
+    assert same_parameters(ours, expected)
+    for kept, tensors in ours.optimizer.state_dict()["state"].items():
         for name, tensor in tensors.items():
             was = before["state"].get(kept, {}).get(name)
             assert torch.equal(tensor, was if was is not None else torch.zeros_like(tensor))
-    found = [graphed(indices).clone() for indices in ORDER.split(8)]
+    for indices in ORDER.split(8):
+        assert torch.equal(graphed(indices), expected.step(indices))
+    assert same_parameters(ours, expected)
 
-    expected_model, _, step = build(optimizer)
-    for indices in ORDER.split(8)[:steps_before]:
-        step(indices)
-    for row, indices in zip(found, ORDER.split(8), strict=True):
-        assert torch.equal(row, step(indices))
-    for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
-        assert torch.equal(a, b)
+
+def same_parameters(a, b):
+    pairs = zip(a.model.parameters(), b.model.parameters(), strict=True)
+    return all(torch.equal(first, second) for first, second in pairs)
 
 
 def test_a_step_returns_what_it_measured():
-    model, _, step = build()
-    images, labels = step.keywords["split"].batch(ORDER[:8])
-    logits, _ = model(images)
+    training = build()
+    images, labels = training.data.train.batch(ORDER[:8])
+    logits, _ = training.model(images)
     expected = torch.nn.functional.cross_entropy(logits, labels)
     correct = (logits.argmax(1) == labels).sum()
-    row = dict(zip(MEASURED, step(ORDER[:8]).tolist(), strict=True))
+    row = dict(zip(MEASURED, training.step(ORDER[:8]).tolist(), strict=True))
     assert row["correct"] == correct and row["data_term"] == pytest.approx(expected.item())
     assert row["loss"] > row["data_term"] and row["grad_norm"] > 0
 
 
 def test_a_graphed_step_continues_from_a_saved_state(tmp_path):
     """On a GPU the step is captured after last.pt is loaded: weights, optimizer and rows stay as they are."""
-    batches = ORDER.split(8)
-
-    def state_in(folder, model, optimizer):
-        state = TrainingState(model, optimizer, new_rows([8, 8, 4], "cpu"))
-        return state, Checkpoints(Run(folder), state, epochs=9, save_every=1)
-
-    expected_model, chosen, step = build()
-    state, checkpoints = state_in(tmp_path, expected_model, chosen)
+    batches, whole, cut = ORDER.split(8), build(), build()
     for number, indices in enumerate(batches[:2]):
-        state.rows[number, 1:] = step(indices)
-    state.step = 2
-    with checkpoints:
+        whole.state.rows[number, 1:] = whole.step(indices)
+    whole.state.step = 2
+    with Checkpoints(Run(tmp_path), whole.state, epochs=9, save_every=1) as checkpoints:
         checkpoints.save_state()
-    state.rows[2, 1:] = step(batches[2])
-    expected = state.rows
+    whole.state.rows[2, 1:] = whole.step(batches[2])
 
-    model, chosen, step = build()
-    state, checkpoints = state_in(tmp_path, model, chosen)
-    checkpoints.load_state("cpu")
-    graphed = GraphedStep(step, [8, 4], state_of(model, chosen), "cpu", capture)
-    state.rows[state.step, 1:] = graphed(batches[2])
-    assert (state.epoch, state.step) == (0, 2) and torch.equal(state.rows, expected)
-    for a, b in zip(model.parameters(), expected_model.parameters(), strict=True):
-        assert torch.equal(a, b)
+    Checkpoints(Run(tmp_path), cut.state, epochs=9, save_every=1).load_state("cpu")
+    graphed = GraphedStep(cut.step, [8, 4], cut.state.tensors, "cpu", capture)
+    cut.state.rows[cut.state.step, 1:] = graphed(batches[2])
+    assert (cut.state.epoch, cut.state.step) == (0, 2) and torch.equal(cut.state.rows, whole.state.rows)
+    assert same_parameters(cut, whole)
 
 
 def test_the_largest_batch_is_captured_first():
@@ -170,7 +148,7 @@ def test_a_graph_keeps_the_tensors_of_its_step_alive():
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 def test_an_optimizer_goes_on_from_a_file_in_another_memory_format(optimizer):
-    flags = {"lr": 0.1, "weight_decay": 0.0, "adam_beta2": 0.9, "adam_eps": 1e-8, "amsgrad": True}
+    flags = {"lr": 0.1, "weight_decay": 0.0, "adam_beta2": 0.9}
     weights = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(0)
@@ -277,16 +255,16 @@ def test_the_learning_rate_is_set_in_place(kind):
 
 
 def test_adam_takes_its_flags():
-    _, adam, _ = build(adam_beta2=0.5, adam_eps=0.25, amsgrad=True)
-    group = adam.param_groups[0]
-    assert (group["betas"], group["eps"], group["amsgrad"], group["fused"]) == ((0.9, 0.5), 0.25, True, True)
+    (group,) = build("--adam_beta2", "0.5").optimizer.param_groups
+    assert (group["betas"], group["lr"], group["weight_decay"], group["fused"]) == ((0.9, 0.5), 0.01, 0, True)
 
 
 def test_a_clipped_gradient_is_logged_as_it_was():
     """SGD's first step has length lr times the clipped norm; the row has the norm before."""
-    model, _, step = build("SGD", clip_grad_norm=0.01)
+    training = build("--optimizer", "SGD", "--clip_grad_norm", "0.01")
+    model = training.model
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    row = step(ORDER[:8])
+    row = training.step(ORDER[:8])
     moved = sum((a.detach() - b).square().sum() for a, b in zip(model.parameters(), before, strict=True)).sqrt()
     assert float(moved) == pytest.approx(1e-2 * 0.01, rel=1e-3)  # weights of order 0.1 in fp32 move by 1e-4
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
@@ -294,8 +272,8 @@ def test_a_clipped_gradient_is_logged_as_it_was():
 
 
 def make_checkpoints(folder):
-    model, optimizer, _ = build()
-    state = TrainingState(model, optimizer, new_rows([1] * 3, "cpu"), epoch=5)
+    state = build().state
+    state.epoch = 5
     return Checkpoints(Run(folder), state, epochs=9, save_every=1)
 
 
