@@ -7,6 +7,8 @@ optimum = solve(UFM([100, 200, 300], 5e-3, 5e-5, variant=LossVariant(logit_adjus
 print(optimum.margins, optimum.gap)
 """
 
+__version__ = "1.0.0"
+
 from nc_theory.by_class import solve_by_class
 from nc_theory.certificate import GAP_COLUMNS, lower_bound, optimality_gap, polar
 from nc_theory.closed_form import (
@@ -57,7 +59,7 @@ MOST_CLASSES = 200  # beyond which direct minimisation takes too long for a prob
 SPLIT = 1e-9  # largest gap of the class-by-class solution at which the problem counts as split
 
 
-def solve(problem):
+def solve(problem: UFM) -> Optimum:
     """Return the Optimum of a UFM; its `gap` tells how close to the minimum it is proved to be.
 
     It is found in closed form or class by class where the problem splits, else by direct minimisation.
@@ -65,7 +67,7 @@ def solve(problem):
     return split_optimum(problem) or solve_numerically(problem).optimum
 
 
-def split_optimum(problem):
+def split_optimum(problem: UFM) -> Optimum | None:
     """Return the Optimum of a UFM that splits by class, without direct minimisation, or None if it does not split.
 
     Beyond MOST_CLASSES classes, the result for a variant of the cross entropy with ReLU and no bias is the best with

@@ -8,13 +8,16 @@ lower bound of the minimum, and those of a global minimiser give the minimum its
 
 import itertools
 import math
+from typing import SupportsFloat
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import xlog1py, xlogy
 
 from nc_theory.losses import losses_and_gradients
+from nc_theory.problem import UFM, Optimum
 
 GAP_COLUMNS = ("optimality_gap", "gap_within", "gap_head", "gap_means")  # of `optimality_gap`
 ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
@@ -24,7 +27,7 @@ BIAS_STEPS = 20  # of Newton's method
 RERUNS = 10  # of L-BFGS-B, each from the last result
 
 
-def polar(matrix, relu=True):
+def polar(matrix: np.ndarray, relu: bool = True) -> float:
     """Return the largest |G v| over |v| = 1 and, with ReLU, v >= 0, of G (K, K): the polar of the gauge.
 
     Without ReLU it is the largest singular value. With ReLU and up to ALL_SUPPORTS classes, all supports S of v are
@@ -46,7 +49,7 @@ def polar(matrix, relu=True):
     return math.sqrt(largest)
 
 
-def lower_bound(problem, logits, bias=None):
+def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> float:
     """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column per class, and a bias (K,).
 
     With p_k the softmax of D (z_k + b) + i_k, g_k = w_k D (p_k - t_k) the gradient of the loss, and G the matrix of
@@ -64,17 +67,17 @@ def lower_bound(problem, logits, bias=None):
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
-    logits = np.asarray(logits, dtype=np.float64).T  # one row per class
-    if logits.shape != (len(counts), len(counts)):
-        raise ValueError(f"logits have shape {logits.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
+    rows = np.asarray(logits, dtype=np.float64).T  # one for each class
+    if rows.shape != (len(counts), len(counts)):
+        raise ValueError(f"logits have shape {rows.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
     if problem.bias:
-        logits = logits + best_bias(problem, logits, np.zeros(len(counts)) if bias is None else np.asarray(bias))
+        rows = rows + best_bias(problem, rows, np.zeros(len(counts)) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
-        residuals = logits - np.eye(len(counts))
+        residuals = rows - np.eye(len(counts))
         slopes = np.ones_like(residuals)
     else:
         parameters = problem.loss_parameters
-        residuals = parameters.losses_and_residuals(logits, labels)[1]
+        residuals = parameters.losses_and_residuals(rows, labels)[1]
         slopes = parameters.gradients(np.ones_like(residuals), labels)
     if not np.isfinite(residuals).all():
         return -math.inf
@@ -102,12 +105,12 @@ def lower_bound(problem, logits, bias=None):
     return float(-shares @ (parameters.weights * (entropies - shifts)) - penalty)
 
 
-def best_bias(problem, logits, bias):
+def best_bias(problem: UFM, logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Return the best bias (K,) for W H, logits (K, K) with one row per class, by Newton's method."""
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
 
-    def slope_at(bias):
+    def slope_at(bias: np.ndarray) -> np.ndarray:
         gradients = losses_and_gradients(problem, logits + bias, labels)[1]
         return shares @ gradients + problem.bias_decay * bias
 
@@ -124,7 +127,7 @@ def best_bias(problem, logits, bias):
     return bias
 
 
-def bias_hessian(problem, logits, shares):
+def bias_hessian(problem: UFM, logits: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Return the Hessian (K, K) of the mean loss with respect to the bias, at logits (K, K), one row per class."""
     if problem.loss == "MSE":
         return np.eye(len(shares))
@@ -142,7 +145,14 @@ def bias_hessian(problem, logits, shares):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
+def optimality_gap(
+    optimum: Optimum,
+    weight: ArrayLike,
+    means: ArrayLike,
+    data_loss: SupportsFloat,
+    within_sum: SupportsFloat,
+    bias: ArrayLike | None = None,
+) -> dict[str, float]:
     """Return how far a network's last layer is from the optimum, and the three parts of that, {column: float}.
 
     F is the value of (UFM) at the network's features and head, and F* the optimum's lower bound.
@@ -175,7 +185,7 @@ def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
     return dict(zip(GAP_COLUMNS, [sum(parts), *parts], strict=True))
 
 
-def best_head(problem, weight, means, bias):
+def best_head(problem: UFM, weight: np.ndarray, means: np.ndarray, bias: np.ndarray) -> float:
     """Return the least mean loss plus head penalties over W and b, for given class means (K, d).
 
     W is sought in the span of the means, along their principal directions, each in units of its own curvature. The
@@ -192,7 +202,7 @@ def best_head(problem, weight, means, bias):
         start = np.column_stack([start, bias])
     units = 1 / np.sqrt(decays + shares @ np.square(inputs))
 
-    def value_and_gradient(x):
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         head = x.reshape(start.shape) * units
         losses, gradients = losses_and_gradients(problem, inputs @ head.T, labels)
         value = shares @ losses + 0.5 * (decays * np.square(head)).sum()
