@@ -26,7 +26,14 @@ HEADS = ("fc", "classifier", "head", "heads", "score")  # names of classifiers i
 
 
 def average(outputs: torch.Tensor) -> torch.Tensor:
-    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, [D,] H, W)."""
+    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, [D,] H, W).
+
+    Example:
+        >>> import torch
+        >>> from nc_layers import average
+        >>> average(torch.ones(8, 64, 7, 7)).shape, average(torch.ones(8, 197, 384)).shape
+        (torch.Size([8, 64]), torch.Size([8, 384]))
+    """
     positions = 1 if outputs.ndim == 3 else tuple(range(2, outputs.ndim))
     return outputs.mean(positions, dtype=torch.promote_types(outputs.dtype, torch.float32))
 
@@ -64,6 +71,15 @@ def layer_statistics(
     Raises ValueError for layers that the model or the reference lacks, a layer that is not called, batches that are not
     pairs, features that are not finite, labels out of range, a class without samples, and a loader that is empty or
     cannot be read twice.
+
+    Example:
+        >>> import torch
+        >>> from nc_layers import layer_statistics
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> loader = [(torch.rand(4, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> statistics = layer_statistics(model, loader, ["0", "2"], num_classes=3)
+        >>> {layer: tuple(of_layer.means.shape) for layer, of_layer in statistics.items()}
+        {'0': (3, 5), '2': (3, 5)}
     """
     if reference is None and isinstance(loader, Iterator):
         raise ValueError("the loader can be read once only, and two passes are needed: give a DataLoader or a list")
@@ -180,6 +196,12 @@ def head_input(model: nn.Module, inputs: Any = None) -> str:
     This is what timm's `get_classifier` or Hugging Face's `get_output_embeddings` returns, or the attribute fc,
     classifier, head, heads or score: all of it if it is linear, else the last Linear layer in it. Of other models it is
     the Linear layer that is called last on `inputs`, a batch of a loader. Raises ValueError if there is no such layer.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import head_input
+        >>> head_input(nn.ModuleDict({"body": nn.Linear(2, 5), "fc": nn.Linear(5, 3)}))
+        'fc'
     """
     names = {module: name for name, module in model.named_modules()}
     getters = [getattr(model, name, lambda: None) for name in ("get_classifier", "get_output_embeddings")]
@@ -202,6 +224,12 @@ def head_weight(head: nn.Module) -> torch.Tensor:
     """Return W (K, d), float64, of a head, a Linear layer or a chain of them: the product of their matrices.
 
     Raises ValueError for any other module.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import head_weight
+        >>> head_weight(nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 3))).shape
+        torch.Size([3, 5])
     """
     if not (layers := linear_layers(head)):
         raise ValueError(f"the head is a {type(head).__name__}, wanted a Linear layer or a chain of them")
@@ -212,7 +240,16 @@ def head_weight(head: nn.Module) -> torch.Tensor:
 
 
 def linear_layers(module: nn.Module) -> list[nn.Linear]:
-    """Return the Linear layers that a module is a chain of, in order; [] if it contains any other layer."""
+    """Return the Linear layers that a module is a chain of, in order; [] if it contains any other layer.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import linear_layers
+        >>> linear_layers(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)))
+        [Linear(in_features=5, out_features=4, bias=True), Linear(in_features=4, out_features=3, bias=True)]
+        >>> linear_layers(nn.Sequential(nn.Linear(5, 4), nn.ReLU()))
+        []
+    """
     leaves = [part for part in module.modules() if not list(part.children())]
     linear = [leaf for leaf in leaves if isinstance(leaf, nn.Linear)]
     return linear if len(linear) == len(leaves) else []

@@ -49,6 +49,18 @@ class ClassStatistics:
 
     between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. Raises ValueError for
     a name that is not in BETWEEN.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> statistics.means
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+        >>> statistics.within_sums
+        tensor([2., 2.], dtype=torch.float64)
     """
 
     def __init__(self, num_classes: int, between: str = "classes") -> None:
@@ -91,6 +103,14 @@ class ClassStatistics:
         one of these three is NaN without it. between: as in the constructor.
 
         Raises ValueError for other shapes, and for a class without samples.
+
+        Example:
+            >>> import torch
+            >>> from nc_metrics import ClassStatistics, nc1
+            >>> eye, twos = torch.eye(2).double(), torch.full((2,), 2.0).double()
+            >>> statistics = ClassStatistics.from_moments(counts=twos, means=2 * eye, within_sums=twos, scatter=2 * eye)
+            >>> f"{nc1(statistics):.3f}"
+            '0.125'
         """
         num_classes, dim = means.shape
         shapes = tuple(tuple(moment.shape) for moment in (counts, within_sums, scatter))
@@ -220,6 +240,13 @@ def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str 
 
     B is made from the singular vectors of the centred means (K, d). Eigenvalues of Sigma_B below d eps times the
     largest are taken as zero, as by SciPy's pinv of the d x d matrix.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import between_class_basis
+        >>> means, counts = torch.eye(3, 8).double(), torch.tensor([5, 10, 20]).double()
+        >>> between_class_basis(means, counts).shape
+        torch.Size([8, 2])
     """
     shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
     centred = means - (uniform if between == "means" else shares) @ means
@@ -236,7 +263,15 @@ def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str 
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN if one of them is zero."""
+    """Return dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN if one of them is zero.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import distance
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> f"{distance(eye, 3 * eye):.3f} {distance(eye, -eye):.3f}"
+        '0.000 2.000'
+    """
     norms, rows = (a.norm(), b.norm()), max(1, TILE // a.shape[1])
     tiles = zip(a.split(rows), b.split(rows), strict=True)
     return torch.stack([(x / norms[0] - y / norms[1]).norm() for x, y in tiles]).norm().item()
@@ -246,6 +281,15 @@ def geometry(means: ArrayLike, weight: ArrayLike) -> dict[str, torch.Tensor]:
     """Return HTH, WWT, WH (K, K), margins and mean_norms_sq (K,) of class means (K, d) and a head W (K, d), on the CPU.
 
     Raises ValueError for W of another shape than the means.
+
+    Example:
+        >>> from nc_metrics import geometry
+        >>> parts = geometry(means=[[2.0, 0.0], [0.0, 1.0]], weight=[[1.0, -1.0], [-1.0, 1.0]])
+        >>> parts["margins"]
+        tensor([4., 2.], dtype=torch.float64)
+        >>> parts["WH"]
+        tensor([[ 2., -1.],
+                [-2.,  1.]], dtype=torch.float64)
     """
     mu = torch.as_tensor(means).detach().double()
     w = validate_weight(weight, mu)
@@ -304,6 +348,16 @@ def nc_metrics(
 
     Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
     class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, nc_metrics
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> row = nc_metrics(statistics, weight=[[1.0, -1.0], [-1.0, 1.0]])
+        >>> {name: f"{row[name]:.3f}" for name in ("NC1", "NC0", "CDNV", "NCM_acc1")}
+        {'NC1': '0.125', 'NC0': '0.000', 'CDNV': '0.125', 'NCM_acc1': '100.000'}
     """
     means, counts = statistics.means, statistics.counts
     if optimum is not None:
@@ -357,6 +411,15 @@ def nc1(statistics: ClassStatistics) -> float:
 
     Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed from centred
     features in the span of the centred class means, accurate and never negative. NaN without the second pass.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, nc1
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> f"{nc1(statistics):.3f}"
+        '0.125'
     """
     if statistics.basis is None:
         return math.nan
@@ -376,6 +439,13 @@ def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: t
 
     The class means of both geometries sum to zero, which those of non-negative features cannot. H is therefore
     centred at the mean of the class means first.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import other_geometries
+        >>> row = other_geometries(torch.eye(3).double(), weight=None, counts=torch.tensor([5.0, 5.0, 5.0]))
+        >>> f"{row['ETF_HTH']:.3f} {row['SELI_HTH']:.3f}"
+        '0.000 0.000'
     """
     etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
@@ -402,6 +472,16 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
                          value of Wu and Papyan, 2024, arXiv 2405.17767, who do not square the distance)
     NCM_acc1             accuracy in percent of the classifier that takes the nearest class mean (Mensink et al., 2013;
                          of a hidden layer: Galanti, Gyoergy, Hutter, 2022)
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, classical_metrics
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> row = classical_metrics(statistics, weight=None)
+        >>> f"{row['CDNV']:.3f} {row['NCM_acc1']:.1f}"
+        '0.125 100.0'
     """
     means, counts = statistics.means, statistics.counts
     centred = means - counts @ means / counts.sum()

@@ -43,6 +43,15 @@ class NeuralCollapse(Metric):
 
     Raises ValueError for reference means of another shape than (K, d), and in `compute` for an optimum of other class
     counts than the samples'.
+
+    Example:
+        >>> import torch
+        >>> from nc_torchmetrics import NeuralCollapse
+        >>> metric = NeuralCollapse(num_classes=2, feature_dim=2)
+        >>> metric.update(torch.tensor([[3.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
+        >>> metric.update(torch.tensor([[0.0, 1.0], [0.0, 3.0]]), torch.tensor([1, 1]))
+        >>> f"{metric.compute()['NC1']:.3f}"
+        '0.125'
     """
 
     full_state_update = False

@@ -34,6 +34,13 @@ def polar(matrix: np.ndarray, relu: bool = True) -> float:
     tried: it is the root of the largest eigenvalue of (G^T G)_SS with a non-negative eigenvector. For more classes
     the result is the upper bound sqrt(lambda_max(max(G^T G, 0))), which is exact if no two columns of G have a positive
     inner product.
+
+    Example:
+        >>> import numpy as np
+        >>> from nc_theory import polar
+        >>> matrix = np.array([[1.0, 0.0], [1.0, -2.0]])
+        >>> f"{polar(matrix):.3f} {polar(matrix, relu=False):.3f}"
+        '2.000 2.288'
     """
     gram = matrix.T @ matrix
     if not relu:
@@ -64,6 +71,14 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) 
     With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
     s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore first replaced by the best one for the given W H.
     The result is -inf if that fails, and for logits that are not finite. Raises ValueError for other shapes of logits.
+
+    Example:
+        >>> import torch
+        >>> from nc_theory import UFM, lower_bound, solve
+        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> bounds = [lower_bound(optimum.problem, logits) for logits in (optimum.WH, torch.eye(3))]
+        >>> f"minimum {optimum.loss:.4f}, bounds {bounds[0]:.4f} and {bounds[1]:.4f}"
+        'minimum 0.0972, bounds 0.0972 and 0.0841'
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
@@ -167,6 +182,16 @@ def optimality_gap(
     b (K,). Take both sums in float64: F is compared with F* to about its rounding error.
 
     NaN for all where the optimum has no positive lower bound. Raises ValueError for other shapes of weight or means.
+
+    Example:
+        >>> import math
+        >>> import torch
+        >>> from nc_theory import UFM, optimality_gap, solve
+        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> zeros = torch.zeros(3, 8)  # a network that outputs zeros
+        >>> gap = optimality_gap(optimum, weight=zeros, means=zeros, data_loss=math.log(3), within_sum=0)
+        >>> f"{gap['optimality_gap']:.3f}"
+        '10.305'
     """
     problem, bound = optimum.problem, optimum.lower_bound
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)

@@ -42,6 +42,14 @@ def closed_form(problem: UFM) -> Optimum | None:
         h_k = 0  iff  n_k <= N^2 lambda_W lambda_H
 
     For MSE the constraint H >= 0 does not bind, so that the closed form holds with and without ReLU.
+
+    Example:
+        >>> from nc_theory import UFM, closed_form
+        >>> optimum = closed_form(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> optimum.margins
+        tensor([4.3776, 4.7315, 4.9375], dtype=torch.float64)
+        >>> optimum.mean_norms_sq
+        tensor([3.5743, 2.7318, 2.3276], dtype=torch.float64)
     """
     if not has_closed_form(problem):
         return None
@@ -62,6 +70,12 @@ def released_formula(problem: UFM) -> Optimum:
 
     They do not depend on lambda_H and are not the minimiser of any (UFM). `loss` is the value of (UFM) at this
     geometry, `lower_bound` the minimum where it is known. Raises ValueError unless `has_released_formula`.
+
+    Example:
+        >>> from nc_theory import UFM, closed_form, released_formula
+        >>> problem = UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5)
+        >>> f"{released_formula(problem).loss:.3f} {closed_form(problem).loss:.3f}"
+        '0.140 0.097'
     """
     if not has_released_formula(problem):
         raise ValueError("the released formula is for the cross entropy with ReLU features only")
@@ -71,7 +85,14 @@ def released_formula(problem: UFM) -> Optimum:
 
 
 def has_released_formula(problem: UFM) -> bool:
-    """Return True for the cross entropy itself with ReLU features, for which the released formula was written."""
+    """Return True for the cross entropy itself with ReLU features, for which the released formula was written.
+
+    Example:
+        >>> from nc_theory import UFM, has_released_formula
+        >>> problems = UFM([100, 200], 5e-3, 5e-5), UFM([100, 200], 5e-3, 5e-5, loss="MSE")
+        >>> [has_released_formula(problem) for problem in problems]
+        [True, False]
+    """
     return problem.loss == "CrossEntropy" and problem.variant.is_plain and problem.relu
 
 
@@ -81,6 +102,12 @@ def class_curve(
     """Return the margins and squared norms (P,) of classes of `sizes` (P,) samples, for the K and N of a UFM.
 
     formula: "exact" is the closed form, "released" the released formula. None where the UFM has no closed form.
+
+    Example:
+        >>> from nc_theory import UFM, class_curve
+        >>> margins, norms_sq = class_curve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5), sizes=[1, 10, 100])
+        >>> margins
+        tensor([1.8189, 3.1705, 4.3776], dtype=torch.float64)
     """
     sizes = torch.as_tensor(sizes, dtype=torch.float64)
     if formula == "released":
@@ -96,13 +123,26 @@ def class_curve(
 
 
 def collapse_threshold(class_counts: ArrayLike, loss: str = "CrossEntropy") -> float:
-    """Return the lambda_W lambda_H from which on the smallest class collapses, h_k = 0: cross entropy or MSE."""
+    """Return the lambda_W lambda_H from which on the smallest class collapses, h_k = 0: cross entropy or MSE.
+
+    Example:
+        >>> from nc_theory import collapse_threshold
+        >>> f"{collapse_threshold([100, 200, 300]):.3e}"
+        '1.852e-04'
+    """
     counts = validate_counts(class_counts)
     return (counts.min() / (counts.sum().square() * shrink_factor(len(counts), loss))).item()
 
 
 def collapse_count(problem: UFM) -> float | None:
-    """Return the n_k up to which a class collapses, h_k = 0: cross entropy or MSE in closed form; else None."""
+    """Return the n_k up to which a class collapses, h_k = 0: cross entropy or MSE in closed form; else None.
+
+    Example:
+        >>> from nc_theory import UFM, collapse_count
+        >>> problem = UFM([100, 200, 300], lambda_w=5e-2, lambda_h=5e-3)
+        >>> f"{collapse_count(problem):.1f}"
+        '135.0'
+    """
     if not has_closed_form(problem) or not problem.variant.is_plain:
         return None
     total = float(sum(problem.class_counts))
@@ -114,6 +154,12 @@ def suggest_lambdas(class_counts: ArrayLike, margin: float = 5.0, ratio: float =
 
     ratio: lambda_W / lambda_H. Raises ValueError if it is not positive and finite, if the margin is above 500, and if
     the smallest class would collapse, h_k = 0, which happens for margins up to log(K sqrt(n_max / n_min) - (K-1)).
+
+    Example:
+        >>> from nc_theory import UFM, solve, suggest_lambdas
+        >>> lambda_w, lambda_h = suggest_lambdas([100, 200, 300], margin=5.0)
+        >>> solve(UFM([100, 200, 300], lambda_w, lambda_h)).margins
+        tensor([4.4408, 4.7942, 5.0000], dtype=torch.float64)
     """
     counts = validate_counts(class_counts)
     num_classes, smallest, largest = len(counts), counts.min().item(), counts.max().item()

@@ -7,7 +7,15 @@ from nc_theory.problem import validate_counts
 
 
 def self_duality(class_counts: ArrayLike) -> torch.Tensor:
-    """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m."""
+    """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m.
+
+    Example:
+        >>> from nc_theory import self_duality
+        >>> self_duality([1, 4, 9])
+        tensor([[ 2., -2., -3.],
+                [-1.,  4., -3.],
+                [-1., -2.,  6.]], dtype=torch.float64)
+    """
     roots = validate_counts(class_counts).sqrt()
     return len(roots) * roots.diag() - roots
 
@@ -22,6 +30,14 @@ def seli(class_counts: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
 
     Both matrices are unchanged if classes of equal counts are swapped. The eigenvectors that tell such classes apart
     are known, so that the eigenvalue problem is as large as the number of distinct counts, at most sqrt(2 N).
+
+    Example:
+        >>> from nc_theory import seli
+        >>> gram, _ = seli([100, 100, 100])
+        >>> gram / gram[0, 0]
+        tensor([[ 1.0000, -0.5000, -0.5000],
+                [-0.5000,  1.0000, -0.5000],
+                [-0.5000, -0.5000,  1.0000]], dtype=torch.float64)
     """
     counts = validate_counts(class_counts)
     distinct, groups, sizes = counts.unique(return_inverse=True, return_counts=True)

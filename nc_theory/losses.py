@@ -39,6 +39,14 @@ class LossVariant:
     label_smoothing s   t_k = (1-s) e_k + s/K, 0 <= s < 1 (Szegedy et al. 2016, arXiv 1512.00567).
 
     Raises ValueError for a number that is negative or not finite, and for label_smoothing >= 1.
+
+    Example:
+        >>> from nc_theory import UFM, LossVariant, solve
+        >>> variant = LossVariant(logit_adjustment=1.0)
+        >>> variant.is_plain, variant.is_symmetric
+        (False, False)
+        >>> solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5, variant=variant)).certified
+        True
     """
 
     class_weights: float = 0.0
@@ -133,6 +141,13 @@ class VariantLoss(torch.nn.Module):
     capture it. The loss of a batch is the mean of the result, for which w_k is already normalised.
 
     class_counts: (K,) of the training set. dtype: of the tables; use float64 for float64 logits.
+
+    Example:
+        >>> import torch
+        >>> from nc_theory import LossVariant, VariantLoss
+        >>> criterion = VariantLoss(LossVariant(class_weights=1.0), class_counts=[10, 20, 30])
+        >>> criterion(torch.zeros(3, 3), torch.tensor([0, 1, 2]))
+        tensor([2.1972, 1.0986, 0.7324])
     """
 
     weights: torch.Tensor  # (K,) as in `LossParameters`, like the others

@@ -33,6 +33,12 @@ class UFM:
 
     Raises ValueError for fewer than two classes, n_k < 1, a lambda that is not positive and finite, an unknown loss, a
     negative bias_decay, and a variant of MSE.
+
+    Example:
+        >>> from nc_theory import UFM
+        >>> problem = UFM(class_counts=[100, 200, 300], lambda_w=5e-3, lambda_h=5e-5)
+        >>> problem.num_classes, problem.class_counts, problem.loss
+        (3, (100, 200, 300), 'CrossEntropy')
     """
 
     class_counts: Sequence[float]
@@ -82,6 +88,16 @@ class Optimum:
 
     At a minimiser the features have collapsed to their class means, h_i = h_{y_i}. H = [h_1 ... h_K] (d, K) holds
     these, and W (K, d) is the head. The logits of class k are WH[:, k] + bias.
+
+    Example:
+        >>> from nc_theory import UFM, solve
+        >>> optimum = solve(UFM([1, 200, 300], lambda_w=5e-3, lambda_h=5e-3))
+        >>> optimum.collapsed
+        tensor([ True, False, False])
+        >>> optimum.HTH
+        tensor([[0.0000, 0.0000, 0.0000],
+                [0.0000, 0.1426, 0.0000],
+                [0.0000, 0.0000, 0.1275]], dtype=torch.float64)
     """
 
     problem: UFM
@@ -122,6 +138,11 @@ def validate_counts(class_counts: ArrayLike) -> torch.Tensor:
     """Return class counts (K,) as a float64 tensor on the CPU.
 
     Raises ValueError for fewer than two classes and for counts that are not finite and >= 1.
+
+    Example:
+        >>> from nc_theory import validate_counts
+        >>> validate_counts([100, 200])
+        tensor([100., 200.], dtype=torch.float64)
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
     if counts.ndim != 1 or len(counts) < 2:
@@ -132,7 +153,13 @@ def validate_counts(class_counts: ArrayLike) -> torch.Tensor:
 
 
 def class_margins(logits: ArrayLike) -> torch.Tensor:
-    """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others."""
+    """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others.
+
+    Example:
+        >>> from nc_theory import class_margins
+        >>> class_margins([[5.0, 0.0, 1.0], [1.0, 6.0, 1.0], [1.0, 0.0, 4.0]])
+        tensor([4., 6., 3.])
+    """
     logits = torch.as_tensor(logits)
     if logits.ndim != 2 or len(logits) != logits.shape[1]:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, wanted (K, K), one column per class")
