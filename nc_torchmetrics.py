@@ -122,8 +122,12 @@ class NeuralCollapse(Metric):
 
         Raises ValueError as long as a class has no samples.
         """
+        moments = named(self.moments)
         return ClassStatistics.from_moments(
-            **named(self.moments)._asdict(),
+            counts=moments.counts,
+            means=moments.means,
+            within_sums=moments.within_sums,
+            scatter=moments.scatter,
             negatives=self.negatives,
             hits=self.hits,
             disagreements=self.disagreements,

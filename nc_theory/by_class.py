@@ -60,8 +60,8 @@ def shrunken_minima(parameters: LossParameters, strengths: np.ndarray) -> np.nda
     A row is zero if and only if |strength_k grad l_k(0)| <= 1.
     """
     logits = np.zeros((len(strengths), len(strengths)))
-    labels = np.arange(len(strengths))
-    fall = -parameters.gradients(parameters.losses_and_residuals(logits, labels)[1], labels) * strengths[:, None]
+    every = np.arange(len(strengths))
+    fall = -parameters.gradients(parameters.losses_and_residuals(logits, every)[1], every) * strengths[:, None]
     labels = np.flatnonzero(np.linalg.norm(fall, axis=1) > 1)  # the classes that do not collapse
     strengths, z = strengths[labels], logits[labels]
 

@@ -219,7 +219,8 @@ def best_head(problem: UFM, weight: np.ndarray, means: np.ndarray, bias: np.ndar
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
     left, singular, right = np.linalg.svd(np.sqrt(shares)[:, None] * means, full_matrices=False)
-    inputs, decays = left * singular / np.sqrt(shares)[:, None], np.full(len(singular), problem.lambda_w)
+    inputs = left * singular / np.sqrt(shares)[:, None]
+    decays: np.ndarray = np.full(len(singular), problem.lambda_w)
     start = weight @ right.T
     if problem.bias:
         inputs = np.column_stack([inputs, np.ones(len(counts))])
