@@ -11,26 +11,44 @@ batch, in two passes over the loader, and are not kept: memory does not depend o
 
 import contextlib
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from nc_metrics import ClassStatistics
 
+__all__ = ["average", "head_input", "head_weight", "layer_statistics", "linear_layers"]
+
 HEADS = ("fc", "classifier", "head", "heads", "score")  # names of classifiers in torchvision, timm and Hugging Face
 
 
-def average(outputs):
-    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, [D,] H, W)."""
+def average(outputs: torch.Tensor) -> torch.Tensor:
+    """Return the average (B, d) of a layer's outputs over tokens (B, T, d) or positions (B, d, [D,] H, W).
+
+    Example:
+        >>> import torch
+        >>> from nc_layers import average
+        >>> average(torch.ones(8, 64, 7, 7)).shape, average(torch.ones(8, 197, 384)).shape
+        (torch.Size([8, 64]), torch.Size([8, 384]))
+    """
     positions = 1 if outputs.ndim == 3 else tuple(range(2, outputs.ndim))
     return outputs.mean(positions, dtype=torch.promote_types(outputs.dtype, torch.float32))
 
 
 def layer_statistics(
-    model, loader, layers, num_classes, device=None, *, features=average, between="classes", reference=None
-):
+    model: nn.Module,
+    loader: Iterable[Any],
+    layers: Collection[str],
+    num_classes: int,
+    device: torch.device | str | None = None,
+    *,
+    features: Callable[[torch.Tensor], torch.Tensor] = average,
+    between: str = "classes",
+    reference: Mapping[str, ClassStatistics] | None = None,
+) -> dict[str, ClassStatistics]:
     """Return {layer: ClassStatistics} of a model's layers after both passes, for `nc_metrics`.
 
     loader: yields pairs (inputs, labels), the same in both passes: no random augmentation, no drop_last. inputs are a
@@ -53,11 +71,20 @@ def layer_statistics(
     Raises ValueError for layers that the model or the reference lacks, a layer that is not called, batches that are not
     pairs, features that are not finite, labels out of range, a class without samples, and a loader that is empty or
     cannot be read twice.
+
+    Example:
+        >>> import torch
+        >>> from nc_layers import layer_statistics
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+        >>> loader = [(torch.rand(4, 2), torch.tensor([0, 1, 2, 0]))]
+        >>> statistics = layer_statistics(model, loader, ["0", "2"], num_classes=3)
+        >>> {layer: tuple(of_layer.means.shape) for layer, of_layer in statistics.items()}
+        {'0': (3, 5), '2': (3, 5)}
     """
     if reference is None and isinstance(loader, Iterator):
         raise ValueError("the loader can be read once only, and two passes are needed: give a DataLoader or a list")
     modules = find_layers(model, layers)
-    if missing := set(modules) - set(modules if reference is None else reference):
+    if reference is not None and (missing := set(modules) - set(reference)):
         raise ValueError(f"the reference has no layer {', '.join(sorted(missing))}: it has {', '.join(reference)}")
     with undisturbed(model), torch.no_grad(), Recorder(model, modules, features, device) as recorder:
         if reference is None:
@@ -75,7 +102,7 @@ def layer_statistics(
     return statistics
 
 
-def find_layers(model, layers):
+def find_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
     """Return {name: module} of dotted names; raise ValueError, with the nearest names, if one does not exist."""
     modules = dict(model.named_modules())
     for name in layers:
@@ -88,42 +115,50 @@ def find_layers(model, layers):
 class Recorder:
     """Reads, inside its `with` block, the features of modules {name: module} whenever the model is called."""
 
-    def __init__(self, model, modules, features=average, device=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        features: Callable[[torch.Tensor], torch.Tensor] = average,
+        device: torch.device | str | None = None,
+    ) -> None:
         self.model, self.modules, self.features = model, modules, features
         self.device = device or next((parameter.device for parameter in model.parameters()), "cpu")
-        self.inputs, self.outputs, self.last = {}, {}, None  # last: the Linear layer that was called last
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self.last: nn.Module | None = None  # the Linear layer that was called last
 
-    def __enter__(self):
+    def __enter__(self) -> "Recorder":
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
         self.handles = [module.register_forward_pre_hook(self.note) for module in linear]
         for name, module in self.modules.items():
             self.handles.append(module.register_forward_hook(partial(self.record, name)))
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def note(self, module, inputs):
+    def note(self, module: nn.Module, inputs: Any) -> None:
         self.last = module
 
-    def record(self, name, module, inputs, output):
+    def record(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.outputs[name] = self.features_of(output)
         if linear_layers(module):
             self.inputs[name] = self.features_of(inputs)
 
-    def features_of(self, output):
+    def features_of(self, output: Any) -> torch.Tensor:
         """Return the features of a layer's output, copied because an in-place ReLU may overwrite it."""
-        output = first(output)
-        return (output if output.ndim == 2 else self.features(output)).clone()
+        found = first(output)
+        return (found if found.ndim == 2 else self.features(found)).clone()
 
-    def call(self, inputs):
+    def call(self, inputs: Any) -> Any:
         """Return the model's output for inputs, a tensor or a dict of keyword arguments."""
         if isinstance(inputs, Mapping):
             return self.model(**{name: value.to(self.device) for name, value in inputs.items()})
         return self.model(inputs.to(self.device))
 
-    def batches(self, loader):
+    def batches(self, loader: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Yield (layer, features (B, d), labels (B,), logits) for each layer of each batch."""
         number = None
         for number, batch in enumerate(loader):
@@ -145,7 +180,7 @@ class Recorder:
             raise ValueError("the loader yields no batch")
 
 
-def first(output):
+def first(output: Any) -> torch.Tensor:
     """Return a tensor, or the first element of a tuple, such as (hidden states, attention weights)."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
@@ -155,18 +190,25 @@ def first(output):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def head_input(model, inputs=None):
+def head_input(model: nn.Module, inputs: Any = None) -> str:
     """Return the dotted name of a model's head, the Linear layer, or chain of them, whose input is the features.
 
     This is what timm's `get_classifier` or Hugging Face's `get_output_embeddings` returns, or the attribute fc,
     classifier, head, heads or score: all of it if it is linear, else the last Linear layer in it. Of other models it is
     the Linear layer that is called last on `inputs`, a batch of a loader. Raises ValueError if there is no such layer.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import head_input
+        >>> head_input(nn.ModuleDict({"body": nn.Linear(2, 5), "fc": nn.Linear(5, 3)}))
+        'fc'
     """
     names = {module: name for name, module in model.named_modules()}
     getters = [getattr(model, name, lambda: None) for name in ("get_classifier", "get_output_embeddings")]
     for head in [getter() for getter in getters] + [getattr(model, name, None) for name in HEADS]:
-        inside = head.modules() if isinstance(head, nn.Module) else ()
-        if linear := [module for module in inside if isinstance(module, nn.Linear)]:
+        if not isinstance(head, nn.Module):
+            continue
+        if linear := [module for module in head.modules() if isinstance(module, nn.Linear)]:
             return names[head if linear_layers(head) else linear[-1]]
     if inputs is not None:
         with undisturbed(model), torch.no_grad(), Recorder(model, {}) as recorder:
@@ -178,10 +220,16 @@ def head_input(model, inputs=None):
     )
 
 
-def head_weight(head):
+def head_weight(head: nn.Module) -> torch.Tensor:
     """Return W (K, d), float64, of a head, a Linear layer or a chain of them: the product of their matrices.
 
     Raises ValueError for any other module.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import head_weight
+        >>> head_weight(nn.Sequential(nn.Linear(5, 4, bias=False), nn.Linear(4, 3))).shape
+        torch.Size([3, 5])
     """
     if not (layers := linear_layers(head)):
         raise ValueError(f"the head is a {type(head).__name__}, wanted a Linear layer or a chain of them")
@@ -191,14 +239,24 @@ def head_weight(head):
     return weight
 
 
-def linear_layers(module):
-    """Return the Linear layers that a module is a chain of, in order; [] if it contains any other layer."""
+def linear_layers(module: nn.Module) -> list[nn.Linear]:
+    """Return the Linear layers that a module is a chain of, in order; [] if it contains any other layer.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import linear_layers
+        >>> linear_layers(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)))
+        [Linear(in_features=5, out_features=4, bias=True), Linear(in_features=4, out_features=3, bias=True)]
+        >>> linear_layers(nn.Sequential(nn.Linear(5, 4), nn.ReLU()))
+        []
+    """
     leaves = [part for part in module.modules() if not list(part.children())]
-    return leaves if all(isinstance(leaf, nn.Linear) for leaf in leaves) else []
+    linear = [leaf for leaf in leaves if isinstance(leaf, nn.Linear)]
+    return linear if len(linear) == len(leaves) else []
 
 
 @contextlib.contextmanager
-def undisturbed(model):
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode, and at the end restore its training modes and buffers."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [

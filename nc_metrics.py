@@ -15,10 +15,25 @@ dist(A, B) = |A/|A| - B/|B|| in Frobenius norms. `nc_layers` gathers the statist
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
+from numpy.typing import ArrayLike
 
-from nc_theory import class_margins, self_duality, seli
+from nc_theory import Optimum, class_margins, self_duality, seli
+
+__all__ = [
+    "BETWEEN",
+    "THEORY_COLUMNS",
+    "ClassStatistics",
+    "between_class_basis",
+    "classical_metrics",
+    "distance",
+    "geometry",
+    "nc1",
+    "nc_metrics",
+    "other_geometries",
+]
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 BETWEEN = ("classes", "means", "samples")
@@ -34,120 +49,188 @@ class ClassStatistics:
 
     between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. Raises ValueError for
     a name that is not in BETWEEN.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> statistics.means
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
+        >>> statistics.within_sums
+        tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, num_classes, between="classes"):
+    def __init__(self, num_classes: int, between: str = "classes") -> None:
         if between not in BETWEEN:
             raise ValueError(f"between is {between!r}, wanted one of {', '.join(BETWEEN)}")
         self.num_classes, self.between = num_classes, between
-        self.counts = None  # (K,) samples of each class
-        self.sums = None  # (K, d) sums of their features
-        self.negatives = None  # () entries of the features that are below zero
-        self.within_counts = None  # (K,) samples of each class in the second pass
-        self.within_sums = None  # (K,) sums of |h_i - mu_k|^2
-        self.projected_sum = 0.0  # sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
-        self.hits = 0.0  # samples whose nearest class mean is that of their own class
-        self.disagreements = 0.0  # samples whose nearest class mean is not the predicted class
-        self.basis = None  # (d, r) B with pinv(Sigma_B) = B B^T
 
-    def update(self, features, labels):
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        self.counts = zeros(num_classes)  # (K,) samples of each class
+        self.sums = zeros(num_classes, 0)  # (K, d) sums of their features; d = 0 before the first batch
+        self.negatives = zeros()  # () entries of the features that are below zero
+        self.within_counts = zeros(num_classes)  # (K,) samples of each class in the second pass
+        self.within_sums = zeros(num_classes)  # (K,) sums of |h_i - mu_k|^2
+        self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
+        self.hits = zeros()  # () samples whose nearest class mean is that of their own class
+        self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
+        self.basis: torch.Tensor | None = None  # (d, r) B with pinv(Sigma_B) = B B^T; None before the second pass
+
+    @classmethod
+    def from_moments(
+        cls,
+        *,
+        counts: torch.Tensor,
+        means: torch.Tensor,
+        within_sums: torch.Tensor,
+        scatter: torch.Tensor,
+        negatives: torch.Tensor | float = math.nan,
+        hits: torch.Tensor | float = math.nan,
+        disagreements: torch.Tensor | float = math.nan,
+        between: str = "classes",
+    ) -> "ClassStatistics":
+        """Return the statistics, as after both passes, of samples whose moments are known.
+
+        counts: samples of each class (K,). means: class means (K, d). within_sums: the sum of |h_i - mu_k|^2 over the
+        samples of each class (K,). scatter: the sum of (h_i - mu_{y_i})(h_i - mu_{y_i})^T over all samples (d, d). All
+        are float64 tensors on one device. negatives: entries of the features that are below zero. hits, disagreements:
+        samples whose nearest class mean is that of their own class, and is not the predicted class. What depends on
+        one of these three is NaN without it. between: as in the constructor.
+
+        Raises ValueError for other shapes, and for a class without samples.
+
+        Example:
+            >>> import torch
+            >>> from nc_metrics import ClassStatistics, nc1
+            >>> eye, twos = torch.eye(2).double(), torch.full((2,), 2.0).double()
+            >>> statistics = ClassStatistics.from_moments(counts=twos, means=2 * eye, within_sums=twos, scatter=2 * eye)
+            >>> f"{nc1(statistics):.3f}"
+            '0.125'
+        """
+        num_classes, dim = means.shape
+        shapes = tuple(tuple(moment.shape) for moment in (counts, within_sums, scatter))
+        if shapes != ((num_classes,), (num_classes,), (dim, dim)):
+            raise ValueError(
+                f"counts, within_sums and scatter have shapes {', '.join(map(str, shapes))}, wanted (K,), (K,) and "
+                f"(d, d) for means of shape (K, d) = {(num_classes, dim)}"
+            )
+        statistics = cls(num_classes, between)
+        statistics.counts, statistics.sums = counts, means * counts[:, None]
+        statistics.require_samples()
+        basis = statistics.set_centres(means)
+        statistics.within_counts, statistics.within_sums = counts.clone(), within_sums.clone()
+        statistics.projected_sum = (basis * (scatter @ basis)).sum()
+        scalars = [counts.new_zeros(()) + number for number in (negatives, hits, disagreements)]
+        statistics.negatives, statistics.hits, statistics.disagreements = scalars
+        return statistics
+
+    def update(self, features: ArrayLike, labels: ArrayLike) -> None:
         """Add a batch to the first pass: features (B, d) of any float type, integer labels (B,) in 0..K-1.
 
         Raises ValueError for other shapes and for labels out of range.
         """
-        features, labels = self.validate_batch(features, labels)
-        if self.sums is None:
-            self.sums = features.new_zeros(self.num_classes, features.shape[1], dtype=torch.float64)
-            self.counts = features.new_zeros(self.num_classes, dtype=torch.float64)
-            self.negatives = features.new_zeros((), dtype=torch.float64)
-        self.sums.index_add_(0, labels, features.double())
-        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-        self.negatives += (features < 0).sum()
+        h, y = self.validate_batch(features, labels)
+        if not self.sums.shape[1]:
+            self.sums = h.new_zeros(self.num_classes, h.shape[1], dtype=torch.float64)
+            self.counts, self.negatives = self.counts.to(h.device), self.negatives.to(h.device)
+        self.sums.index_add_(0, y, h.double())
+        self.counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
+        self.negatives += (h < 0).sum()
 
-    def update_within(self, features, labels, predictions=None):
+    def update_within(self, features: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None) -> None:
         """Add a batch to the second pass, over the same samples as the first (or see `for_other_samples`).
 
         predictions: the classes (B,) that the head predicts, needed for NC4. Raises ValueError as `update`, and for
         a class without samples in the first pass.
         """
-        features, labels = self.validate_batch(features, labels)
-        if self.basis is None:
-            self.centres = self.means  # fixed for the second pass, and divided only once
-            self.basis = between_class_basis(self.centres, self.counts, self.between)
-            self.within_counts, self.within_sums = torch.zeros_like(self.counts), torch.zeros_like(self.counts)
-            self.half_norms_sq = 0.5 * self.centres.square().sum(1)
-        features = features.double()
-        centred = features - self.centres[labels]
-        self.within_counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
-        self.within_sums.index_add_(0, labels, centred.square().sum(1))
-        self.projected_sum += (centred @ self.basis).square().sum()
-        nearest = (features @ self.centres.T - self.half_norms_sq).argmax(1)
-        self.hits += (nearest == labels).sum()
+        h, y = self.validate_batch(features, labels)
+        basis = self.set_centres(self.means) if self.basis is None else self.basis
+        h = h.double()
+        centred = h - self.centres[y]
+        self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
+        self.within_sums.index_add_(0, y, centred.square().sum(1))
+        self.projected_sum += (centred @ basis).square().sum()
+        nearest = (h @ self.centres.T - self.half_norms_sq).argmax(1)
+        self.hits += (nearest == y).sum()
         if predictions is not None:
-            predictions = torch.as_tensor(predictions, device=features.device)
-            if predictions.shape != labels.shape:
-                raise ValueError(f"predictions have shape {tuple(predictions.shape)}, wanted {tuple(labels.shape)}")
-            self.disagreements += (nearest != predictions).sum()
+            predicted = torch.as_tensor(predictions, device=h.device)
+            if predicted.shape != y.shape:
+                raise ValueError(f"predictions have shape {tuple(predicted.shape)}, wanted {tuple(y.shape)}")
+            self.disagreements += (nearest != predicted).sum()
         else:
-            self.disagreements = math.nan
+            self.disagreements += math.nan
 
-    def for_other_samples(self):
+    def set_centres(self, centres: torch.Tensor) -> torch.Tensor:
+        """Begin the second pass around class means (K, d), and return the basis for them."""
+        self.centres, self.half_norms_sq = centres, 0.5 * centres.square().sum(1)
+        for name in SECOND_PASS:
+            setattr(self, name, getattr(self, name).to(centres.device))
+        self.basis = between_class_basis(centres, self.counts, self.between)
+        return self.basis
+
+    def for_other_samples(self) -> "ClassStatistics":
         """Return statistics with these class means, for a second pass over other samples, such as a test set."""
         other = ClassStatistics(self.num_classes, self.between)
         other.counts, other.sums, other.negatives = self.counts, self.sums, self.negatives
         return other
 
-    def merge(self, sum_over_processes):
+    def merge(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sum the results of a pass over processes that have each seen a part of the samples; call it after each pass.
 
         sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each process
         must have seen a batch, which may be empty.
         """
         for name in FIRST_PASS if self.basis is None else SECOND_PASS:
-            setattr(self, name, sum_over_processes(torch.as_tensor(getattr(self, name))))
+            setattr(self, name, sum_over_processes(getattr(self, name)))
 
-    def validate_batch(self, features, labels):
+    def validate_batch(self, features: ArrayLike, labels: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a batch as detached tensors on the features' device; raise ValueError if it is wrong."""
-        features = torch.as_tensor(features).detach()
-        labels = torch.as_tensor(labels, device=features.device).detach()
-        if features.ndim != 2 or not features.is_floating_point():
+        h = torch.as_tensor(features).detach()
+        y = torch.as_tensor(labels, device=h.device).detach()
+        if h.ndim != 2 or not h.is_floating_point():
+            raise ValueError(f"features are {h.dtype} of shape {tuple(h.shape)}, wanted floats of shape (B, d)")
+        if self.sums.shape[1] not in (0, h.shape[1]):
             raise ValueError(
-                f"features are {features.dtype} of shape {tuple(features.shape)}, wanted floats of shape (B, d)"
+                f"features have shape {tuple(h.shape)}, wanted (B, {self.sums.shape[1]}) as in the first batch"
             )
-        if self.sums is not None and features.shape[1] != self.sums.shape[1]:
+        if y.shape != h.shape[:1] or y.is_floating_point():
             raise ValueError(
-                f"features have shape {tuple(features.shape)}, wanted (B, {self.sums.shape[1]}) as in the first batch"
+                f"labels are {y.dtype} of shape {tuple(y.shape)}, wanted integers of shape ({len(h)},), one for each "
+                "row of the features"
             )
-        if labels.shape != features.shape[:1] or labels.is_floating_point():
-            raise ValueError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}, wanted integers of shape "
-                f"({len(features)},), one for each row of the features"
-            )
-        if len(labels):
-            low, high = torch.stack(labels.aminmax()).tolist()
+        if len(y):
+            low, high = torch.stack(y.aminmax()).tolist()
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
                     f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
                 )
-        return features, labels.long()
+        return h, y.long()
 
-    @property
-    def means(self):
-        """Class means (K, d); ValueError if a class has no samples."""
-        empty = range(self.num_classes) if self.counts is None else (self.counts == 0).nonzero().flatten().tolist()
-        if len(empty):
+    def require_samples(self) -> None:
+        """Raise ValueError if a class has no samples."""
+        if empty := (self.counts == 0).nonzero().flatten().tolist():
             raise ValueError(
                 f"every class needs a sample before its mean is known, found none of class {', '.join(map(str, empty))}"
             )
+
+    @property
+    def means(self) -> torch.Tensor:
+        """Class means (K, d); ValueError if a class has no samples."""
+        self.require_samples()
         return self.sums / self.counts[:, None]
 
     @property
-    def negative_share(self):
+    def negative_share(self) -> float:
         """Share of the features' entries that are below zero, NaN before the first batch."""
-        return math.nan if self.sums is None else float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
+        return float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
 
 
-def between_class_basis(means, counts, between="classes"):
+def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str = "classes") -> torch.Tensor:
     """Return B (d, r) with pinv(Sigma_B) = B B^T, Sigma_B the covariance of class means (K, d), of rank r < K.
 
     between: how the classes are weighted, and what they are centred at; all three agree for balanced classes.
@@ -157,6 +240,13 @@ def between_class_basis(means, counts, between="classes"):
 
     B is made from the singular vectors of the centred means (K, d). Eigenvalues of Sigma_B below d eps times the
     largest are taken as zero, as by SciPy's pinv of the d x d matrix.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import between_class_basis
+        >>> means, counts = torch.eye(3, 8).double(), torch.tensor([5, 10, 20]).double()
+        >>> between_class_basis(means, counts).shape
+        torch.Size([8, 2])
     """
     shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
     centred = means - (uniform if between == "means" else shares) @ means
@@ -172,25 +262,42 @@ def between_class_basis(means, counts, between="classes"):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def distance(a, b):
-    """Return dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN if one of them is zero."""
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return dist(A, B) = |A/|A| - B/|B|| in Frobenius norms, between 0 and 2; NaN if one of them is zero.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import distance
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> f"{distance(eye, 3 * eye):.3f} {distance(eye, -eye):.3f}"
+        '0.000 2.000'
+    """
     norms, rows = (a.norm(), b.norm()), max(1, TILE // a.shape[1])
     tiles = zip(a.split(rows), b.split(rows), strict=True)
     return torch.stack([(x / norms[0] - y / norms[1]).norm() for x, y in tiles]).norm().item()
 
 
-def geometry(means, weight):
+def geometry(means: ArrayLike, weight: ArrayLike) -> dict[str, torch.Tensor]:
     """Return HTH, WWT, WH (K, K), margins and mean_norms_sq (K,) of class means (K, d) and a head W (K, d), on the CPU.
 
     Raises ValueError for W of another shape than the means.
+
+    Example:
+        >>> from nc_metrics import geometry
+        >>> parts = geometry(means=[[2.0, 0.0], [0.0, 1.0]], weight=[[1.0, -1.0], [-1.0, 1.0]])
+        >>> parts["margins"]
+        tensor([4., 2.], dtype=torch.float64)
+        >>> parts["WH"]
+        tensor([[ 2., -1.],
+                [-2.,  1.]], dtype=torch.float64)
     """
-    means = torch.as_tensor(means).detach().double()
-    weight = validate_weight(weight, means)
-    logits = weight @ means.T
-    gram = means @ means.T
+    mu = torch.as_tensor(means).detach().double()
+    w = validate_weight(weight, mu)
+    logits = w @ mu.T
+    gram = mu @ mu.T
     parts = {
         "HTH": gram,
-        "WWT": weight @ weight.T,
+        "WWT": w @ w.T,
         "WH": logits,
         "margins": class_margins(logits),
         "mean_norms_sq": gram.diag(),
@@ -198,21 +305,23 @@ def geometry(means, weight):
     return {name: value.cpu() for name, value in parts.items()}
 
 
-def validate_weight(weight, means):
+def validate_weight(weight: ArrayLike, means: torch.Tensor) -> torch.Tensor:
     """Return a head's matrix in float64 on the device of the class means (K, d); raise ValueError for another shape."""
-    weight = torch.as_tensor(weight).detach().double().to(means.device)
-    if weight.shape != means.shape:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, wanted (K, d) = {tuple(means.shape)}")
-    return weight
+    w = torch.as_tensor(weight).detach().double().to(means.device)
+    if w.shape != means.shape:
+        raise ValueError(f"weight has shape {tuple(w.shape)}, wanted (K, d) = {tuple(means.shape)}")
+    return w
 
 
-def largest_relative_error(measured, expected):
+def largest_relative_error(measured: torch.Tensor, expected: torch.Tensor) -> float:
     """Return max_k |measured_k / expected_k - 1| over the classes with expected_k > 0; NaN if there are none."""
     nonzero = expected > 0
     return (measured[nonzero] / expected[nonzero] - 1).abs().max().item() if nonzero.any() else math.nan
 
 
-def nc_metrics(statistics, weight=None, optimum=None):
+def nc_metrics(
+    statistics: ClassStatistics, weight: ArrayLike | None = None, optimum: Optimum | None = None
+) -> dict[str, float]:
     """Return a row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d), if any.
 
     weight: W; without one, the columns that need it are absent. optimum: a `nc_theory.Optimum` to compare with; without
@@ -239,19 +348,31 @@ def nc_metrics(statistics, weight=None, optimum=None):
 
     Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
     class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, nc_metrics
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> row = nc_metrics(statistics, weight=[[1.0, -1.0], [-1.0, 1.0]])
+        >>> {name: f"{row[name]:.3f}" for name in ("NC1", "NC0", "CDNV", "NCM_acc1")}
+        {'NC1': '0.125', 'NC0': '0.000', 'CDNV': '0.125', 'NCM_acc1': '100.000'}
     """
     means, counts = statistics.means, statistics.counts
     if optimum is not None:
         validate_optimum(optimum, statistics)
     row = {"NC1": nc1(statistics)}
-    if weight is not None:
-        weight = validate_weight(weight, means)
-        row["NC0"] = (weight.sum(0).norm() / weight.norm()).item()
-    row |= distances_to_optimum(means, weight, counts, optimum)
-    return row | other_geometries(means, weight, counts) | classical_metrics(statistics, weight)
+    w = None if weight is None else validate_weight(weight, means)
+    if w is not None:
+        row["NC0"] = (w.sum(0).norm() / w.norm()).item()
+    row |= distances_to_optimum(means, w, counts, optimum)
+    return row | other_geometries(means, w, counts) | classical_metrics(statistics, w)
 
 
-def distances_to_optimum(means, weight, counts, optimum):
+def distances_to_optimum(
+    means: torch.Tensor, weight: torch.Tensor | None, counts: torch.Tensor, optimum: Optimum | None
+) -> dict[str, float]:
     """Return the columns NC2_H to norm_rel_err of `nc_metrics`, {column: float}, without those that need a head."""
     row = dict.fromkeys(("NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "margin_rel_err", "norm_rel_err"), math.nan)
     if optimum is not None:
@@ -269,7 +390,7 @@ def distances_to_optimum(means, weight, counts, optimum):
     return row
 
 
-def validate_optimum(optimum, statistics):
+def validate_optimum(optimum: Optimum, statistics: ClassStatistics) -> None:
     """Raise ValueError for an optimum of other class counts; warn if its ReLU contradicts the features."""
     counts = statistics.counts.cpu()
     if not torch.equal(optimum.class_counts, counts):
@@ -285,11 +406,20 @@ def validate_optimum(optimum, statistics):
         )
 
 
-def nc1(statistics):
+def nc1(statistics: ClassStatistics) -> float:
     """Return trace(Sigma_W pinv(Sigma_B)) / K, with Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
 
     Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed from centred
     features in the span of the centred class means, accurate and never negative. NaN without the second pass.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, nc1
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> f"{nc1(statistics):.3f}"
+        '0.125'
     """
     if statistics.basis is None:
         return math.nan
@@ -301,7 +431,7 @@ def nc1(statistics):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def other_geometries(means, weight, counts):
+def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: torch.Tensor) -> dict[str, float]:
     """Return how far H^T H and, with a head, W W^T are from the simplex ETF and from SELI, {column: float}.
 
     ETF_HTH, ETF_WWT    dist to I - 11^T/K, the geometry of balanced classes (Papyan, Han, Donoho, 2020)
@@ -309,6 +439,13 @@ def other_geometries(means, weight, counts):
 
     The class means of both geometries sum to zero, which those of non-negative features cannot. H is therefore
     centred at the mean of the class means first.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import other_geometries
+        >>> row = other_geometries(torch.eye(3).double(), weight=None, counts=torch.tensor([5.0, 5.0, 5.0]))
+        >>> f"{row['ETF_HTH']:.3f} {row['SELI_HTH']:.3f}"
+        '0.000 0.000'
     """
     etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
@@ -318,7 +455,7 @@ def other_geometries(means, weight, counts):
     return row | {f"SELI_{name}": distance((a @ a.T).cpu(), seli_of[name]) for name, a in rows.items()}
 
 
-def classical_metrics(statistics, weight):
+def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) -> dict[str, float]:
     """Return the usual measures of neural collapse, {column: float}.
 
     cv_mean_norms        std / mean over classes of |mu_k - mu_G| (Papyan, Han, Donoho, 2020, figure 2)
@@ -335,6 +472,16 @@ def classical_metrics(statistics, weight):
                          value of Wu and Papyan, 2024, arXiv 2405.17767, who do not square the distance)
     NCM_acc1             accuracy in percent of the classifier that takes the nearest class mean (Mensink et al., 2013;
                          of a hidden layer: Galanti, Gyoergy, Hutter, 2022)
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, classical_metrics
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> row = classical_metrics(statistics, weight=None)
+        >>> f"{row['CDNV']:.3f} {row['NCM_acc1']:.1f}"
+        '0.125 100.0'
     """
     means, counts = statistics.means, statistics.counts
     centred = means - counts @ means / counts.sum()
@@ -356,12 +503,12 @@ def classical_metrics(statistics, weight):
     return row
 
 
-def mean_over_pairs(points, measure):
+def mean_over_pairs(points: torch.Tensor, measure: Callable[[torch.Tensor, slice], torch.Tensor]) -> float:
     """Return the mean over pairs k != l of measure(|p_k - p_l|^2, rows), of points (K, d) around the origin.
 
     measure: a function of the squared distances (T, K) of a tile, and of the slice of the K classes that are its rows.
     """
-    norms_sq, total, step = points.square().sum(1), 0.0, max(1, TILE // len(points))
+    norms_sq, total, step = points.square().sum(1), points.new_zeros(()), max(1, TILE // len(points))
     for start in range(0, len(points), step):
         rows = slice(start, start + step)
         distances_sq = (norms_sq[rows, None] + norms_sq - 2 * (points[rows] @ points.T)).clamp(min=0)
@@ -371,6 +518,6 @@ def mean_over_pairs(points, measure):
     return float(total / (len(points) * (len(points) - 1)))
 
 
-def coefficient_of_variation(values):
+def coefficient_of_variation(values: torch.Tensor) -> float:
     """Return the standard deviation of `values`, without Bessel's correction, over their mean."""
     return (values.std(correction=0) / values.mean()).item()

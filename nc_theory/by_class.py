@@ -6,14 +6,15 @@ import numpy as np
 import torch
 
 from nc_theory.certificate import lower_bound
-from nc_theory.problem import Optimum, class_margins
+from nc_theory.losses import LossParameters
+from nc_theory.problem import UFM, Optimum, class_margins
 
 STEPS, HALVINGS = 200, 60  # of Newton's method, and of the length of a step
 FIRST_STEP = 32.0  # length of the step from zero
 CLOSE = 1e-9  # Newton's method converges quadratically where it predicts a decrease below this
 
 
-def solve_by_class(problem):
+def solve_by_class(problem: UFM) -> Optimum:
     """Return the best solution of a UFM with orthogonal features, for the cross entropy with ReLU and no bias.
 
     With h_k = |h_k| u_k for orthonormal u_k, the penalties of the logits z_k of class k are least if head and feature
@@ -53,18 +54,18 @@ def solve_by_class(problem):
     )
 
 
-def shrunken_minima(parameters, strengths):
+def shrunken_minima(parameters: LossParameters, strengths: np.ndarray) -> np.ndarray:
     """Return the minima z_k (K, K), one row per class, of strength_k l_k(z) + |z|, by Newton's method on all rows.
 
     A row is zero if and only if |strength_k grad l_k(0)| <= 1.
     """
     logits = np.zeros((len(strengths), len(strengths)))
-    labels = np.arange(len(strengths))
-    fall = -parameters.gradients(parameters.losses_and_residuals(logits, labels)[1], labels) * strengths[:, None]
+    every = np.arange(len(strengths))
+    fall = -parameters.gradients(parameters.losses_and_residuals(logits, every)[1], every) * strengths[:, None]
     labels = np.flatnonzero(np.linalg.norm(fall, axis=1) > 1)  # the classes that do not collapse
     strengths, z = strengths[labels], logits[labels]
 
-    def values_at(z):
+    def values_at(z: np.ndarray) -> np.ndarray:
         return strengths * parameters.losses_and_residuals(z, labels)[0] + np.linalg.norm(z, axis=1)
 
     values, decrease = values_at(z), np.linalg.norm(fall[labels], axis=1) - 1
@@ -86,7 +87,9 @@ def shrunken_minima(parameters, strengths):
     return logits
 
 
-def newton_steps(parameters, strengths, z, labels):
+def newton_steps(
+    parameters: LossParameters, strengths: np.ndarray, z: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return Newton's steps (P, K) at logits z (P, K) of classes (P,), and their rates of descent (P,).
 
     The second derivative of a row is diag(a) - u u^T - v v^T, so that a step takes O(K) operations (Woodbury).

@@ -8,13 +8,16 @@ lower bound of the minimum, and those of a global minimiser give the minimum its
 
 import itertools
 import math
+from typing import SupportsFloat
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import xlog1py, xlogy
 
 from nc_theory.losses import losses_and_gradients
+from nc_theory.problem import UFM, Optimum
 
 GAP_COLUMNS = ("optimality_gap", "gap_within", "gap_head", "gap_means")  # of `optimality_gap`
 ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
@@ -24,13 +27,20 @@ BIAS_STEPS = 20  # of Newton's method
 RERUNS = 10  # of L-BFGS-B, each from the last result
 
 
-def polar(matrix, relu=True):
+def polar(matrix: np.ndarray, relu: bool = True) -> float:
     """Return the largest |G v| over |v| = 1 and, with ReLU, v >= 0, of G (K, K): the polar of the gauge.
 
     Without ReLU it is the largest singular value. With ReLU and up to ALL_SUPPORTS classes, all supports S of v are
     tried: it is the root of the largest eigenvalue of (G^T G)_SS with a non-negative eigenvector. For more classes
     the result is the upper bound sqrt(lambda_max(max(G^T G, 0))), which is exact if no two columns of G have a positive
     inner product.
+
+    Example:
+        >>> import numpy as np
+        >>> from nc_theory import polar
+        >>> matrix = np.array([[1.0, 0.0], [1.0, -2.0]])
+        >>> f"{polar(matrix):.3f} {polar(matrix, relu=False):.3f}"
+        '2.000 2.288'
     """
     gram = matrix.T @ matrix
     if not relu:
@@ -46,7 +56,7 @@ def polar(matrix, relu=True):
     return math.sqrt(largest)
 
 
-def lower_bound(problem, logits, bias=None):
+def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> float:
     """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column per class, and a bias (K,).
 
     With p_k the softmax of D (z_k + b) + i_k, g_k = w_k D (p_k - t_k) the gradient of the loss, and G the matrix of
@@ -61,20 +71,28 @@ def lower_bound(problem, logits, bias=None):
     With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
     s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore first replaced by the best one for the given W H.
     The result is -inf if that fails, and for logits that are not finite. Raises ValueError for other shapes of logits.
+
+    Example:
+        >>> import torch
+        >>> from nc_theory import UFM, lower_bound, solve
+        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> bounds = [lower_bound(optimum.problem, logits) for logits in (optimum.WH, torch.eye(3))]
+        >>> f"minimum {optimum.loss:.4f}, bounds {bounds[0]:.4f} and {bounds[1]:.4f}"
+        'minimum 0.0972, bounds 0.0972 and 0.0841'
     """
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
-    logits = np.asarray(logits, dtype=np.float64).T  # one row per class
-    if logits.shape != (len(counts), len(counts)):
-        raise ValueError(f"logits have shape {logits.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
+    rows = np.asarray(logits, dtype=np.float64).T  # one for each class
+    if rows.shape != (len(counts), len(counts)):
+        raise ValueError(f"logits have shape {rows.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
     if problem.bias:
-        logits = logits + best_bias(problem, logits, np.zeros(len(counts)) if bias is None else np.asarray(bias))
+        rows = rows + best_bias(problem, rows, np.zeros(len(counts)) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
-        residuals = logits - np.eye(len(counts))
+        residuals = rows - np.eye(len(counts))
         slopes = np.ones_like(residuals)
     else:
         parameters = problem.loss_parameters
-        residuals = parameters.losses_and_residuals(logits, labels)[1]
+        residuals = parameters.losses_and_residuals(rows, labels)[1]
         slopes = parameters.gradients(np.ones_like(residuals), labels)
     if not np.isfinite(residuals).all():
         return -math.inf
@@ -102,12 +120,12 @@ def lower_bound(problem, logits, bias=None):
     return float(-shares @ (parameters.weights * (entropies - shifts)) - penalty)
 
 
-def best_bias(problem, logits, bias):
+def best_bias(problem: UFM, logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Return the best bias (K,) for W H, logits (K, K) with one row per class, by Newton's method."""
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
 
-    def slope_at(bias):
+    def slope_at(bias: np.ndarray) -> np.ndarray:
         gradients = losses_and_gradients(problem, logits + bias, labels)[1]
         return shares @ gradients + problem.bias_decay * bias
 
@@ -124,7 +142,7 @@ def best_bias(problem, logits, bias):
     return bias
 
 
-def bias_hessian(problem, logits, shares):
+def bias_hessian(problem: UFM, logits: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Return the Hessian (K, K) of the mean loss with respect to the bias, at logits (K, K), one row per class."""
     if problem.loss == "MSE":
         return np.eye(len(shares))
@@ -142,7 +160,14 @@ def bias_hessian(problem, logits, shares):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
+def optimality_gap(
+    optimum: Optimum,
+    weight: ArrayLike,
+    means: ArrayLike,
+    data_loss: SupportsFloat,
+    within_sum: SupportsFloat,
+    bias: ArrayLike | None = None,
+) -> dict[str, float]:
     """Return how far a network's last layer is from the optimum, and the three parts of that, {column: float}.
 
     F is the value of (UFM) at the network's features and head, and F* the optimum's lower bound.
@@ -157,6 +182,16 @@ def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
     b (K,). Take both sums in float64: F is compared with F* to about its rounding error.
 
     NaN for all where the optimum has no positive lower bound. Raises ValueError for other shapes of weight or means.
+
+    Example:
+        >>> import math
+        >>> import torch
+        >>> from nc_theory import UFM, optimality_gap, solve
+        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> zeros = torch.zeros(3, 8)  # a network that outputs zeros
+        >>> gap = optimality_gap(optimum, weight=zeros, means=zeros, data_loss=math.log(3), within_sum=0)
+        >>> f"{gap['optimality_gap']:.3f}"
+        '10.305'
     """
     problem, bound = optimum.problem, optimum.lower_bound
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
@@ -175,7 +210,7 @@ def optimality_gap(optimum, weight, means, data_loss, within_sum, bias=None):
     return dict(zip(GAP_COLUMNS, [sum(parts), *parts], strict=True))
 
 
-def best_head(problem, weight, means, bias):
+def best_head(problem: UFM, weight: np.ndarray, means: np.ndarray, bias: np.ndarray) -> float:
     """Return the least mean loss plus head penalties over W and b, for given class means (K, d).
 
     W is sought in the span of the means, along their principal directions, each in units of its own curvature. The
@@ -184,7 +219,8 @@ def best_head(problem, weight, means, bias):
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
     left, singular, right = np.linalg.svd(np.sqrt(shares)[:, None] * means, full_matrices=False)
-    inputs, decays = left * singular / np.sqrt(shares)[:, None], np.full(len(singular), problem.lambda_w)
+    inputs = left * singular / np.sqrt(shares)[:, None]
+    decays: np.ndarray = np.full(len(singular), problem.lambda_w)
     start = weight @ right.T
     if problem.bias:
         inputs = np.column_stack([inputs, np.ones(len(counts))])
@@ -192,7 +228,7 @@ def best_head(problem, weight, means, bias):
         start = np.column_stack([start, bias])
     units = 1 / np.sqrt(decays + shares @ np.square(inputs))
 
-    def value_and_gradient(x):
+    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         head = x.reshape(start.shape) * units
         losses, gradients = losses_and_gradients(problem, inputs @ head.T, labels)
         value = shares @ losses + 0.5 * (decays * np.square(head)).sum()

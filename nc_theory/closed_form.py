@@ -8,14 +8,16 @@ so that lambdas of 1e-300 and counts of 1e9 neither overflow nor underflow.
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
+from numpy.typing import ArrayLike
 
 from nc_theory.geometries import self_duality
-from nc_theory.problem import Optimum, validate_counts
+from nc_theory.problem import UFM, Optimum, validate_counts
 
 
-def closed_form(problem):
+def closed_form(problem: UFM) -> Optimum | None:
     """Return the Optimum of a UFM in closed form, or None if it has none.
 
     Cross entropy with ReLU and no bias (arXiv 2401.02058, theorem 4.1, with the penalties of (UFM)):
@@ -40,6 +42,14 @@ def closed_form(problem):
         h_k = 0  iff  n_k <= N^2 lambda_W lambda_H
 
     For MSE the constraint H >= 0 does not bind, so that the closed form holds with and without ReLU.
+
+    Example:
+        >>> from nc_theory import UFM, closed_form
+        >>> optimum = closed_form(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> optimum.margins
+        tensor([4.3776, 4.7315, 4.9375], dtype=torch.float64)
+        >>> optimum.mean_norms_sq
+        tensor([3.5743, 2.7318, 2.3276], dtype=torch.float64)
     """
     if not has_closed_form(problem):
         return None
@@ -48,34 +58,56 @@ def closed_form(problem):
     return cross_entropy_geometry(problem, cross_entropy_margins(problem, problem.counts), "closed form")
 
 
-def has_closed_form(problem):
+def has_closed_form(problem: UFM) -> bool:
     """Return True for the problems of `closed_form`."""
     return not problem.bias and (problem.loss == "MSE" or (problem.relu and problem.variant.is_symmetric))
 
 
-def released_formula(problem):
+def released_formula(problem: UFM) -> Optimum:
     """Return what the paper's released code compares with: the geometry of the closed form with other margins.
 
         M_k = log((K-1) (2 sqrt(n_k) / (N lambda_W sqrt((K-1)/K)) - 1))
 
     They do not depend on lambda_H and are not the minimiser of any (UFM). `loss` is the value of (UFM) at this
     geometry, `lower_bound` the minimum where it is known. Raises ValueError unless `has_released_formula`.
+
+    Example:
+        >>> from nc_theory import UFM, closed_form, released_formula
+        >>> problem = UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5)
+        >>> f"{released_formula(problem).loss:.3f} {closed_form(problem).loss:.3f}"
+        '0.140 0.097'
     """
     if not has_released_formula(problem):
         raise ValueError("the released formula is for the cross entropy with ReLU features only")
     optimum = cross_entropy_geometry(problem, released_margins(problem, problem.counts), "released formula")
-    return replace(optimum, lower_bound=closed_form(problem).loss if has_closed_form(problem) else -math.inf)
+    minimum = closed_form(problem)
+    return replace(optimum, lower_bound=-math.inf if minimum is None else minimum.loss)
 
 
-def has_released_formula(problem):
-    """Return True for the cross entropy itself with ReLU features, for which the released formula was written."""
+def has_released_formula(problem: UFM) -> bool:
+    """Return True for the cross entropy itself with ReLU features, for which the released formula was written.
+
+    Example:
+        >>> from nc_theory import UFM, has_released_formula
+        >>> problems = UFM([100, 200], 5e-3, 5e-5), UFM([100, 200], 5e-3, 5e-5, loss="MSE")
+        >>> [has_released_formula(problem) for problem in problems]
+        [True, False]
+    """
     return problem.loss == "CrossEntropy" and problem.variant.is_plain and problem.relu
 
 
-def class_curve(problem, sizes, formula="exact"):
+def class_curve(
+    problem: UFM, sizes: ArrayLike, formula: Literal["exact", "released"] = "exact"
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the margins and squared norms (P,) of classes of `sizes` (P,) samples, for the K and N of a UFM.
 
     formula: "exact" is the closed form, "released" the released formula. None where the UFM has no closed form.
+
+    Example:
+        >>> from nc_theory import UFM, class_curve
+        >>> margins, norms_sq = class_curve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5), sizes=[1, 10, 100])
+        >>> margins
+        tensor([1.8189, 3.1705, 4.3776], dtype=torch.float64)
     """
     sizes = torch.as_tensor(sizes, dtype=torch.float64)
     if formula == "released":
@@ -90,25 +122,44 @@ def class_curve(problem, sizes, formula="exact"):
     return margins, cross_entropy_norms_sq(problem, sizes, margins)
 
 
-def collapse_threshold(class_counts, loss="CrossEntropy"):
-    """Return the lambda_W lambda_H from which on the smallest class collapses, h_k = 0: cross entropy or MSE."""
+def collapse_threshold(class_counts: ArrayLike, loss: str = "CrossEntropy") -> float:
+    """Return the lambda_W lambda_H from which on the smallest class collapses, h_k = 0: cross entropy or MSE.
+
+    Example:
+        >>> from nc_theory import collapse_threshold
+        >>> f"{collapse_threshold([100, 200, 300]):.3e}"
+        '1.852e-04'
+    """
     counts = validate_counts(class_counts)
     return (counts.min() / (counts.sum().square() * shrink_factor(len(counts), loss))).item()
 
 
-def collapse_count(problem):
-    """Return the n_k up to which a class collapses, h_k = 0: cross entropy or MSE in closed form; else None."""
+def collapse_count(problem: UFM) -> float | None:
+    """Return the n_k up to which a class collapses, h_k = 0: cross entropy or MSE in closed form; else None.
+
+    Example:
+        >>> from nc_theory import UFM, collapse_count
+        >>> problem = UFM([100, 200, 300], lambda_w=5e-2, lambda_h=5e-3)
+        >>> f"{collapse_count(problem):.1f}"
+        '135.0'
+    """
     if not has_closed_form(problem) or not problem.variant.is_plain:
         return None
     total = float(sum(problem.class_counts))
     return total**2 * problem.lambda_w * problem.lambda_h * shrink_factor(problem.num_classes, problem.loss)
 
 
-def suggest_lambdas(class_counts, margin=5.0, ratio=100.0):
+def suggest_lambdas(class_counts: ArrayLike, margin: float = 5.0, ratio: float = 100.0) -> tuple[float, float]:
     """Return (lambda_W, lambda_H) at which the largest margin of the cross entropy's closed form is `margin`.
 
     ratio: lambda_W / lambda_H. Raises ValueError if it is not positive and finite, if the margin is above 500, and if
     the smallest class would collapse, h_k = 0, which happens for margins up to log(K sqrt(n_max / n_min) - (K-1)).
+
+    Example:
+        >>> from nc_theory import UFM, solve, suggest_lambdas
+        >>> lambda_w, lambda_h = suggest_lambdas([100, 200, 300], margin=5.0)
+        >>> solve(UFM([100, 200, 300], lambda_w, lambda_h)).margins
+        tensor([4.4408, 4.7942, 5.0000], dtype=torch.float64)
     """
     counts = validate_counts(class_counts)
     num_classes, smallest, largest = len(counts), counts.min().item(), counts.max().item()
@@ -132,7 +183,7 @@ def suggest_lambdas(class_counts, margin=5.0, ratio=100.0):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy_margins(problem, sizes):
+def cross_entropy_margins(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
     """Return the closed form's margins (P,) of classes of `sizes` (P,) samples."""
     log_sizes, log_w, log_h, log_shrink = logarithms(problem, sizes)
     # log of sqrt(n_k) / (N sqrt(lambda_W lambda_H (K-1)/K)): above log(K/(K-1)) where class k does not collapse
@@ -145,32 +196,32 @@ def cross_entropy_margins(problem, sizes):
     return margins_of_ratio(log_ratio, problem.num_classes, shifts=added_margins(problem, sizes))
 
 
-def added_margins(problem, sizes):
+def added_margins(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
     """Return the margins c_k (P,) that the loss itself adds (LDAM), of classes of `sizes` (P,) samples."""
     return torch.from_numpy(problem.variant.margins(sizes.numpy(), problem.class_counts))
 
 
-def released_margins(problem, sizes):
+def released_margins(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
     """Return the released formula's margins (P,) of classes of `sizes` (P,) samples."""
     log_sizes, log_w, _, log_shrink = logarithms(problem, sizes)
     log_ratio = 0.5 * (log_sizes - log_shrink) - log_w - (problem.counts.sum() / 2).log()
     return margins_of_ratio(log_ratio, problem.num_classes)
 
 
-def margins_of_ratio(log_ratio, num_classes, shifts=0.0):
+def margins_of_ratio(log_ratio: torch.Tensor, num_classes: int, shifts: torch.Tensor | float = 0.0) -> torch.Tensor:
     """Return max(0, c + log((K-1) (r - 1))) for ratios r given by their logarithms, and 0 for r <= 1."""
     above = log_ratio.clamp(min=0)
     margins = above + torch.log1p(-(-above).exp()) + torch.tensor(num_classes - 1.0, dtype=torch.float64).log()
     return (margins + shifts).clamp(min=0)
 
 
-def cross_entropy_norms_sq(problem, sizes, margins):
+def cross_entropy_norms_sq(problem: UFM, sizes: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
     """Return the |h_k|^2 (P,) that reach given margins (P,) at the least penalty."""
     log_sizes, log_w, log_h, log_shrink = logarithms(problem, sizes)
     return margins * (0.5 * (log_shrink + log_w - log_h - log_sizes)).exp()
 
 
-def cross_entropy_geometry(problem, margins, method):
+def cross_entropy_geometry(problem: UFM, margins: torch.Tensor, method: str) -> Optimum:
     """Return the Optimum with given margins (K,), each shared between head and feature at the least penalty."""
     counts, num_classes = problem.counts, problem.num_classes
     log_counts, log_w, log_h, log_shrink = logarithms(problem, counts)
@@ -203,19 +254,19 @@ def cross_entropy_geometry(problem, margins, method):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def mse_scales(problem, sizes):
+def mse_scales(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
     """Return s_k (P,), the logits of their own class, of classes of `sizes` (P,) samples."""
     log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
     return (-torch.expm1(problem.counts.sum().log() + 0.5 * (log_w + log_h - log_sizes))).clamp(min=0)
 
 
-def mse_norms_sq(problem, sizes, scales):
+def mse_norms_sq(problem: UFM, sizes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the |h_k|^2 (P,) that reach given s_k (P,) at the least penalty."""
     log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
     return scales * (0.5 * (log_w - log_h - log_sizes)).exp()
 
 
-def mse_optimum(problem):
+def mse_optimum(problem: UFM) -> Optimum:
     """Return the Optimum of MSE without a bias."""
     counts = problem.counts
     log_counts, log_w, log_h, _ = logarithms(problem, counts)
@@ -244,12 +295,12 @@ def mse_optimum(problem):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def logarithms(problem, sizes):
+def logarithms(problem: UFM, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log n (P,) of `sizes` (P,), log lambda_W, log lambda_H and log((K-1)/K)."""
     log_w, log_h = torch.tensor([problem.lambda_w, problem.lambda_h], dtype=torch.float64).log()
     return sizes.log(), log_w, log_h, torch.tensor(-1 / problem.num_classes, dtype=torch.float64).log1p()
 
 
-def shrink_factor(num_classes, loss):
+def shrink_factor(num_classes: int, loss: str) -> float:
     """Return the factor of N^2 lambda_W lambda_H in the condition of minority collapse."""
     return num_classes / (num_classes - 1) if loss == "CrossEntropy" else 1.0

@@ -1,17 +1,26 @@
 """Geometries of class means and head that the literature compares with."""
 
 import torch
+from numpy.typing import ArrayLike
 
 from nc_theory.problem import validate_counts
 
 
-def self_duality(class_counts):
-    """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m."""
+def self_duality(class_counts: ArrayLike) -> torch.Tensor:
+    """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m.
+
+    Example:
+        >>> from nc_theory import self_duality
+        >>> self_duality([1, 4, 9])
+        tensor([[ 2., -2., -3.],
+                [-1.,  4., -3.],
+                [-1., -2.,  6.]], dtype=torch.float64)
+    """
     roots = validate_counts(class_counts).sqrt()
     return len(roots) * roots.diag() - roots
 
 
-def seli(class_counts):
+def seli(class_counts: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
     """Return H^T H and W W^T (K, K) of SELI, the geometry of imbalanced classes without ReLU, each up to a factor.
 
     Thrampoulidis, Kini, Vakilian, Behnia (2022), definition 2: with the simplex-encoding label matrix
@@ -21,6 +30,14 @@ def seli(class_counts):
 
     Both matrices are unchanged if classes of equal counts are swapped. The eigenvectors that tell such classes apart
     are known, so that the eigenvalue problem is as large as the number of distinct counts, at most sqrt(2 N).
+
+    Example:
+        >>> from nc_theory import seli
+        >>> gram, _ = seli([100, 100, 100])
+        >>> gram / gram[0, 0]
+        tensor([[ 1.0000, -0.5000, -0.5000],
+                [-0.5000,  1.0000, -0.5000],
+                [-0.5000, -0.5000,  1.0000]], dtype=torch.float64)
     """
     counts = validate_counts(class_counts)
     distinct, groups, sizes = counts.unique(return_inverse=True, return_counts=True)
@@ -31,7 +48,9 @@ def seli(class_counts):
     return gram, root_of_all_classes(centring * distinct @ centring, distinct, groups, sizes)
 
 
-def root_of_all_classes(matrix, distinct, groups, sizes):
+def root_of_all_classes(
+    matrix: torch.Tensor, distinct: torch.Tensor, groups: torch.Tensor, sizes: torch.Tensor
+) -> torch.Tensor:
     """Return the square root (K, K) of a matrix that is known on groups of classes of equal counts.
 
     matrix: (G, G), its restriction to the span of the normalised indicators of the groups. Orthogonally to that span it
@@ -43,7 +62,7 @@ def root_of_all_classes(matrix, distinct, groups, sizes):
     return root
 
 
-def square_root(matrix):
+def square_root(matrix: torch.Tensor) -> torch.Tensor:
     """Return the square root (K, K) of a symmetric positive semidefinite matrix (K, K), which may be singular.
 
     LAPACK returns an eigenvalue of zero as a number of about K eps times the largest one, of either sign, whose root

@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import Bounds, minimize
+from scipy.optimize import Bounds, OptimizeResult, minimize
 
 from nc_theory.certificate import lower_bound
 from nc_theory.losses import losses_and_gradients
-from nc_theory.problem import Optimum, class_margins
+from nc_theory.problem import UFM, Optimum, class_margins
 
 RERUNS = 10  # of L-BFGS-B, each from the last result
 KICK = 1e-2  # length of a step away from zero, in scaled variables
@@ -18,14 +19,28 @@ DEAD = 1e-4  # features shorter than this, in scaled variables, are at zero
 
 @dataclass(frozen=True, eq=False)
 class Minimum:
-    """The result of `solve_numerically`, and what shows how far it can be trusted."""
+    """The result of `solve_numerically`, and what shows how far it can be trusted.
+
+    Example:
+        >>> from nc_theory import UFM, solve_numerically
+        >>> minimum = solve_numerically(UFM([10, 20], lambda_w=1e-2, lambda_h=1e-3), starts=2)
+        >>> len(minimum.losses), minimum.within_class_spread
+        (2, 0.0)
+    """
 
     optimum: Optimum
-    losses: list  # value of (UFM) at the end of each start, the best first
+    losses: list[float]  # value of (UFM) at the end of each start, the best first
     within_class_spread: float  # max_i |h_i - h_{y_i}| / max_i |h_i|: 0 by construction at level "class"
 
 
-def solve_numerically(problem, *, dim=None, level="class", starts=4, seed=0):
+def solve_numerically(
+    problem: UFM,
+    *,
+    dim: int | None = None,
+    level: Literal["class", "sample"] = "class",
+    starts: int = 4,
+    seed: int = 0,
+) -> Minimum:
     """Minimise a UFM in float64 with L-BFGS-B from random starts, and return a `Minimum`.
 
     Every other start gives each class a feature of its own; from the others, a class may never leave zero. The
@@ -39,6 +54,13 @@ def solve_numerically(problem, *, dim=None, level="class", starts=4, seed=0):
 
     With W = sqrt(c / lambda_W) V and h_j = sqrt(c / (lambda_H m_j)) u_j, where h_j stands for m_j samples, both
     penalties are (c/2) |.|^2. The problem divided by c is then well scaled for any lambdas.
+
+    Example:
+        >>> from nc_theory import UFM, closed_form, solve_numerically
+        >>> problem = UFM([10, 20], lambda_w=1e-2, lambda_h=1e-3)
+        >>> minimum = solve_numerically(problem, starts=2)
+        >>> f"{minimum.optimum.loss:.6f} {closed_form(problem).loss:.6f}"
+        '0.086163 0.086163'
     """
     num_classes, counts = problem.num_classes, problem.counts.numpy()
     plain = problem.variant.is_plain
@@ -74,7 +96,7 @@ class ScaledProblem:
     labels, multiplicity: (S,) class of each feature, and the number of samples that it stands for.
     """
 
-    def __init__(self, problem, labels, multiplicity, dim):
+    def __init__(self, problem: UFM, labels: np.ndarray, multiplicity: np.ndarray, dim: int) -> None:
         counts = problem.counts.numpy()
         self.problem, self.labels = problem, labels
         self.shapes = (len(counts), dim), (len(labels), dim)
@@ -87,7 +109,7 @@ class ScaledProblem:
         self.class_share = multiplicity / counts[labels]
         self.bias_decay = problem.bias_decay / self.cost
 
-    def split(self, x):
+    def split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return V (K, d), U (S, d) and b (K,) of a flat vector, as views (b: zeros if there is no bias)."""
         (num_classes, dim), (samples, _) = self.shapes
         head, features, bias = np.split(x, [num_classes * dim, (num_classes + samples) * dim])
@@ -97,7 +119,7 @@ class ScaledProblem:
             bias if self.problem.bias else np.zeros(num_classes),
         )
 
-    def value_and_gradient(self, x):
+    def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the value of the scaled problem at a flat vector, and its gradient."""
         head, features, bias = self.split(x)
         logits = features @ head.T * self.logit_scale[:, None] + bias
@@ -111,7 +133,7 @@ class ScaledProblem:
             parts.append(pull.sum(0) + self.bias_decay * bias)
         return value, np.concatenate(parts)
 
-    def solve(self, random, apart):
+    def solve(self, random: np.random.Generator, apart: bool) -> OptimizeResult:
         """Run L-BFGS-B from a random start, and return SciPy's result with its `projected_gradient`.
 
         apart: start with a feature of its own for each class.
@@ -130,19 +152,23 @@ class ScaledProblem:
         if self.problem.relu:
             low[head.size : head.size + features.size] = 0.0
         options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-11}
-        best, bounds = None, Bounds(low, np.inf)
-        for _ in range(RERUNS):
-            end = minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-            if best is not None and not end.fun < best.fun * (1 - 1e-15):
+        bounds = Bounds(low, np.inf)
+
+        def minimum_from(x: np.ndarray) -> OptimizeResult:
+            return minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+
+        best = minimum_from(x)
+        for _ in range(RERUNS - 1):
+            end = minimum_from(self.kick(best.x))
+            if not end.fun < best.fun * (1 - 1e-15):
                 break
             best = end
-            x = self.kick(best.x)
         x = best.x
         gradient = self.value_and_gradient(x)[1]
         best.projected_gradient = float(np.abs(x - np.maximum(x - gradient, low)).max())
         return best
 
-    def kick(self, x):
+    def kick(self, x: np.ndarray) -> np.ndarray:
         """Return x with the classes that are at zero moved away from it, each in a direction that no other class uses.
 
         With ReLU there may be no such direction, because orthogonal features that share no axis can still use up all
@@ -175,37 +201,37 @@ class ScaledProblem:
             head += KICK * np.outer(fall / np.linalg.norm(fall), direction)
         return x
 
-    def class_means(self, features):
+    def class_means(self, features: np.ndarray) -> np.ndarray:
         """Return the class means (K, d), unscaled, of scaled features (S, d)."""
         means = np.zeros(self.shapes[0])
         np.add.at(means, self.labels, features * self.feature_scale[:, None] * self.class_share[:, None])
         return means
 
-    def within_class_spread(self, end):
+    def within_class_spread(self, end: OptimizeResult) -> float:
         """Return max_i |h_i - h_{y_i}| / max_i |h_i| at a result of `solve`."""
         features = self.split(end.x)[1]
         means, features = self.class_means(features), features * self.feature_scale[:, None]
         largest = np.linalg.norm(features, axis=1).max()
         return float(np.linalg.norm(features - means[self.labels], axis=1).max() / largest) if largest > 0 else 0.0
 
-    def optimum(self, end):
+    def optimum(self, end: OptimizeResult) -> Optimum:
         """Return the Optimum at a result of `solve`."""
         head, features, bias = self.split(end.x)
         parts = head * self.head_scale, self.class_means(features), bias
-        head, means, bias = (torch.from_numpy(np.array(part)) for part in parts)
-        gram, logits = means @ means.T, head @ means.T
+        weight, means, offset = (torch.from_numpy(np.array(part)) for part in parts)
+        gram, logits = means @ means.T, weight @ means.T
         return Optimum(
             problem=self.problem,
             margins=class_margins(logits),
             mean_norms_sq=gram.diag(),
             HTH=gram,
-            WWT=head @ head.T,
+            WWT=weight @ weight.T,
             WH=logits,
-            bias=bias,
+            bias=offset,
             # Singular values of the class means below DEAD times the largest are zero up to the minimiser's error
             duality=logits @ torch.linalg.pinv(gram, rtol=DEAD**2, hermitian=True),
             loss=float(end.fun * self.cost),
             method="numerical",
             projected_gradient=end.projected_gradient,
-            lower_bound=lower_bound(self.problem, logits, bias),
+            lower_bound=lower_bound(self.problem, logits, offset),
         )

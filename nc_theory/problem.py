@@ -8,12 +8,14 @@ the cross entropy or a variant of it, or |W h + b - e_y|^2 / 2 for MSE (Dang, Tr
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from numpy.typing import ArrayLike
 
-from nc_theory.losses import LossVariant
+from nc_theory.losses import LossParameters, LossVariant
 
 LOSSES = ("CrossEntropy", "MSE")
 CERTIFIED = 1e-6  # largest relative gap to the lower bound at which a solution counts as certified
@@ -31,9 +33,15 @@ class UFM:
 
     Raises ValueError for fewer than two classes, n_k < 1, a lambda that is not positive and finite, an unknown loss, a
     negative bias_decay, and a variant of MSE.
+
+    Example:
+        >>> from nc_theory import UFM
+        >>> problem = UFM(class_counts=[100, 200, 300], lambda_w=5e-3, lambda_h=5e-5)
+        >>> problem.num_classes, problem.class_counts, problem.loss
+        (3, (100, 200, 300), 'CrossEntropy')
     """
 
-    class_counts: tuple
+    class_counts: Sequence[float]
     lambda_w: float
     lambda_h: float
     loss: str = "CrossEntropy"
@@ -42,7 +50,7 @@ class UFM:
     bias_decay: float = 0.0
     variant: LossVariant = field(default_factory=LossVariant)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = tuple(int(n) if n == int(n) else n for n in validate_counts(self.class_counts).tolist())
         object.__setattr__(self, "class_counts", counts)
         for name in ("lambda_w", "lambda_h", "bias_decay"):
@@ -60,16 +68,16 @@ class UFM:
             raise ValueError("class weights, logit adjustment and the like are for the cross entropy, not for MSE")
 
     @property
-    def num_classes(self):
+    def num_classes(self) -> int:
         return len(self.class_counts)
 
     @property
-    def counts(self):
+    def counts(self) -> torch.Tensor:
         """The class counts as a float64 tensor (K,) on the CPU."""
         return torch.tensor(self.class_counts, dtype=torch.float64)
 
     @cached_property
-    def loss_parameters(self):
+    def loss_parameters(self) -> LossParameters:
         """The `LossParameters` of the variant for the class counts."""
         return self.variant.parameters(self.class_counts)
 
@@ -80,6 +88,16 @@ class Optimum:
 
     At a minimiser the features have collapsed to their class means, h_i = h_{y_i}. H = [h_1 ... h_K] (d, K) holds
     these, and W (K, d) is the head. The logits of class k are WH[:, k] + bias.
+
+    Example:
+        >>> from nc_theory import UFM, solve
+        >>> optimum = solve(UFM([1, 200, 300], lambda_w=5e-3, lambda_h=5e-3))
+        >>> optimum.collapsed
+        tensor([ True, False, False])
+        >>> optimum.HTH
+        tensor([[0.0000, 0.0000, 0.0000],
+                [0.0000, 0.1426, 0.0000],
+                [0.0000, 0.0000, 0.1275]], dtype=torch.float64)
     """
 
     problem: UFM
@@ -96,30 +114,35 @@ class Optimum:
     lower_bound: float = -math.inf  # the minimum of (UFM) is proved to be no smaller
 
     @property
-    def class_counts(self):
+    def class_counts(self) -> torch.Tensor:
         """The class counts as a float64 tensor (K,)."""
         return self.problem.counts
 
     @property
-    def collapsed(self):
+    def collapsed(self) -> torch.Tensor:
         """(K,) bool: True for the classes in minority collapse, h_k = 0."""
         return self.mean_norms_sq == 0
 
     @property
-    def gap(self):
+    def gap(self) -> float:
         """Relative gap loss / lower_bound - 1: no other W and H have a loss smaller by more than that."""
         return self.loss / self.lower_bound - 1 if self.lower_bound > 0 else math.inf
 
     @property
-    def certified(self):
+    def certified(self) -> bool:
         """True if the gap proves that this is the minimum, up to a relative error of CERTIFIED."""
         return abs(self.gap) <= CERTIFIED
 
 
-def validate_counts(class_counts):
+def validate_counts(class_counts: ArrayLike) -> torch.Tensor:
     """Return class counts (K,) as a float64 tensor on the CPU.
 
     Raises ValueError for fewer than two classes and for counts that are not finite and >= 1.
+
+    Example:
+        >>> from nc_theory import validate_counts
+        >>> validate_counts([100, 200])
+        tensor([100., 200.], dtype=torch.float64)
     """
     counts = torch.as_tensor(class_counts, dtype=torch.float64, device="cpu")
     if counts.ndim != 1 or len(counts) < 2:
@@ -129,8 +152,14 @@ def validate_counts(class_counts):
     return counts
 
 
-def class_margins(logits):
-    """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others."""
+def class_margins(logits: ArrayLike) -> torch.Tensor:
+    """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others.
+
+    Example:
+        >>> from nc_theory import class_margins
+        >>> class_margins([[5.0, 0.0, 1.0], [1.0, 6.0, 1.0], [1.0, 0.0, 4.0]])
+        tensor([4., 6., 3.])
+    """
     logits = torch.as_tensor(logits)
     if logits.ndim != 2 or len(logits) != logits.shape[1]:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, wanted (K, K), one column per class")

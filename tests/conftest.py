@@ -46,18 +46,21 @@ FORKED = ["--run-path", "--start-method=fork"]  # options of torchrun
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 2 --lr 0.001 --batch_size 50 --no-bias --sep_decay".split()
 
 
-def as_main(script, flags, folder, output, before):
+def nothing():
+    pass
+
+
+def as_main(script, flags, folder, output, before, after=nothing):
     """Run a script in this process as `python script flags` does, in `folder`, with its output in files."""
     os.chdir(folder)
     for number, name in ((1, ".stdout"), (2, ".stderr")):
         os.dup2(os.open(output + name, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
     sys.argv = [str(script), *flags]
     before()
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def nothing():
-    pass
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        after()
 
 
 def without_figures():
@@ -74,9 +77,9 @@ class Script:
 
     numbers = itertools.count()
 
-    def __init__(self, name, flags, folder, before=nothing):
+    def __init__(self, name, flags, folder, before=nothing, after=nothing):
         self.command, self.folder, self.output = f"{name} {flags}", folder, f".output-{next(self.numbers)}"
-        arguments = (ROOT / name, [str(flag) for flag in flags], folder, self.output, before)
+        arguments = (ROOT / name, [str(flag) for flag in flags], folder, self.output, before, after)
         self.process = SERVER.Process(target=as_main, args=arguments, daemon=True)
         self.process.start()
 

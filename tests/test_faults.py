@@ -27,11 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import analysis.report
+import engine.checkpoints
 import train_1st_order_unbalanced as training
 import utils
 import validate_NC_unbalanced as validation
 from engine.checkpoints import load_torch
 from engine.run import Run
+from engine.tables import MeasuredRun
+from engine.training import Training
 from models import build_model
 from nc_theory import UFM
 from tests.conftest import ROOT, TINY, TRAIN, VALIDATE, log_of, rows_of, same_weights, weights, without_figures
@@ -84,6 +87,15 @@ def test_every_test_in_the_docs_is_there():
 # ---------------------------------------------------------------------------------------------------------
 
 
+def save_often():
+    """Have last.pt written all the time."""
+    engine.checkpoints.RESUME_SECONDS = 0.02
+
+
+def end_slowly():
+    time.sleep(0.3)
+
+
 @pytest.mark.parametrize(
     "number, flags",
     [
@@ -94,18 +106,12 @@ def test_every_test_in_the_docs_is_there():
 def test_a_run_killed_at_random_moments_ends_as_an_uncut_one(start, tmp_path, number, flags):
     """Thirteen kills each, mostly SIGKILL; so many writes of last.pt, and so slow an end, that many kills hit them."""
     flags = [*TINY, "--epochs", 12, "--save_every", 3, *flags]
-    slow = functools.partial(
-        exec,
-        "import sys, time, engine.checkpoints\n"
-        "engine.checkpoints.RESUME_SECONDS = 0.02\n"
-        "sys.exit = lambda status, exit=sys.exit: (time.sleep(0.3), exit(status))",
-    )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start(TRAIN, *flags, "--save_path", whole).wait()
     seconds = (whole / "last.pt").stat().st_mtime - (whole / "config.json").stat().st_mtime
     moments, kills = random.Random(number), 0
     while kills < 13:
-        run = start(TRAIN, *flags, "--save_path", cut, "--resume", before=slow)
+        run = start(TRAIN, *flags, "--save_path", cut, "--resume", before=save_often, after=end_slowly)
         if kills % 4:  # the others also before the first step
             # A kill between the last epoch and the end of the process leaves a run that is complete.
             run.wait_for(lambda run=run: re.search(r"^disk|are done", run.text("stdout"), re.M))
@@ -507,15 +513,15 @@ def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     train_here(monkeypatch, *TINY, "--save_every", 1, "--save_path", "run")
     before = {path: path.read_bytes() for path in Path("run").glob("*.p*")}
-    real, calls = training.train_step, iter(range(1, 10**9))
+    real, calls = Training.make_step, iter(range(1, 10**9))
 
-    def train_step(indices, *, model, **parts):
-        row = real(indices, model=model, **parts)
+    def make_step(self, indices):
+        row = real(self, indices)
         if next(calls) == 21 + 21:  # the last step of the fourth epoch: no loss after it
-            model.fc[0].weight.data[0, 0] = float("nan")
+            self.model.fc[0].weight.data[0, 0] = float("nan")
         return row
 
-    monkeypatch.setattr(training, "train_step", train_step)
+    monkeypatch.setattr(Training, "make_step", make_step)
     with pytest.raises(UserError, match="the weights are not finite in epoch 4, step 21") as stop:
         train_here(monkeypatch, *TINY, "--save_every", 1, "--epochs", 9, "--save_path", "run", "--resume")
     assert stop.value.status == 1
@@ -539,7 +545,7 @@ def test_a_damaged_entry_of_a_config_is_named(tmp_path, entries):
     config["problems"] = {"objective": PROBLEM, "nominal": "none"}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    assert Run(tmp_path).problem == UFM([3, 4], 0.1, 0.2)
+    assert MeasuredRun(Run(tmp_path)).comparison.problem == UFM([3, 4], 0.1, 0.2)
     path.write_text(json.dumps(config | entries))
     with pytest.raises(UserError, match=r"config\.json: damaged, not a run's config"):
         Run(tmp_path)

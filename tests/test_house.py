@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import nc_theory
 from tests.conftest import ROOT
 
 ENTRIES = set(
@@ -79,6 +80,8 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
         "nc_theory",
         *modules,
     }
+    assert (target / "nc_theory" / "py.typed").exists()
+    assert f"-{nc_theory.__version__}-" in wheel.name
     code = (
         "import nc_layers, nc_metrics, nc_theory\n"
         "print(nc_metrics.__file__, nc_theory.solve(nc_theory.UFM([20, 50, 80], 5e-3, 5e-5)).method)"

@@ -354,6 +354,36 @@ def test_other_samples_are_measured_against_these_class_means(case):
     assert {name for name in row if found[name] == row[name]} == row.keys() - {"NC1", "NC4", "CDNV", "NCM_acc1"}
 
 
+def test_statistics_from_moments_are_those_of_both_passes(case):
+    _, features, labels, _, means, weight, optimum, row = case
+    centred = torch.from_numpy(features - np.array(means)[labels])
+    moments = {
+        "counts": torch.from_numpy(np.bincount(labels).astype(float)),
+        "means": torch.from_numpy(np.array(means)),
+        "within_sums": torch.from_numpy(np.bincount(labels, centred.square().sum(1).numpy())),
+        "scatter": centred.T @ centred,
+    }
+    found = nc_metrics(ClassStatistics.from_moments(**moments), weight, optimum)
+    assert found == pytest.approx(row | {"NC4": math.nan, "NCM_acc1": math.nan}, rel=1e-9, nan_ok=True)
+    hits = row["NCM_acc1"] / 100 * len(labels)
+    found = nc_metrics(
+        ClassStatistics.from_moments(**moments, hits=hits, disagreements=row["NC4"] * len(labels)), weight
+    )
+    assert found["NCM_acc1"] == pytest.approx(row["NCM_acc1"]) and found["NC4"] == pytest.approx(row["NC4"])
+    with pytest.raises(ValueError, match=r"have shapes \(4,\), \(4,\), \(6, 7\), wanted .* \(K, d\) = \(4, 7\)"):
+        ClassStatistics.from_moments(**moments | {"scatter": moments["scatter"][1:]})
+    with pytest.raises(ValueError, match=r"every class needs a sample .*, found none of class 0, 1, 2, 3"):
+        ClassStatistics.from_moments(**moments | {"counts": torch.zeros(4, dtype=torch.float64)})
+
+
+def test_a_hit_more_than_float32_can_count(case):
+    """ImageNet has more images than float32 has digits for: 100 times the hits must not be rounded."""
+    statistics = statistics_of(*case[1:3], 4)
+    statistics.hits.fill_(2**24)
+    statistics.update_within(statistics.means[:1], torch.tensor([0]))
+    assert statistics.hits.item() == 2**24 + 1
+
+
 def test_tiles_do_not_matter(case, monkeypatch):
     _, features, labels, predictions, _, weight, optimum, row = case
     for tile in (1, 8, 12):

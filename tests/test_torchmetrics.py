@@ -149,6 +149,25 @@ def test_a_class_without_samples_is_nan_and_a_warning():
     metric = fed(NeuralCollapse(4, 8), TARGET != 2)
     with pytest.warns(UserWarning, match="1 of 4 classes have no samples: all columns are NaN"):
         assert all(value.isnan() for value in metric.compute().values())
+    with pytest.raises(ValueError, match="every class needs a sample before its mean is known, found none of class 2"):
+        metric.class_statistics()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric NeuralCollapse was called before:UserWarning")
+def test_no_samples_at_all_are_nan_and_a_warning():
+    with pytest.warns(UserWarning, match="4 of 4 classes have no samples: all columns are NaN"):
+        found = NeuralCollapse(4, 8).compute()
+    assert list(found) == list(COLUMNS) and all(value.isnan() for value in found.values())
+
+
+def test_the_statistics_can_go_on_without_changing_the_metric():
+    metric = fed(NeuralCollapse(4, 8, reference_means=np.zeros((4, 8))))
+    before = {name: value.clone() for name, value in metric.metric_state.items()}
+    statistics = metric.class_statistics()
+    statistics.update_within(FEATURES, TARGET)
+    assert statistics.within_counts.tolist() == [2 * count for count in COUNTS]
+    assert nc_metrics(statistics)["NC1"] == pytest.approx(EXPECTED["NC1"], rel=1e-9)
+    assert all(torch.equal(getattr(metric, name), before[name]) for name in ("moments", "negatives", "hits"))
 
 
 def test_bad_input_is_an_error():
