@@ -71,8 +71,11 @@ def train(args, run, training):
     checkpoints = Checkpoints(run, state, epochs=args.epochs, save_every=args.save_every, keep=args.keep)
     if args.resume and run.last.exists():
         checkpoints.load_state(training.device)
-    elif args.init_from:
-        load_weights(training.model, args.init_from, training.device)
+    else:
+        if args.init_from:
+            load_weights(training.model, args.init_from, training.device)
+        if args.head_init != "random":
+            training.initialise_head(args.head_init, args.seed)
     training.connect()
     if not args.resume:
         run.delete()  # only now that the new run is ready to start
