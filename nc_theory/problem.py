@@ -133,7 +133,7 @@ class Optimum:
         """Return a W (K, d) of this minimiser for features in R^d, d = `dim`, in float64.
 
         Minimisers differ by the orthonormal frame (d, r) of their directions, see `random_frame`. It is drawn from a
-        copy of the `generator` (default: one with seed 0), so that `head` and `features` of the same one belong together.
+        copy of the `generator` (default: one with seed 0), so that `head` and `features` of one generator fit together.
         Raises ValueError if d is less than the number r of directions that the optimum uses.
 
         Example:
