@@ -174,6 +174,8 @@ def announce(args, run, training, checkpoints):
         f"{min(data.class_counts)} to {max(data.class_counts)} each; {len(data.test)} test images"
     )
     print(f"model      {args.model}, {sum(p.numel() for p in training.model.parameters()):,} parameters")
+    if args.head_fixed or args.head_init != "random":
+        print(f"head       {'fixed' if args.head_fixed else 'starts'}: {args.head_init}")
     shared = f", {ranks} ranks, each with its rows of every batch" if ranks > 1 else ""
     print(f"device     {describe(training.device, args.precision)}{shared}")
     for note in notes(args, len(data.train)):
