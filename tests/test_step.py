@@ -70,7 +70,7 @@ LAYERS = 8  # of the paper's MLP, the head included
     ids=["fp32", "bf16", "clipped", "revived"],
 )
 def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more):
-    """A layer has a product and a ReLU forwards; two products, the sum of its bias's gradient and a threshold backwards.
+    """A layer has a product and a ReLU forwards; two products, its bias's gradient and a threshold backwards.
 
     Each of the other operations is one for all layers: four to normalise the images, which lie on the device as bytes,
     two to take them, eight each for loss and penalties, and the rest for what is logged and Adam.
