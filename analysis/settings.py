@@ -8,6 +8,7 @@ import pandas as pd
 
 from engine.run import Run
 from engine.tables import BN_SUFFIXES, THEORY_SUFFIXES, MeasuredRun
+from nc_theory import collapse_count
 from utils import UserError
 
 ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
@@ -123,20 +124,26 @@ class Setting:
         return self.runs[0].comparison.least_loss
 
     @property
+    def threshold(self):
+        """The n_k up to which classes are collapsed at the optimum, or None if it is not known."""
+        run = self.runs[0]
+        return collapse_count(run.comparison.problem) if run.comparison.problem and run.theory != "released" else None
+
+    @property
     def test_accuracy(self):
         """Test accuracies (S, K) of S seeds and K classes at the epoch, in percent, or None if a run lacks them."""
         values = [run.test_accuracy(self.epoch) for run in self.runs]
         return np.array(values) if all(map(len, values)) else None
 
     def series(self, column, x):
-        """Return x (E,) and values (E, S) of a column at the E epochs where all S runs have a value.
+        """Return x (E,) and values (S, E) of a column at the E epochs where all S runs have a value.
 
         x is the mean over the runs. The column is read from the log if it is there, else from the rows.
         """
         tables = [run.log if column in run.log else run.rows for run in self.runs]
         values = [table.reindex(columns=["epoch", column]).groupby("epoch")[column].last() for table in tables]
         values = pd.concat(values, axis=1, join="inner").replace([np.inf, -np.inf], np.nan).dropna()
-        return np.mean([abscissa(run, values.index, x) for run in self.runs], axis=0), values.to_numpy()
+        return np.mean([abscissa(run, values.index, x) for run in self.runs], axis=0), values.to_numpy().T
 
 
 def make_settings(runs, epoch=None):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.figures import CLASS_VALUES
+from analysis.panels import CLASS_VALUES
 from analysis.style import COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH
 from nc_theory import UFM, LossVariant, solve, suggest_lambdas
 

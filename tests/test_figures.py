@@ -9,16 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from analysis.figures import (
-    NC_PANELS,
-    TRAINING_PANELS,
-    class_accuracy,
-    curves,
-    draw_runs,
-    heatmaps,
-    theorem,
-    write_animation,
-)
+from analysis.figures import class_accuracy, curves, draw_runs, heatmaps, theorem, write_animation
+from analysis.panels import NC_PANELS, TRAINING_PANELS
 from analysis.settings import make_settings, read_measured_run
 from analysis.style import STYLE_FILE
 from engine.run import drawn
