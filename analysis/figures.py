@@ -10,31 +10,31 @@ heatmaps_animation  heatmaps, one frame per checkpoint
 The values are those of `analysis.panels`. An entry added to FIGURES is drawn by `draw_runs`.
 """
 
-import tempfile
 import textwrap
+from io import BytesIO
 from itertools import chain
-from pathlib import Path
 
 import matplotlib.style
 import numpy as np
-from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from analysis.panels import (
+    ACCURACY_PANELS,
     FRAMES,
     MATRICES,
     NC_PANELS,
+    THEOREM_PANELS,
     TRAINING_PANELS,
     Matrices,
-    accuracy_panels,
+    class_panels,
+    collapse_threshold,
     curve_panels,
     means_at_equal_counts,
-    theorem_panels,
-    visible_threshold,
 )
 from analysis.settings import geometry_epochs, listed, make_settings, thinned
 from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH, style_of
@@ -87,14 +87,14 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def curves(specs, settings, x="epoch"):
-    """Return the figure of a list of `PanelSpec` against `x`: means over the seeds and their ranges.
+def curves(panels, settings, x="epoch"):
+    """Return the figure of panels against `x`: means over the seeds and their ranges.
 
-    For a single setting there is one axis per panel, which shows all its columns; for several settings there is one
-    axis per column.
+    For a single setting there is an axis for each panel, which shows all its columns; for several settings there is
+    one for each column.
     """
     several = len(settings) > 1
-    panels = curve_panels(specs, settings, x, split=several)
+    panels = curve_panels(panels, settings, x, split=several)
     num_columns = 2 if len(panels) == 4 else 3
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(TEXT_WIDTH, 2.2 * num_rows))
@@ -103,7 +103,15 @@ def curves(specs, settings, x="epoch"):
         draw_curves(axis, panel, several)
     for axis in axes[len(panels) :]:
         axis.axis("off")
-    add_curves_legend(figure, settings, panels)
+
+    spread, seeds = "mean over seeds (geometric on log axes) and range", [setting.seeds for setting in settings]
+    if several:
+        least = {series.setting.index: series.theory.y[0] for p in panels for series in p.series if series.theory}
+        optima = [f"dashed: optimum {least[s.index]:.4g}" if s.index in least else "" for s in settings]
+        shared, labels = in_common(settings, seeds, optima)
+        legend_below(figure, handles_of(settings), labels, listed(spread if any(seeds) else "", shared))
+    elif seeds[0]:
+        figure.legend([Patch(color="grey", alpha=0.4)], [f"{seeds[0]}: {spread}"], loc="outside lower center")
     return figure
 
 
@@ -114,18 +122,19 @@ def training(settings, x):
 
 
 def draw_curves(axis, panel, several):
-    """Draw a panel of curves: styles tell the settings apart if there are several, else the columns."""
+    """Draw a panel of curves: colours and markers tell the settings apart if there are several, else the columns."""
     set_axis(axis, panel, panel.ylabel, title=panel.title)
     axis.xaxis.set_major_locator(MaxNLocator(4))  # step numbers are wide
-    for position, series in enumerate(panel.measured):
+    for position, series in enumerate(panel.series):
         if len(series.x):
             style = style_of(series.setting.index if several else position)
             axis.plot(series.x, series.mean, markevery=-(-len(series.x) // 8), label=series.label, **style)
             if series.setting.seeds:
                 axis.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.25, linewidth=0)
-    for series in panel.theory:
-        label, colour = f"{series.label}, {series.mean[0]:.4g}", style_of(series.setting.index)["color"]
-        axis.axhline(series.mean[0], color=colour, linestyle="--", label=label)
+    for series in panel.series:
+        if series.theory:
+            colour, least = style_of(series.setting.index)["color"], series.theory.y[0]
+            axis.axhline(least, color=colour, linestyle="--", label=f"optimum, {least:.4g}")
     if not axis.lines:
         axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
     elif not several:
@@ -134,19 +143,6 @@ def draw_curves(axis, panel, several):
 
 def set_axis(axis, panel, ylabel, title=""):
     axis.set(title=title, xlabel=panel.xlabel, ylabel=ylabel, xscale=panel.xscale, yscale=panel.yscale)
-
-
-def add_curves_legend(figure, settings, panels):
-    """Add to the figure of curves what its settings are, if there are several, and what its bands are."""
-    spread, seeds = "mean over seeds (geometric on log axes) and range", [setting.seeds for setting in settings]
-    if len(settings) > 1:
-        least = {series.setting.index: series.mean[0] for panel in panels for series in panel.theory}
-        optima = [f"dashed: optimum {least[s.index]:.4g}" if s.index in least else "" for s in settings]
-        shared, labels = in_common(settings, seeds, optima)
-        title = listed(spread if any(seeds) else "", shared)
-        legend_below(figure, handles_of(settings), labels, title)
-    elif seeds[0]:
-        figure.legend([Patch(color="grey", alpha=0.4)], [f"{seeds[0]}: {spread}"], loc="outside lower center")
 
 
 def handles_of(settings):
@@ -175,59 +171,44 @@ def legend_below(figure, handles, labels, title, **options):
 
 def theorem(settings):
     """Return the figure of margins and squared class-mean norms against n_k, with the theory; None without geometry."""
-    if not (panels := theorem_panels(settings)):
+    if not (panels := class_panels(THEOREM_PANELS, settings)):
         return None
-    settings = [series.setting for series in panels[0].measured]
-    figure, several = Figure(figsize=(TEXT_WIDTH, 2.45)), len(settings) > 1
-    theories = {series.setting.index: series for series in panels[0].theory}
-    handles = [theorem_handles(setting, theories.get(setting.index), several) for setting in settings]
-    for axis, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        draw_theorem(axis, panel, several)
+    figure, settings = Figure(figsize=(TEXT_WIDTH, 2.45)), [series.setting for series in panels[0].series]
+    axes, several = figure.subplots(1, len(panels)), len(settings) > 1
+    for axis, panel in zip(axes, panels, strict=True):
+        set_axis(axis, panel, panel.title)
+        legends = [draw_theorem(axis, series, several) for series in panel.series]
     if several:
         shared, labels = in_common(settings, *measured_texts(settings))
-        labels = [listed(label, *list(marks)[2:]) for label, marks in zip(labels, handles, strict=True)]
+        labels = [listed(label, *list(handles)[2:]) for label, handles in zip(labels, legends, strict=True)]
         options = {"handlelength": 6, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.5)}}
         title = f"{shared or 'measured'}; theory; collapse threshold"
-        legend_below(figure, [tuple(marks.values()) for marks in handles], labels, title, **options)
+        legend_below(figure, [tuple(handles.values()) for handles in legends], labels, title, **options)
     else:
-        figure.legend(handles[0].values(), handles[0].keys(), ncols=3, loc="outside lower center")
+        figure.legend(legends[0].values(), legends[0].keys(), ncols=3, loc="outside lower center")
     return figure
 
 
-def draw_theorem(axis, panel, several):
-    set_axis(axis, panel, panel.title)
-    theories = {series.setting.index: series for series in panel.theory}
-    for series in panel.measured:
-        draw_points(axis, series, point_style(series.setting, several))
-        if theory := theories.get(series.setting.index):
-            style = theory_style(theory, several)
-            axis.plot(theory.x, theory.mean, **style)
-            if (threshold := visible_threshold(series.setting)) is not None:
-                axis.axvline(threshold, color=style["color"], linestyle=":")
-
-
-def point_style(setting, several):
-    hollow = {"markerfacecolor": "none"} if several else {}  # points that coincide stay visible
-    return style_of(setting.index) | hollow
-
-
-def theory_style(series, several):
-    colour = {"color": style_of(series.setting.index)["color"] if several else COLOURS[1]}
-    return colour | ({} if series.joined else {"linestyle": "none", "marker": "_", "markersize": 10, "zorder": 1})
-
-
-def theorem_handles(setting, theory, several):
-    """Return the legend of a setting in `theorem`, {text: handle}; theory: its series, or None."""
-    measured = listed(*chain(*measured_texts([setting])))
-    handles = {measured: Line2D([], [], linestyle="none", **point_style(setting, several))}
+def draw_theorem(axis, series, several):
+    """Draw a series, its theory and the threshold of collapse, and return their legend {text: handle}."""
+    setting, theory, style = series.setting, series.theory, style_of(series.setting.index)
+    colour = style["color"] if several else COLOURS[1]
+    style |= {"markerfacecolor": "none"} if several else {}  # points that coincide stay visible
+    draw_points(axis, series, style)
+    legend = {listed(*chain(*measured_texts([setting]))): Line2D([], [], linestyle="none", **style)}
     if theory:
-        style = theory_style(theory, several)
-        handles["theory"] = Line2D([], [], **style)
-        if setting.threshold is not None:
-            largest = np.format_float_positional(setting.threshold, precision=3, fractional=False, trim="-")
-            line = {"color": style["color"], "linestyle": "none" if visible_threshold(setting) is None else ":"}
-            handles[rf"collapse: $n_k\leq{largest}$"] = Line2D([], [], **line)
-    return handles
+        points = {"linestyle": "none", "marker": "_", "markersize": 10, "zorder": 1}
+        line = {"color": colour} | ({} if theory.is_curve else points)
+        axis.plot(theory.x, theory.y, **line)
+        legend["theory"] = Line2D([], [], **line)
+        threshold, is_near = collapse_threshold(setting)
+        if is_near:
+            axis.axvline(threshold, color=colour, linestyle=":")
+        if threshold is not None:
+            largest = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
+            handle = Line2D([], [], color=colour, linestyle=":" if is_near else "none")
+            legend[rf"collapse: $n_k\leq{largest}$"] = handle
+    return legend
 
 
 def class_accuracy(settings):
@@ -235,19 +216,18 @@ def class_accuracy(settings):
 
     None if no setting has test accuracies.
     """
-    if not (panels := accuracy_panels(settings)):
+    if not (panels := class_panels(ACCURACY_PANELS, settings)):
         return None
     (panel,) = panels
-    settings = [series.setting for series in panel.measured]
+    settings = [series.setting for series in panel.series]
     figure = Figure(figsize=(TEXT_WIDTH if len(settings) > 1 else TEXT_WIDTH / 2, 2.45))
-    axis = figure.subplots()
+    axis, line = figure.subplots(), "line: mean at equal $n_k$"
     set_axis(axis, panel, f"{panel.title} of the class ({panel.ylabel})")
-    for series in panel.measured:
+    for series in panel.series:
         style = style_of(series.setting.index)
         draw_points(axis, series, style)
         axis.plot(*means_at_equal_counts(series), color=style["color"], alpha=0.5)
     shared, labels = in_common(settings, *measured_texts(settings))
-    line = "line: mean at equal $n_k$"
     title = listed(shared, line if labels[0] else "")
     legend_below(figure, handles_of(settings), [label or line for label in labels], title)
     return figure
@@ -275,62 +255,52 @@ def measured_texts(settings):
 
 @matplotlib.style.context(STYLE_FILE)
 def heatmaps(geometry, epoch, note="", limits=None):
-    """Return the figure of H^T H, W W^T and W H, measured and of the theory, each divided by its Frobenius norm, and the differences.
+    """Return the figure of `Matrices` of a geometry. The norms of the differences are NC2_H, NC2_WWT and NC3_WH.
 
-    The Frobenius norms of the differences are the distances NC2_H, NC2_WWT and NC3_WH.
-
-    geometry: HTH, WWT, WH (K, K) and, if there is a theory, the same with suffix _theory. note: text for the title.
-    limits: the largest absolute values on the two colour scales, of the matrices and of the differences; default: the
-    largest values that occur.
+    note: text for the title. limits: the ends of the two colour scales; default: `Matrices.limits`.
     """
     matrices = Matrices.of(geometry)
-    figure = Figure(figsize=(5.0, 0.9 + 1.35 * len(matrices.rows)))
-    draw_heatmaps(figure, matrices, epoch, note, limits or matrices.limits)
-    return figure
-
-
-def draw_heatmaps(figure, matrices, epoch, note, limits):
-    rows = matrices.rows
+    rows, limits = matrices.rows, limits or matrices.limits
+    figure = Figure(figsize=(5.0, 0.9 + 1.35 * len(rows)))
     figure.suptitle("\n".join([*textwrap.wrap(listed(f"epoch {epoch}", note), 80), "matrices / their Frobenius norms"]))
     axes = figure.subplots(len(rows), len(MATRICES), squeeze=False, sharex=True, sharey=True)
     for position, (title, row) in enumerate(rows.items()):
         difference = title == "difference"
-        for axis, matrix in zip(axes[position], row, strict=True):
-            edges = np.arange(len(matrix) + 1) - 0.5
-            scale = {"cmap": "RdBu_r", "vmin": -limits[difference], "vmax": limits[difference]}  # white is zero
-            if len(matrix) <= VECTOR_CLASSES:
-                mesh = axis.pcolormesh(edges, edges, matrix, **scale)
-            else:
-                mesh = axis.imshow(matrix, origin="lower", extent=2 * (edges[0], edges[-1]), **scale)
+        meshes = [draw_matrix(*pair, limits[difference]) for pair in zip(axes[position], row, strict=True)]
         axes[position, 0].set_ylabel(f"{title}\nclass")
         if difference or position == 0:
-            figure.colorbar(mesh, ax=axes[position] if difference else axes[:2], aspect=12 if difference else 25)
-    for axis in axes.flat:
-        axis.set(aspect="equal")
-        axis.grid(False)
-        axis.xaxis.set_major_locator(MaxNLocator(5 if axis.get_xlim()[1] < 500 else 2, integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            figure.colorbar(meshes[-1], ax=axes[position] if difference else axes[:2], aspect=12 if difference else 25)
     axes[0, 0].invert_yaxis()
     for top, bottom, symbol in zip(axes[0], axes[-1], MATRICES.values(), strict=True):
         top.set_title(symbol)
         bottom.set_xlabel("class")
     for axis, distance in zip(axes[-1], matrices.distances, strict=False):
         axis.set_title(f"distance {distance:.1e}")
+    return figure
+
+
+def draw_matrix(axis, matrix, limit):
+    edges = np.arange(len(matrix) + 1) - 0.5
+    scale = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}  # white is zero
+    if len(matrix) <= VECTOR_CLASSES:
+        mesh = axis.pcolormesh(edges, edges, matrix, **scale)
+    else:
+        mesh = axis.imshow(matrix, origin="lower", extent=2 * (edges[0], edges[-1]), **scale)
+    axis.set(aspect="equal")
+    axis.grid(False)
+    axis.xaxis.set_major_locator(MaxNLocator(5 if len(matrix) < 500 else 2, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return mesh
 
 
 def write_animation(path, setting):
     """Write the heatmaps of a setting's first run as a GIF over its measured epochs, with fixed colour scales."""
-    run = setting.runs[0]
+    run, frames = setting.runs[0], []
     epochs = thinned(geometry_epochs([run]), FRAMES)
     limits = tuple(np.max([Matrices.of(run.geometry(epoch)).limits for epoch in epochs], axis=0))
-    figure = heatmaps(run.geometry(epochs[0]), epochs[0], setting.note, limits)
-
-    def show(epoch):
-        figure.clear()
-        draw_heatmaps(figure, Matrices.of(run.geometry(epoch)), epoch, setting.note, limits)
-
-    animation = FuncAnimation(figure, show, epochs, init_func=lambda: None)
-    with tempfile.TemporaryDirectory() as folder, atomic_write(path) as file:
-        whole = Path(folder) / "whole.gif"
-        animation.save(whole, writer="pillow", fps=FRAMES_PER_SECOND, dpi=110)
-        file.write(whole.read_bytes())
+    for epoch in epochs:
+        frames.append(BytesIO())
+        heatmaps(run.geometry(epoch), epoch, setting.note, limits).savefig(frames[-1], format="png", dpi=110)
+    first, *others = [Image.open(frame).convert("RGB") for frame in frames]
+    with atomic_write(path) as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)

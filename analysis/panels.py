@@ -1,7 +1,7 @@
-"""The values that figures and the report show, computed once from settings: panels of curves, of classes, and matrices.
+"""What figures and the report show, with its values computed from settings: panels of curves, of classes, and matrices.
 
-`analysis.figures` draws them with Matplotlib, and `analysis.report` with Plotly. An entry added to NC_PANELS or
-TRAINING_PANELS appears in both. Labels are Matplotlib's mathtext.
+`analysis.figures` draws it with Matplotlib, and `analysis.report` with Plotly. A panel added to NC_PANELS or
+TRAINING_PANELS appears in both. Labels are in Matplotlib's mathtext.
 """
 
 from dataclasses import dataclass, replace
@@ -9,49 +9,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.settings import ABSCISSAE, Setting, thinned
-from nc_theory import class_curve
+from analysis.settings import ABSCISSAE, Setting
+from nc_theory import class_curve, collapse_count
 
 WIDE = 20  # n_max / n_min above which an axis of n_k is logarithmic
-FRAMES = 60  # largest number of epochs whose matrices an animation shows
+FRAMES = 60  # largest number of epochs at which matrices are shown
 DISTANCE = "distance to the theorem"
-CLASS_VALUES = {"margins": r"margin $M_k$", "mean_norms_sq": r"class-mean norm $\|\mu_k\|^2$"}
 MATRICES = {"HTH": r"$H^{\!\top}\!H$", "WWT": r"$WW^{\!\top}$", "WH": r"$WH$"}
 
 
 @dataclass(frozen=True)
-class PanelSpec:
-    """Definition of a panel of curves."""
+class Theory:
+    """The theory's values of a setting at `x`; if not `is_curve`, they are known nowhere else."""
 
-    title: str
-    ylabel: str
-    yscale: str  # "log" or "linear"
-    columns: dict  # {column of the rows or the log: label of its curve}
-
-    def split(self):
-        """Return a definition for each column alone."""
-        return [replace(self, title=f"{self.title}, {label}", columns={c: label}) for c, label in self.columns.items()]
-
-
-NC_PANELS = [
-    PanelSpec("NC1", "variability within classes", "log", {"NC1": r"tr$(\Sigma_W\Sigma_B^\dagger)/K$"}),
-    PanelSpec(
-        "NC2", DISTANCE, "log", {"NC2_H": MATRICES["HTH"], "NC2_WWT": MATRICES["WWT"], "NC2_W": r"$W$ against $H$"}
-    ),
-    PanelSpec("NC3", DISTANCE, "log", {"NC3_WH": MATRICES["WH"]}),
-]
-TRAINING_PANELS = [
-    PanelSpec("loss", "", "log", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
-    PanelSpec("accuracy", "%", "linear", {"train_acc1": "training", "test_acc1": "test"}),
-    PanelSpec("optimizer", "", "log", {"lr": "learning rate"}),
-    PanelSpec(
-        "optimality gap",
-        "relative",
-        "log",
-        {"gap_within": "within classes", "gap_head": "head", "gap_means": "class means"},
-    ),
-]
-NC_COLUMNS = [column for spec in NC_PANELS for column in spec.columns]
+    x: np.ndarray
+    y: np.ndarray
+    is_curve: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,29 +37,53 @@ class Series:
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    joined: bool = True  # False: the values between those at `x` are not known
-
-    def thinned(self, most):
-        """Return the series at `most` values of x at most."""
-        kept = thinned(range(len(self.x)), most)
-        return replace(self, **{name: getattr(self, name)[kept] for name in ("x", "mean", "low", "high")})
+    theory: Theory | None = None
 
 
 @dataclass(frozen=True)
-class Panel(PanelSpec):
-    """The values of a panel."""
+class Panel:
+    """A panel: its definition and, from xlabel on, what `curve_panels` or `class_panels` add."""
 
-    xlabel: str
-    xscale: str
-    measured: list  # of `Series`
-    theory: list  # of `Series`: the values at the optimum, of the settings for which they are known
+    title: str
+    ylabel: str
+    columns: dict  # {column of the rows or the log, or array of values of the classes: label}
+    yscale: str = "log"
+    xlabel: str = ""
+    xscale: str = "linear"
+    series: list = ()  # of `Series`
+
+    @property
+    def name(self):
+        """The column of a panel with only one."""
+        (name,) = self.columns
+        return name
 
 
-def over_seeds(setting, label, x, values, yscale="linear"):
+NC_PANELS = [
+    Panel("NC1", "variability within classes", {"NC1": r"tr$(\Sigma_W\Sigma_B^\dagger)/K$"}),
+    Panel("NC2", DISTANCE, {"NC2_H": MATRICES["HTH"], "NC2_WWT": MATRICES["WWT"], "NC2_W": r"$W$ against $H$"}),
+    Panel("NC3", DISTANCE, {"NC3_WH": MATRICES["WH"]}),
+]
+NC_COLUMNS = [column for panel in NC_PANELS for column in panel.columns]
+GAPS = {"gap_within": "within classes", "gap_head": "head", "gap_means": "class means"}
+TRAINING_PANELS = [
+    Panel("loss", "", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
+    Panel("accuracy", "%", {"train_acc1": "training", "test_acc1": "test"}, "linear"),
+    Panel("optimizer", "", {"lr": "learning rate"}),
+    Panel("optimality gap", "relative", GAPS),
+]
+THEOREM_PANELS = [
+    Panel(r"margin $M_k$", "", {"margins": ""}, "linear"),
+    Panel(r"class-mean norm $\|\mu_k\|^2$", "", {"mean_norms_sq": ""}, "linear"),
+]
+ACCURACY_PANELS = [Panel("test accuracy", "%", {"test_accuracy": ""}, "linear")]
+
+
+def over_seeds(setting, label, x, values, theory=None, yscale="linear"):
     """Return the `Series` of values (S, P) of S seeds; the mean is geometric if `yscale` is "log"."""
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.exp(np.log(values).mean(0)) if yscale == "log" else values.mean(0)
-    return Series(setting, label, x, mean, values.min(0), values.max(0))
+    return Series(setting, label, x, mean, values.min(0), values.max(0), theory)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -94,29 +91,33 @@ def over_seeds(setting, label, x, values, yscale="linear"):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def curve_panels(specs, settings, x="epoch", split=True):
-    """Return the panels of `specs` against `x`, a key of ABSCISSAE, without those for which there are no data.
+def curve_panels(panels, settings, x="epoch", split=True):
+    """Return panels with their values against `x`, a key of ABSCISSAE, without those for which there are no data.
 
-    split: return a panel for each column that has values, instead of one for each of `specs`.
+    split: return a panel for each column that has values.
     """
     if split:
-        panels = [curve_panel(spec, settings, x) for whole in specs for spec in whole.split()]
-        return [panel for panel in panels if any(len(series.x) for series in panel.measured)]
+        panels = [
+            replace(panel, title=f"{panel.title}, {label}", columns={column: label})
+            for panel in panels
+            for column, label in panel.columns.items()
+            if any(len(setting.series(column, x)[0]) for setting in settings)
+        ]
     run = settings[0].runs[0]
-    specs = [spec for spec in specs if not spec.columns.keys().isdisjoint([*run.rows, *run.log])]
-    return [curve_panel(spec, settings, x) for spec in specs]
+    known = [panel for panel in panels if split or not panel.columns.keys().isdisjoint([*run.rows, *run.log])]
+    return [replace(panel, xlabel=ABSCISSAE[x], series=curves(panel, settings, x)) for panel in known]
 
 
-def curve_panel(spec, settings, x):
-    measured, theory = [], []
-    for column, label in spec.columns.items():
+def curves(panel, settings, x):
+    """Return the series of a panel's columns; the theory of the loss is the least loss, at the first and last x."""
+    found = []
+    for column, label in panel.columns.items():
         for setting in settings:
-            curve = over_seeds(setting, label, *setting.series(column, x), spec.yscale)
-            measured.append(curve)
-            if column == "loss" and setting.least_loss is not None:
-                ends, least = curve.x[[0, -1]] if len(curve.x) else curve.x, np.full(2, setting.least_loss)
-                theory.append(Series(setting, "optimum", ends, least, least, least))
-    return Panel(**vars(spec), xlabel=ABSCISSAE[x], xscale="linear", measured=measured, theory=theory)
+            ends, values = setting.series(column, x)
+            least = setting.least_loss if column == "loss" else None
+            theory = None if least is None else Theory(ends[[0, -1]] if len(ends) else ends, np.full(2, least))
+            found.append(over_seeds(setting, label, ends, values, theory, panel.yscale))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -124,62 +125,50 @@ def curve_panel(spec, settings, x):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def theorem_panels(settings, to_threshold=True):
-    """Return the panels of CLASS_VALUES against n_k; [] if no setting has a geometry.
+def class_panels(panels, settings, to_threshold=True):
+    """Return panels with their values against n_k, without those for which there are no data.
 
-    to_threshold: extend the theory's curve to the threshold of collapse where `visible_threshold` is one.
+    to_threshold: extend the theory's curve to the threshold of collapse if that is near the class sizes.
     """
-    settings = [setting for setting in settings if setting.epoch]
-    theories = [theory_of(setting, to_threshold) for setting in settings if "margins_theory" in setting.geometries[0]]
-    return [
-        class_panel(
-            label,
-            "",
-            [(setting, np.array([geometry[name] for geometry in setting.geometries])) for setting in settings],
-            [theory[name] for theory in theories],
-        )
-        for name, label in CLASS_VALUES.items()
-        if settings
-    ]
+    found = []
+    for panel in panels:
+        series = [
+            over_seeds(setting, panel.title, setting.class_counts, values, theory_of(setting, panel.name, to_threshold))
+            for setting in settings
+            if (values := setting.class_values(panel.name)) is not None
+        ]
+        if series:
+            counts = np.concatenate([each.x for each in series])
+            xscale = "log" if max(counts) > WIDE * min(counts) else "linear"
+            found.append(replace(panel, xlabel="training images of the class $n_k$", xscale=xscale, series=series))
+    return found
 
 
-def accuracy_panels(settings):
-    """Return the panel of each class's test accuracy against n_k in a list; [] if no setting has test accuracies."""
-    values = [(setting, setting.test_accuracy) for setting in settings if setting.epoch]
-    values = [(setting, accuracy) for setting, accuracy in values if accuracy is not None]
-    return [class_panel("test accuracy", "%", values)] if values else []
-
-
-def class_panel(title, ylabel, values, theory=()):
-    """Return a panel against n_k of pairs (setting, values (S, K) of S seeds and K classes)."""
-    counts = np.concatenate([setting.class_counts for setting, _ in values])
-    xscale = "log" if max(counts) > WIDE * min(counts) else "linear"
-    measured = [over_seeds(setting, title, setting.class_counts, of_setting) for setting, of_setting in values]
-    return Panel(title, ylabel, "linear", {}, "training images of the class $n_k$", xscale, measured, theory)
-
-
-def theory_of(setting, to_threshold):
-    """Return the theory's values of a setting, {name in CLASS_VALUES: Series}.
+def theory_of(setting, name, to_threshold):
+    """Return the `Theory` of margins or mean_norms_sq of a setting; None without one.
 
     A closed form gives a curve over all class sizes, because a class depends on the others only through K and N.
     Without a closed form, for example with a bias, the theory is known only at the n_k.
     """
     geometry, counts, run = setting.geometries[0], setting.class_counts, setting.runs[0]
-    threshold = visible_threshold(setting) if to_threshold else None
-    span = [*counts, threshold] if threshold is not None else counts
+    if f"{name}_theory" not in geometry:
+        return None
+    threshold, is_near = collapse_threshold(setting)
+    span = [*counts, threshold] if to_threshold and is_near else counts
     sizes = np.geomspace(max(1, 0.9 * min(span)), min(1.05 * max(span), counts.sum()), 100)
     formula, problem = "released" if run.theory == "released" else "exact", run.comparison.problem
     curves = class_curve(problem, sizes, formula) if problem else None
-    known = curves is not None
-    x, values = (sizes, curves) if known else (counts, [geometry[f"{name}_theory"] for name in CLASS_VALUES])
-    values = zip(CLASS_VALUES, map(np.asarray, values), strict=True)
-    return {name: Series(setting, "theory", x, y, y, y, joined=known) for name, y in values}
+    if curves is None:
+        return Theory(counts, geometry[f"{name}_theory"], is_curve=False)
+    return Theory(sizes, curves[("margins", "mean_norms_sq").index(name)].numpy())
 
 
-def visible_threshold(setting):
-    """Return the setting's threshold of collapse if it is near the class sizes, else None."""
-    threshold, counts = setting.threshold, setting.class_counts
-    return threshold if threshold is not None and min(counts) / 10 < threshold < 2 * max(counts) else None
+def collapse_threshold(setting):
+    """Return the n_k up to which classes collapse at the optimum, or None, and whether it is near the class sizes."""
+    run, counts = setting.runs[0], setting.class_counts
+    problem = run.comparison.problem if run.theory != "released" else None
+    threshold = collapse_count(problem) if problem else None
+    return threshold, threshold is not None and min(counts) / 10 < threshold < 2 * max(counts)
 
 
 def means_at_equal_counts(series):
@@ -201,7 +190,7 @@ class Matrices:
 
     @classmethod
     def of(cls, geometry):
-        """Return those of {name: array}: HTH, WWT, WH (K, K) and, if there is a theory, the same with suffix _theory."""
+        """Return those of {name: array}: MATRICES (K, K) and, if there is a theory, the same with suffix _theory."""
         rows = {}
         for title, suffix in (("measured", ""), ("theory", "_theory")):
             if f"HTH{suffix}" in geometry:

@@ -13,7 +13,6 @@ import gzip
 import json
 import math
 import textwrap
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -22,15 +21,16 @@ import numpy as np
 import pandas as pd
 
 from analysis.panels import (
+    ACCURACY_PANELS,
     FRAMES,
     MATRICES,
     NC_COLUMNS,
     NC_PANELS,
+    THEOREM_PANELS,
     TRAINING_PANELS,
     Matrices,
-    accuracy_panels,
+    class_panels,
     curve_panels,
-    theorem_panels,
 )
 from analysis.settings import flags_of_setting, geometry_epochs, listed, make_settings, require_columns, thinned
 from analysis.style import COLOURS
@@ -64,11 +64,12 @@ def write_report(runs, path):
         setting.label = f"{number}: {setting.label}" if setting.label else ""
     measured = [setting for setting in settings if setting.epoch]
     metrics, collapse = text_tables(summarize([(setting.label, setting.runs) for setting in settings]))
+    classes = class_panels(THEOREM_PANELS + ACCURACY_PANELS, settings, to_threshold=False)
     data = {
         "panels": {
-            "curves": [curves(panel) for panel in curve_panels(NC_PANELS, settings)],
-            "classes": [*map(classes, theorem_panels(settings, to_threshold=False) + accuracy_panels(settings))],
-            "training": [curves(panel) for panel in curve_panels(TRAINING_PANELS, settings)],
+            "curves": [plot(panel, curve, panel.name) for panel in curve_panels(NC_PANELS, settings)],
+            "classes": [plot(panel, points, html_of(panel.title)) for panel in classes],
+            "training": [plot(panel, curve, panel.name) for panel in curve_panels(TRAINING_PANELS, settings)],
         },
         "heatmaps": [heatmaps(setting, ENTRIES // len(measured)) for setting in measured],
         "matrices": [html_of(label) for label in MATRICES.values()],
@@ -186,70 +187,62 @@ def html_of(label):
     return label
 
 
-def plot(panel, traces, title, ylabel):
-    """Return a panel, with the traces of a setting together."""
+def plot(panel, traces, title):
+    """Return the Plotly panel of a panel with one column; traces: a function of its series."""
+    label = panel.columns[panel.name]
+    ylabel = panel.ylabel if "$" in label else listed(label, panel.ylabel)
     xaxis = {"title": {"text": html_of(panel.xlabel)}, "type": panel.xscale}
     layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": {"title": {"text": ylabel}, "type": panel.yscale}}
-    return {"data": sorted(traces, key=lambda trace: int(trace["legendgroup"])), "layout": layout}
+    return {"data": [trace for series in panel.series for trace in traces(series)], "layout": layout}
 
 
-def trace(series, hover, **options):
-    """Return the Plotly trace of a series, by default a line; its hover text is the setting's label and `hover`."""
-    label = [escape(line) for line in textwrap.wrap(series.setting.label, 40)]
+def trace(setting, x, y, hover, **options):
+    """Return a Plotly trace, by default a line; its hover text is the setting's label and `hover`."""
+    label = [escape(line) for line in textwrap.wrap(setting.label, 40)]
     shown = {"hovertemplate": "<br>".join([*label, hover]) + "<extra></extra>", "mode": "lines"}
-    values = {"x": np.round(series.x, 2).tolist(), "y": compact(series.mean)}
-    return mark_of(series.setting) | shown | values | options
-
-
-def curves(panel):
-    """Return a panel of one column: the means over the seeds, their ranges, and the least losses."""
-    ((column, label),) = panel.columns.items()
-    drawn = [series.thinned(POINTS) for series in panel.measured if len(series.x)]
-    traces = [trace for series in drawn for trace in curve(series)]
-    for series in panel.theory:
-        if len(series.x):
-            line = mark_of(series.setting)["line"] | {"dash": "dot"}
-            traces.append(trace(series, f"{series.label} {series.mean[0]:.4g}", line=line))
-    return plot(panel, traces, column, panel.ylabel if "$" in label else listed(label, panel.ylabel))
+    return mark_of(setting) | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
 
 
 def curve(series):
-    """Return the traces of a series: the mean over the seeds and, if there are several, a band for their range."""
-    mode = "lines+markers" if len(series.x) <= MARKED else "lines"
-    traces = [trace(series, "epoch %{x}: %{y:.3g}%{text}", text=ranges(series), mode=mode)]
-    if series.setting.seeds:
-        ends = [np.concatenate([a, b[::-1]]) for a, b in ((series.x, series.x), (series.low, series.high))]
-        line = mark_of(series.setting)["line"] | {"width": 0}
-        band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": line}
-        traces.append(trace(replace(series, x=ends[0], mean=ends[1]), "", **band))
+    """Return the traces of a series: the mean over the seeds, a band for their range, and the least loss."""
+    if not len(series.x):
+        return []
+    setting, line = series.setting, mark_of(series.setting)["line"]
+    kept = thinned(range(len(series.x)), POINTS)
+    x, mean, low, high = (values[kept] for values in (series.x, series.mean, series.low, series.high))
+    mode = "lines+markers" if len(x) <= MARKED else "lines"
+    traces = [trace(setting, x, mean, "epoch %{x}: %{y:.3g}%{text}", text=ranges(setting, low, high), mode=mode)]
+    if setting.seeds:
+        band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": line | {"width": 0}}
+        traces.append(trace(setting, [*x, *x[::-1]], [*low, *high[::-1]], "", **band))
+    if theory := series.theory:
+        hover = f"optimum {theory.y[0]:.4g}"
+        traces.append(trace(setting, theory.x, theory.y, hover, line=line | {"dash": "dot"}))
     return traces
 
 
-def ranges(series):
+def ranges(setting, low, high):
     """Return the hover texts (P,) with the ranges over the seeds; "" for one seed."""
-    ends = zip(series.low, series.high, strict=True)
-    return [f"<br>{low:.3g} to {high:.3g} over the seeds" if series.setting.seeds else "" for low, high in ends]
-
-
-def classes(panel):
-    """Return a panel against n_k: the theory's curves, or dashes at the n_k, and the measured points."""
-    traces = []
-    for series in panel.theory:
-        marker = mark_of(series.setting)["marker"] | {"symbol": "line-ew-open", "size": 14}
-        dashes = {} if series.joined else {"mode": "markers", "marker": marker}
-        traces.append(trace(series, "theory, n<sub>k</sub> = %{x:.0f}: %{y:.4g}", **dashes))
-    traces += [points(series) for series in panel.measured]
-    return plot(panel, traces, html_of(panel.title), panel.ylabel)
+    ends = zip(low, high, strict=True)
+    return [f"<br>{least:.3g} to {most:.3g} over the seeds" if setting.seeds else "" for least, most in ends]
 
 
 def points(series):
-    """Return the trace of a series against n_k: points, with bars from the least to the largest over the seeds."""
+    """Return the traces of a series: the theory's curve, or dashes at the n_k, and points with bars for the range."""
+    setting, marker, traces = series.setting, mark_of(series.setting)["marker"], []
+    if theory := series.theory:
+        dashes = {"mode": "markers", "marker": marker | {"symbol": "line-ew-open", "size": 14}}
+        hover = "theory, n<sub>k</sub> = %{x:.0f}: %{y:.4g}"
+        traces.append(trace(setting, theory.x, theory.y, hover, **{} if theory.is_curve else dashes))
     ends = {"array": compact(series.high - series.mean), "arrayminus": compact(series.mean - series.low)}
-    bars = {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(series.setting.seeds)} | ends
-    marker = mark_of(series.setting)["marker"]
-    marker |= {"symbol": f"{marker['symbol']}-open", "line": {"width": 1.5}}
+    options = {
+        "mode": "markers",
+        "marker": marker | {"symbol": f"{marker['symbol']}-open", "line": {"width": 1.5}},
+        "error_y": {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(setting.seeds)} | ends,
+        "text": ranges(setting, series.low, series.high),
+    }
     hover = "class %{pointNumber}, n<sub>k</sub> = %{x}: %{y:.4g}%{text}"
-    return trace(series, hover, mode="markers", marker=marker, error_y=bars, text=ranges(series))
+    return [*traces, trace(setting, series.x, series.mean, hover, **options)]
 
 
 def heatmaps(setting, entries):

@@ -8,7 +8,6 @@ import pandas as pd
 
 from engine.run import Run
 from engine.tables import BN_SUFFIXES, THEORY_SUFFIXES, MeasuredRun
-from nc_theory import collapse_count
 from utils import UserError
 
 ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
@@ -123,17 +122,16 @@ class Setting:
         """The least value of the training objective, or None if it is not known."""
         return self.runs[0].comparison.least_loss
 
-    @property
-    def threshold(self):
-        """The n_k up to which classes are collapsed at the optimum, or None if it is not known."""
-        run = self.runs[0]
-        return collapse_count(run.comparison.problem) if run.comparison.problem and run.theory != "released" else None
+    def class_values(self, name):
+        """Return values (S, K) of S seeds and K classes at the epoch, or None if a run lacks them.
 
-    @property
-    def test_accuracy(self):
-        """Test accuracies (S, K) of S seeds and K classes at the epoch, in percent, or None if a run lacks them."""
-        values = [run.test_accuracy(self.epoch) for run in self.runs]
-        return np.array(values) if all(map(len, values)) else None
+        name: "test_accuracy", in percent, or an array of the geometry.
+        """
+        values = [
+            run.test_accuracy(self.epoch) if name == "test_accuracy" else geometry[name]
+            for run, geometry in zip(self.runs, self.geometries, strict=False)  # no geometries without an epoch
+        ]
+        return np.array(values) if values and all(map(len, values)) else None
 
     def series(self, column, x):
         """Return x (E,) and values (S, E) of a column at the E epochs where all S runs have a value.
