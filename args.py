@@ -162,6 +162,21 @@ def make_parser(doc=None):
         help="MLP: apply a ReLU to the features; without it they can have any sign (default: on)",
     )
 
+    add(
+        "--head_init",
+        roles=(OFF_BY_DEFAULT,),
+        choices=["random", "optimum", "etf"],
+        default="random",
+        help="initial head: random; the optimum of the run's own problem; or a simplex ETF of the same norm",
+    )
+    add(
+        "--head_fixed",
+        roles=(OFF_BY_DEFAULT,),
+        action=yes_no,
+        default=False,
+        help="keep the head as it is at the start (default: off)",
+    )
+
     add = group(parser, "objective")
     add("--loss", roles=(NAMES_RUN,), choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss per sample")
     add_loss_flags(partial(add, roles=(OFF_BY_DEFAULT, LOSS_VARIANT)))
@@ -536,6 +551,8 @@ def contradiction(args, defaults):
             return f"--{name}: not with --objective released, which is what the paper's code minimises"
     if not args.feature_relu and args.objective == "released":
         return "--no-feature_relu: not with --objective released, which is what the paper's code minimises"
+    if args.head_init != "random" and args.depth_linear > 1:
+        return f"--head_init {args.head_init}: only with --depth_linear 1"
     if args.penalty_start != 1 and not args.penalty_fall_epochs:
         return "--penalty_start: also give --penalty_fall_epochs, in which the factor falls to 1"
     if args.penalty_hold_epochs + args.penalty_fall_epochs >= args.epochs and args.penalty_start != 1:

@@ -71,8 +71,11 @@ def train(args, run, training):
     checkpoints = Checkpoints(run, state, epochs=args.epochs, save_every=args.save_every, keep=args.keep)
     if args.resume and run.last.exists():
         checkpoints.load_state(training.device)
-    elif args.init_from:
-        load_weights(training.model, args.init_from, training.device)
+    else:
+        if args.init_from:
+            load_weights(training.model, args.init_from, training.device)
+        if args.head_init != "random":
+            training.initialise_head(args.head_init, args.seed)
     training.connect()
     if not args.resume:
         run.delete()  # only now that the new run is ready to start
@@ -171,6 +174,8 @@ def announce(args, run, training, checkpoints):
         f"{min(data.class_counts)} to {max(data.class_counts)} each; {len(data.test)} test images"
     )
     print(f"model      {args.model}, {sum(p.numel() for p in training.model.parameters()):,} parameters")
+    if args.head_fixed or args.head_init != "random":
+        print(f"head       {'fixed' if args.head_fixed else 'starts'}: {args.head_init}")
     shared = f", {ranks} ranks, each with its rows of every batch" if ranks > 1 else ""
     print(f"device     {describe(training.device, args.precision)}{shared}")
     for note in notes(args, len(data.train)):

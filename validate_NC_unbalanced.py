@@ -72,6 +72,10 @@ def main():
     if measured.rows.empty:
         raise UserError(f"{folder}: no checkpoint could be measured", FAILED_WORK)
     print_table(measured)
+    if args.head_fixed and args.head_init == "optimum":
+        print("the head was fixed at the optimum, which leaves the least loss what it is with a free head")
+    elif args.head_fixed:
+        print(f"the head was fixed ({args.head_init}): the optimum above, with a free head, may be out of reach")
     print(f"figures in {draw_runs([measured], run.figures)[0].parent}")
     if find_spec("plotly"):
         print(f"report in  {write_report([measured], measured.report)}")

@@ -127,7 +127,7 @@ class Ranks(OneProcess):
         if not torch.equal(largest, -least):
             raise UserError("the ranks have read different images or checkpoints: give all nodes the same files")
         synchronise_batch_norm(model, all_reduce, fused=device.type == "cuda" and min(sizes) >= self.count)
-        parameters = list(model.parameters())
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffer = parameters[0].new_zeros(sum(parameter.numel() for parameter in parameters) + 3)
         offset = 0
         for parameter in parameters:  # with the same strides: the optimizer pairs elements by their order in memory

@@ -11,7 +11,9 @@ from engine.optim import Schedule, make_optimizer, set_learning_rate
 from engine.ranks import OneProcess
 from engine.step_log import new_rows
 from models import build_model
+from nc_theory import simplex_etf, solve
 from objective import Objective
+from utils import UserError
 
 
 class Training:
@@ -23,11 +25,13 @@ class Training:
 
     def __init__(self, args, data, model, device, ranks=None):
         self.data, self.model, self.device, self.ranks = data, model, device, ranks or OneProcess()
+        model.fc.requires_grad_(not args.head_fixed)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.precision, self.clip_grad_norm = args.precision, args.clip_grad_norm
         self.graphed = device.type == "cuda" and args.cuda_graph
         self.objective = make_objective(args, data.class_counts, model.fc[0].in_features)
         self.optimizer = make_optimizer(
-            model.parameters(),
+            self.parameters,
             optimizer=args.optimizer,
             lr=args.lr,
             weight_decay=self.objective.optimizer_decay,
@@ -58,6 +62,28 @@ class Training:
         self.penalty_scale, self.unit_gradient = torch.ones(2, device=device)
         self.step = self.make_step
 
+    def initialise_head(self, kind, seed):
+        """Set the head to the optimum of the run's own problem, or to a simplex ETF of the same norm ("etf").
+
+        The frame of directions is drawn from the seed. Raises UserError if the optimum is not known, or if the model
+        has fewer features than the optimum has directions.
+        """
+        head, problem = self.model.fc[-1], self.objective.problem()
+        if isinstance(problem, str):
+            raise UserError(f"--head_init {kind}: {problem}")
+        optimum, generator = solve(problem), torch.Generator().manual_seed(seed)
+        try:
+            weight = optimum.head(head.in_features, generator)
+            if kind == "etf":
+                etf = simplex_etf(problem.num_classes, head.in_features, problem.relu, generator)
+                weight = etf * (weight.norm() / etf.norm())
+        except ValueError as error:
+            raise UserError(f"--head_init {kind}: {error}") from None
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            if head.bias is not None:
+                head.bias.copy_(optimum.bias)
+
     def connect(self):
         """Connect the ranks; call it once the state is that from which training starts, and before the first step."""
         self.ranks.connect(self.state, self.data.train, self.batches.sizes)
@@ -87,10 +113,9 @@ class Training:
         with torch.no_grad():
             correct = (logits.argmax(1) == labels).sum(dtype=loss.dtype)
             sums = self.ranks.sum_with_gradients(loss, data_term, correct)
-        parameters = list(self.model.parameters())
-        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        grad_norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
         if self.clip_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_grad_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad_norm, grad_norm)
         self.optimizer.step()
         return torch.stack([*sums, grad_norm]).detach()
 

@@ -22,10 +22,10 @@ from nc_theory.closed_form import (
     released_formula,
     suggest_lambdas,
 )
-from nc_theory.geometries import self_duality, seli
+from nc_theory.geometries import self_duality, seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
-from nc_theory.problem import CERTIFIED, LOSSES, UFM, Optimum, class_margins, validate_counts
+from nc_theory.problem import CERTIFIED, LOSSES, UFM, Optimum, class_margins, random_frame, validate_counts
 
 __all__ = [
     "CERTIFIED",
@@ -46,9 +46,11 @@ __all__ = [
     "lower_bound",
     "optimality_gap",
     "polar",
+    "random_frame",
     "released_formula",
     "self_duality",
     "seli",
+    "simplex_etf",
     "solve",
     "solve_numerically",
     "split_optimum",

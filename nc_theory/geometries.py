@@ -1,9 +1,11 @@
 """Geometries of class means and head that the literature compares with."""
 
+import math
+
 import torch
 from numpy.typing import ArrayLike
 
-from nc_theory.problem import validate_counts
+from nc_theory.problem import random_frame, validate_counts
 
 
 def self_duality(class_counts: ArrayLike) -> torch.Tensor:
@@ -18,6 +20,25 @@ def self_duality(class_counts: ArrayLike) -> torch.Tensor:
     """
     roots = validate_counts(class_counts).sqrt()
     return len(roots) * roots.diag() - roots
+
+
+def simplex_etf(
+    num_classes: int, dim: int, non_negative: bool = True, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return a simplex ETF (K, d): rows of norm 1 with cosines -1/(K-1), the usual fixed classifier.
+
+    Its directions are those of `random_frame`, whose arguments these are. Raises ValueError for d < K.
+
+    Example:
+        >>> import torch
+        >>> from nc_theory import simplex_etf
+        >>> etf = simplex_etf(3, dim=8)
+        >>> torch.allclose(etf @ etf.T, torch.eye(3, dtype=torch.float64) * 1.5 - 0.5)
+        True
+    """
+    centring = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    frame = random_frame(dim, num_classes, non_negative, generator)
+    return math.sqrt(num_classes / (num_classes - 1)) * centring @ frame.T
 
 
 def seli(class_counts: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from nc_theory.problem import UFM, Optimum, class_margins
 
 RERUNS = 10  # of L-BFGS-B, each from the last result
 KICK = 1e-2  # length of a step away from zero, in scaled variables
+UNUSED = 1e-6  # of the largest feature: no feature goes further in a direction that is not used
 DEAD = 1e-4  # features shorter than this, in scaled variables, are at zero
 
 
@@ -234,4 +235,18 @@ class ScaledProblem:
             method="numerical",
             projected_gradient=end.projected_gradient,
             lower_bound=lower_bound(self.problem, logits, offset),
+            factors=used_directions(weight, means, self.problem.relu),
         )
+
+
+def used_directions(weight: torch.Tensor, means: torch.Tensor, relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a head W (K, d) and class means (K, d) in the r <= d directions that the means use, both (K, r).
+
+    With ReLU the directions are axes, so that the means stay non-negative; without it, they are orthonormal.
+    """
+    if relu:
+        used = (means > UNUSED * means.norm(dim=1).max()).any(0)
+        return weight[:, used], means[:, used]
+    _, singular, directions = torch.linalg.svd(means, full_matrices=False)
+    basis = directions[singular > UNUSED * singular[0]].T
+    return weight @ basis, means @ basis

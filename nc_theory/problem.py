@@ -112,6 +112,7 @@ class Optimum:
     method: str  # "closed form", "class by class", "numerical" or "released formula"
     projected_gradient: float = 0.0  # largest entry of the projected gradient, in scaled variables
     lower_bound: float = -math.inf  # the minimum of (UFM) is proved to be no smaller
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None  # W and H^T (K, r) in r directions, if features share some
 
     @property
     def class_counts(self) -> torch.Tensor:
@@ -128,10 +129,74 @@ class Optimum:
         """Relative gap loss / lower_bound - 1: no other W and H have a loss smaller by more than that."""
         return self.loss / self.lower_bound - 1 if self.lower_bound > 0 else math.inf
 
+    def head(self, dim: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return a W (K, d) of this minimiser for features in R^d, d = `dim`, in float64.
+
+        Minimisers differ by the orthonormal frame (d, r) of their directions, see `random_frame`. It is drawn from a
+        copy of the `generator` (default: one with seed 0), so that `head` and `features` of one generator fit together.
+        Raises ValueError if d is less than the number r of directions that the optimum uses.
+
+        Example:
+            >>> import torch
+            >>> from nc_theory import UFM, solve
+            >>> optimum = solve(UFM([10, 20, 30], lambda_w=1e-2, lambda_h=1e-3))
+            >>> head, layer = optimum.head(8), torch.nn.Linear(8, 3, bias=False)
+            >>> with torch.no_grad():
+            ...     _ = layer.weight.copy_(head)
+            >>> torch.allclose(head @ optimum.features(8).T, optimum.WH)
+            True
+        """
+        return self._in_frame(0, dim, generator)
+
+    def features(self, dim: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Return the class means h_k of this minimiser as rows (K, d), as `head` does.
+
+        With ReLU they are non-negative.
+        """
+        return self._in_frame(1, dim, generator)
+
+    def _in_frame(self, part: int, dim: int, generator: torch.Generator | None) -> torch.Tensor:
+        factor = (self.factors or self._orthogonal_factors())[part]
+        if dim < factor.shape[1]:
+            raise ValueError(f"the optimum has features in {factor.shape[1]} directions, which {dim} cannot hold")
+        return factor @ random_frame(dim, factor.shape[1], self.problem.relu, generator).T
+
+    def _orthogonal_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return W and H^T (K, K) of orthogonal features, each of which has a direction of its own."""
+        norms = self.mean_norms_sq.sqrt()
+        return self.WH / torch.where(norms > 0, norms, 1), norms.diag()
+
     @property
     def certified(self) -> bool:
         """True if the gap proves that this is the minimum, up to a relative error of CERTIFIED."""
         return abs(self.gap) <= CERTIFIED
+
+
+def random_frame(
+    dim: int, directions: int, non_negative: bool = True, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Return a random frame U (d, r) of r = `directions` orthonormal columns in R^d, d = `dim`, in float64.
+
+    non_negative: all entries are >= 0, as for features after a ReLU. The columns then have disjoint supports, which
+    share the d coordinates as evenly as possible, with equal entries. generator: a copy of it is used; default:
+    one with seed 0. Raises ValueError for r > d.
+
+    Example:
+        >>> import torch
+        >>> from nc_theory import random_frame
+        >>> frame = random_frame(6, 3)
+        >>> bool((frame >= 0).all()), torch.allclose(frame.T @ frame, torch.eye(3, dtype=torch.float64))
+        (True, True)
+    """
+    if directions > dim:
+        raise ValueError(f"there are no {directions} orthonormal directions in {dim} dimensions")
+    generator = generator.clone_state() if generator else torch.Generator().manual_seed(0)
+    if not non_negative:
+        return torch.linalg.qr(torch.randn(dim, directions, dtype=torch.float64, generator=generator))[0]
+    owners = torch.arange(dim) % directions  # the column in which each coordinate is not zero
+    frame = torch.zeros(dim, directions, dtype=torch.float64)
+    frame[torch.randperm(dim, generator=generator), owners] = 1.0
+    return frame / frame.norm(dim=0)
 
 
 def validate_counts(class_counts: ArrayLike) -> torch.Tensor:

@@ -124,7 +124,8 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
         "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "planes": "8", "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
         "class_weights": "1", "logit_adjustment": "1", "logit_scaling": "1", "ldam_margin": "1",
-        "label_smoothing": "0.5", "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
+        "label_smoothing": "0.5", "head_init": "etf", "head_fixed": "",
+        "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
     }  # fmt: skip
     needed = {"planes": "--model VGG19 ", "penalty_start": "--penalty_fall_epochs 7 "}
     names = {run_name(parse())} | {run_name(parse(f"{needed.get(f, '')}--{f} {v}")) for f, v in values.items()}

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import analysis.report
 import engine.checkpoints
+import engine.training
 import train_1st_order_unbalanced as training
 import utils
 import validate_NC_unbalanced as validation
@@ -660,7 +661,7 @@ def test_damaged_files_of_a_run_are_clean_errors(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(validation, "draw_runs", lambda runs, out: [out / "x"])  # seconds each time
     monkeypatch.setattr(analysis.report, "packed", functools.cache(analysis.report.packed))  # Plotly, each time
-    known, real = {}, validation.load_data
+    known, real = {}, engine.training.load_data
 
     @functools.wraps(real)
     def load_data(*args, **flags):
@@ -668,8 +669,7 @@ def test_damaged_files_of_a_run_are_clean_errors(monkeypatch, tmp_path):
             known[repr((args, flags))] = real(*args, **flags)
         return known[repr((args, flags))]
 
-    for script in (training, validation):
-        monkeypatch.setattr(script, "load_data", load_data)
+    monkeypatch.setattr(engine.training, "load_data", load_data)
     assert run_here(monkeypatch, training, *FUZZED, "--epochs", 2, "--save_path", "whole") == (0, [])
     assert run_here(monkeypatch, validation, "--load_path", "whole") == (0, [])
     run, statuses = tmp_path / "run", []

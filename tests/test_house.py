@@ -15,7 +15,7 @@ ENTRIES = set(
 )
 LIBRARY = {"nc_theory", "nc_metrics", "nc_layers", "nc_torchmetrics"}
 SCIENCE = LIBRARY | {"datasets", "models", "objective"}
-OURS = ENTRIES | SCIENCE | {"args", "engine", "utils"}
+OURS = ENTRIES | SCIENCE | {"args", "cli", "analysis", "engine", "utils"}
 
 
 def imports_of(path):
@@ -42,10 +42,12 @@ def files_of(name):
         ({"nc_layers", "nc_torchmetrics"}, {"nc_theory", "nc_metrics"}),
         ({"datasets", "models", "objective"}, SCIENCE | {"utils"}),
         ({"engine"}, SCIENCE | {"engine", "utils"}),
-        ({"args"}, SCIENCE | {"engine", "utils"}),
-        (ENTRIES, SCIENCE | {"args", "engine", "utils"}),
+        ({"analysis"}, {"analysis", "engine", "nc_theory", "utils"}),
+        ({"cli"}, {"utils"}),
+        ({"args"}, SCIENCE | {"cli", "engine", "utils"}),
+        (ENTRIES, SCIENCE | {"args", "cli", "analysis", "engine", "utils"}),
     ],
-    ids=["utils", "nc_theory", "nc_metrics", "nc_layers", "science", "engine", "args", "entries"],
+    ids=["utils", "nc_theory", "nc_metrics", "nc_layers", "science", "engine", "analysis", "cli", "args", "entries"],
 )
 def test_imports_go_down_only(names, allowed):
     for path in (path for name in names for path in files_of(name)):
@@ -53,12 +55,21 @@ def test_imports_go_down_only(names, allowed):
 
 
 def test_every_module_belongs_to_a_layer():
-    assert {path.stem for path in ROOT.glob("*.py")} == OURS - {"engine", "models", "nc_theory"}
+    assert {path.stem for path in ROOT.glob("*.py")} == OURS - {"analysis", "engine", "models", "nc_theory"}
 
 
-def test_the_train_script_is_a_page_and_loads_no_matplotlib():
-    assert len((ROOT / "train_1st_order_unbalanced.py").read_text().splitlines()) <= 220
-    code = "import sys, train_1st_order_unbalanced; sys.exit('matplotlib' in sys.modules)"
+@pytest.mark.parametrize(
+    ("script", "absent"),
+    [
+        ("train_1st_order_unbalanced", "matplotlib torchvision"),
+        ("solve_ufm", "pandas torchvision datasets models engine"),
+        ("summarize", "matplotlib torchvision datasets models engine.training"),
+        ("plot_nc", "torchvision datasets models engine.training"),
+        ("report", "torchvision datasets models engine.training"),
+    ],
+)
+def test_scripts_load_only_what_they_need(script, absent):
+    code = f"import sys, {script}; loaded = sys.modules.keys() & {set(absent.split())}; assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

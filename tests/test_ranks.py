@@ -98,7 +98,7 @@ def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path):
     cases = {  # 5 x 77 + 1 images: the last batch is one image, and one rank has none
         2: "--batch_size 77 --class_counts 34,34,34,34,34,34,40,42,50,50 --data_augmentation --logit_adjustment 1 "
         "--penalty_warmup_epochs 2 --warmup_epochs 2 --clip_grad_norm 0.5",
-        3: "--batch_size 77 --stratified --loss MSE --objective released --optimizer SGD",
+        3: "--batch_size 77 --stratified --loss MSE --objective released --optimizer SGD --head_init etf --head_fixed",
     }
     flags = {ranks: [*FLAGS, *text.split(), "--epochs", 4, "--nc_every", 1] for ranks, text in cases.items()}
     runs = {ranks: torchrun(ranks, *flags[ranks], "--save_path", f"{ranks} ranks") for ranks in cases}
