@@ -3,7 +3,7 @@
     python plot_nc.py model_weights/RUN                        (into RUN/figures/)
     python plot_nc.py model_weights/RUN ... --out figures      (overlaid; runs that differ by seed: mean and range)
 
-Each figure is written as PDF and PNG at print size; `analysis/figures.py` says what they show.
+Each figure is written as PDF and PNG at print size; docs/results.md says what they show.
 """
 
 from pathlib import Path

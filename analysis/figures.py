@@ -1,13 +1,6 @@
-"""Draw figures of runs from the files in their folders: rows, geometry, log and config.
+"""Draw figures of runs, with the values of `analysis.panels`, which come from the files in the runs' folders.
 
-nc_curves           NC1, NC2 and NC3 against the epoch, the optimizer step, or minutes of training
-training            loss, accuracy, learning rate and optimality gap against the same x axis
-theorem             margins and class-mean norms against n_k, with the curve of the theorem
-class_accuracy      test accuracy of each class against n_k
-heatmaps            H^T H, W W^T and W H, measured and of the theorem, and their differences
-heatmaps_animation  heatmaps, one frame per checkpoint
-
-The values are those of `analysis.panels`. An entry added to FIGURES is drawn by `draw_runs`.
+docs/results.md says what each figure shows. A figure added to FIGURES is drawn by all scripts.
 """
 
 import textwrap
@@ -58,7 +51,8 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     Runs that differ only in their seed are drawn as mean and range. Figures for which there are no data are left out.
 
     epoch: the epoch that theorem, class_accuracy and heatmaps show; default: the last one measured. x: a key of
-    ABSCISSAE. animate: also write heatmaps_animation. Raises UserError if a run has no rows or no geometry at `epoch`.
+    ABSCISSAE. animate: also write heatmaps_animation, a frame per checkpoint. Raises UserError if a run has no rows or
+    no geometry at `epoch`.
     """
     settings = make_settings(runs, epoch)
     measured = [setting for setting in settings if setting.epoch]
