@@ -3,12 +3,13 @@
     python plot_nc.py model_weights/RUN                        (into RUN/figures/)
     python plot_nc.py model_weights/RUN ... --out figures      (overlaid; runs that differ by seed: mean and range)
 
-Each figure is written as PDF and PNG at print size; `analysis/figures.py` says what they show.
+Each figure is written as PDF and PNG at print size; docs/results.md says what they show.
 """
 
 from pathlib import Path
 
-from analysis.figures import NC_PANELS, draw_runs
+from analysis.figures import draw_runs
+from analysis.panels import NC_COLUMNS
 from analysis.settings import ABSCISSAE, add_comparison_flags, read_measured_run
 from cli import Parser, bounded
 from utils import run_script
@@ -28,8 +29,7 @@ def main():
     )
     args = parser.parse_args()
     folders = {folder.resolve(): folder for folder in args.runs}.values()
-    columns = [column for *_, panel in NC_PANELS for column in panel]
-    runs = [read_measured_run(folder, args.theory, args.bn_statistics, columns) for folder in folders]
+    runs = [read_measured_run(folder, args.theory, args.bn_statistics, NC_COLUMNS) for folder in folders]
     out = args.out or (runs[0].folder if len(runs) == 1 else Path()) / "figures"
     for path in draw_runs(runs, out, args.epoch, args.x, args.animate):
         print(path)

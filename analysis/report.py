@@ -20,22 +20,24 @@ from string import Template
 import numpy as np
 import pandas as pd
 
-from analysis.figures import (
+from analysis.panels import (
+    ACCURACY_PANELS,
     FRAMES,
+    MATRICES,
+    NC_COLUMNS,
     NC_PANELS,
+    THEOREM_PANELS,
     TRAINING_PANELS,
-    count_scale,
-    heatmap_limits,
-    heatmap_rows,
-    mean_over_seeds,
-    theory_values,
+    Matrices,
+    class_panels,
+    curve_panels,
 )
 from analysis.settings import flags_of_setting, geometry_epochs, listed, make_settings, require_columns, thinned
 from analysis.style import COLOURS
 from analysis.summary import COLLAPSE_NOTE, METRICS, METRICS_NOTE, not_counted, summarize, text_tables
 from utils import UserError, atomic_write
 
-COLUMNS = [*METRICS, *(column for *_, panel in NC_PANELS for column in panel)]  # required in the rows of every run
+COLUMNS = [*METRICS, *NC_COLUMNS]  # required in the rows of every run
 POINTS = 400  # largest number of points of a curve
 MARKED = 30  # largest number of points at which a curve has markers
 ENTRIES = 1_400_000  # largest number of entries of all matrices together: 5 MB
@@ -43,7 +45,7 @@ CLASSES = 100  # largest number of classes whose rows and columns of the matrice
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
 FACTS = ("class_counts", "num_parameters", "device", "git_commit")
-CLASS_LABELS = {"margins": "margin M<sub>k</sub>", "mean_norms_sq": "class-mean norm ‖μ<sub>k</sub>‖²"}
+HTML = {r"^{\!\top}": "ᵀ", r"\!": "", r"\|": "‖", r"\mu": "μ", "^2": "²", "_k": "<sub>k</sub>", "$": ""}  # of mathtext
 
 
 class Page(Template):
@@ -60,16 +62,17 @@ def write_report(runs, path):
     script, settings = plotly_script(), make_settings(runs)
     for number, setting in enumerate(settings, 1):
         setting.label = f"{number}: {setting.label}" if setting.label else ""
-    marked = [(mark_of(index), setting) for index, setting in enumerate(settings)]
-    measured = [(mark, setting) for mark, setting in marked if setting.epoch]
+    measured = [setting for setting in settings if setting.epoch]
     metrics, collapse = text_tables(summarize([(setting.label, setting.runs) for setting in settings]))
+    classes = class_panels(THEOREM_PANELS + ACCURACY_PANELS, settings, to_threshold=False)
     data = {
         "panels": {
-            "curves": curve_panels(NC_PANELS, marked),
-            "classes": class_panels(measured),
-            "training": curve_panels(TRAINING_PANELS, marked),
+            "curves": [plot(panel, curve, panel.name) for panel in curve_panels(NC_PANELS, settings)],
+            "classes": [plot(panel, points, html_of(panel.title)) for panel in classes],
+            "training": [plot(panel, curve, panel.name) for panel in curve_panels(TRAINING_PANELS, settings)],
         },
-        "heatmaps": [heatmaps(setting, ENTRIES // len(measured)) for _, setting in measured],
+        "heatmaps": [heatmaps(setting, ENTRIES // len(measured)) for setting in measured],
+        "matrices": [html_of(label) for label in MATRICES.values()],
     }
     content = {
         "title": escape(f"{len(runs)} runs" if len(runs) > 1 else runs[0].folder.name),
@@ -80,7 +83,7 @@ def write_report(runs, path):
         "not_counted": "".join(f"<p>Not counted: {escape(line)}</p>" for line in not_counted(runs)),
         "collapse": table(collapse),
         "collapse_note": COLLAPSE_NOTE,
-        "legend": legend(marked),
+        "legend": legend(settings),
         "plotly": packed(script),
         "data": packed(json.dumps(data, separators=(",", ":"))),
     }
@@ -151,14 +154,14 @@ def table(frame):
     return f'<div class="table">{head.replace("_", "_<wbr>")}{end}{body.replace(" ± ", "<br>± ")}</div>'
 
 
-def legend(marked):
+def legend(settings):
     """Return as HTML a button per setting that hides it in all figures; "" for a single setting."""
-    buttons = [
-        f'<button value="{mark["legendgroup"]}"><i style="color: {mark["marker"]["color"]}">'
-        f"{SYMBOLS[mark['marker']['symbol']]}</i> {escape(listed(setting.label, setting.seeds))}</button>"
-        for mark, setting in marked
-    ]
-    return "".join(buttons) if len(marked) > 1 else ""
+    buttons = []
+    for setting in settings:
+        mark, label = mark_of(setting)["marker"], escape(listed(setting.label, setting.seeds))
+        symbol = f'<i style="color: {mark["color"]}">{SYMBOLS[mark["symbol"]]}</i>'
+        buttons.append(f'<button value="{setting.index}">{symbol} {label}</button>')
+    return "".join(buttons) if len(settings) > 1 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -166,98 +169,80 @@ def legend(marked):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def mark_of(index):
-    """Return the Plotly options of all traces of the setting number `index`: group, colour, dash and symbol."""
-    repeat, colour = divmod(index, len(COLOURS))
+def mark_of(setting):
+    """Return the Plotly options of all traces of a setting: group, colour, dash and symbol."""
+    repeat, colour = divmod(setting.index, len(COLOURS))
     colour = f"#{COLOURS[colour].lstrip('#')}"
     return {
-        "legendgroup": str(index),
+        "legendgroup": str(setting.index),
         "line": {"color": colour, "width": 1.5, "dash": DASHES[repeat % len(DASHES)]},
-        "marker": {"color": colour, "symbol": list(SYMBOLS)[(index + repeat) % len(SYMBOLS)], "size": 7},
+        "marker": {"color": colour, "symbol": list(SYMBOLS)[(setting.index + repeat) % len(SYMBOLS)], "size": 7},
     }
 
 
-def panel(title, traces, xtitle, ytitle, xscale="linear", yscale="linear"):
-    xaxis, yaxis = {"title": {"text": xtitle}, "type": xscale}, {"title": {"text": ytitle}, "type": yscale}
-    return {"data": traces, "layout": {"title": {"text": title}, "xaxis": xaxis, "yaxis": yaxis}}
+def html_of(label):
+    """Return a label in Matplotlib's mathtext as HTML, as far as HTML knows its symbols."""
+    for symbol, html in HTML.items():
+        label = label.replace(symbol, html)
+    return label
 
 
-def trace(mark, setting, x, y, hover, **options):
+def plot(panel, traces, title):
+    """Return the Plotly panel of a panel with one column; traces: a function of its series."""
+    label = panel.columns[panel.name]
+    ylabel = panel.ylabel if "$" in label else listed(label, panel.ylabel)
+    xaxis = {"title": {"text": html_of(panel.xlabel)}, "type": panel.xscale}
+    layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": {"title": {"text": ylabel}, "type": panel.yscale}}
+    return {"data": [trace for series in panel.series for trace in traces(series)], "layout": layout}
+
+
+def trace(setting, x, y, hover, **options):
     """Return a Plotly trace, by default a line; its hover text is the setting's label and `hover`."""
     label = [escape(line) for line in textwrap.wrap(setting.label, 40)]
     shown = {"hovertemplate": "<br>".join([*label, hover]) + "<extra></extra>", "mode": "lines"}
-    return mark | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
+    return mark_of(setting) | shown | {"x": np.round(x, 2).tolist(), "y": compact(y)} | options
 
 
-def curve_panels(panels, marked):
-    """Return a panel for each column for which any setting has data."""
-    drawn = []
-    for _, unit, scale, columns in panels:
-        for column, label in columns.items():
-            if traces := [trace for mark, setting in marked for trace in curve(mark, setting, column, scale)]:
-                drawn.append(
-                    panel(column, traces, "epoch", unit if "$" in label else listed(label, unit), yscale=scale)
-                )
-    return drawn
-
-
-def curve(mark, setting, column, scale):
-    """Return the traces of a column: mean (geometric on a log axis) and range over the seeds, and the least loss."""
-    epochs, values = setting.series(column, "epoch")
-    if not len(epochs):
+def curve(series):
+    """Return the traces of a series: the mean over the seeds, a band for their range, and the least loss."""
+    if not len(series.x):
         return []
-    kept = thinned(range(len(epochs)), POINTS)
-    x, values = epochs[kept], values[kept]
-    mean, hover = mean_over_seeds(values, scale), "epoch %{x}: %{y:.3g}%{text}"
+    setting, line = series.setting, mark_of(series.setting)["line"]
+    kept = thinned(range(len(series.x)), POINTS)
+    x, mean, low, high = (values[kept] for values in (series.x, series.mean, series.low, series.high))
     mode = "lines+markers" if len(x) <= MARKED else "lines"
-    traces = [trace(mark, setting, x, mean, hover, text=ranges(values), mode=mode)]
+    traces = [trace(setting, x, mean, "epoch %{x}: %{y:.3g}%{text}", text=ranges(setting, low, high), mode=mode)]
     if setting.seeds:
-        ends = [*values.min(1), *values.max(1)[::-1]]
-        band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": mark["line"] | {"width": 0}}
-        traces.append(trace(mark, setting, [*x, *x[::-1]], ends, "", **band))
-    if column == "loss" and setting.least_loss is not None:
-        line, hover = mark["line"] | {"dash": "dot"}, f"optimum {setting.least_loss:.4g}"
-        traces.append(trace(mark, setting, x[[0, -1]], [setting.least_loss] * 2, hover, line=line))
+        band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": line | {"width": 0}}
+        traces.append(trace(setting, [*x, *x[::-1]], [*low, *high[::-1]], "", **band))
+    if theory := series.theory:
+        hover = f"optimum {theory.y[0]:.4g}"
+        traces.append(trace(setting, theory.x, theory.y, hover, line=line | {"dash": "dot"}))
     return traces
 
 
-def ranges(values):
-    """Return the hover texts (P,) with the ranges of values (P, S) over S seeds; "" for one seed."""
-    ends = zip(values.min(1), values.max(1), strict=True)
-    return [f"<br>{low:.3g} to {high:.3g} over the seeds" if values.shape[1] > 1 else "" for low, high in ends]
+def ranges(setting, low, high):
+    """Return the hover texts (P,) with the ranges over the seeds; "" for one seed."""
+    ends = zip(low, high, strict=True)
+    return [f"<br>{least:.3g} to {most:.3g} over the seeds" if setting.seeds else "" for least, most in ends]
 
 
-def class_panels(marked):
-    """Return the panels against n_k: margins and class-mean norms with the theorem's curves, and test accuracy."""
-    if not marked:
-        return []
-    xaxis = {"xtitle": "training images of the class n<sub>k</sub>"}
-    xaxis["xscale"] = count_scale([setting for _, setting in marked])
-    drawn = []
-    for position, (name, label) in enumerate(CLASS_LABELS.items()):
-        traces = []
-        for mark, setting in marked:
-            if f"{name}_theory" in setting.geometries[0]:
-                sizes, theory, is_points = theory_values(setting, setting.class_counts)
-                hover = "theory, n<sub>k</sub> = %{x:.0f}: %{y:.4g}"
-                dashes = {"mode": "markers", "marker": mark["marker"] | {"symbol": "line-ew-open", "size": 14}}
-                traces.append(trace(mark, setting, sizes, theory[position], hover, **dashes if is_points else {}))
-            traces.append(points(mark, setting, np.array([geometry[name] for geometry in setting.geometries])))
-        drawn.append(panel(label, traces, ytitle="", **xaxis))
-    accurate = [(mark, setting) for mark, setting in marked if setting.test_accuracy is not None]
-    traces = [points(mark, setting, setting.test_accuracy) for mark, setting in accurate]
-    return drawn + [panel("test accuracy", traces, ytitle="%", **xaxis)] * bool(traces)
-
-
-def points(mark, setting, values):
-    """Return the trace of values (S, K) against the n_k of K classes: mean over S seeds, bars from least to largest."""
-    mean = values.mean(0)
-    ends = {"array": compact(values.max(0) - mean), "arrayminus": compact(mean - values.min(0))}
-    bars = {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(setting.seeds)} | ends
+def points(series):
+    """Return the traces of a series: the theory's curve, or dashes at the n_k, and points with bars for the range."""
+    setting, marker, traces = series.setting, mark_of(series.setting)["marker"], []
+    if theory := series.theory:
+        dashes = {"mode": "markers", "marker": marker | {"symbol": "line-ew-open", "size": 14}}
+        hover = "theory, n<sub>k</sub> = %{x:.0f}: %{y:.4g}"
+        traces.append(trace(setting, theory.x, theory.y, hover, **{} if theory.is_curve else dashes))
+    ends = {"array": compact(series.high - series.mean), "arrayminus": compact(series.mean - series.low)}
+    options = {
+        "mode": "markers",
+        "marker": marker | {"symbol": f"{marker['symbol']}-open", "line": {"width": 1.5}},
+        "error_y": {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(setting.seeds)} | ends,
+        "text": ranges(setting, series.low, series.high),
+    }
     hover = "class %{pointNumber}, n<sub>k</sub> = %{x}: %{y:.4g}%{text}"
-    marker = mark["marker"] | {"symbol": f"{mark['marker']['symbol']}-open", "line": {"width": 1.5}}
-    options = {"mode": "markers", "marker": marker, "error_y": bars, "text": ranges(values.T)}
-    return trace(mark, setting, setting.class_counts, mean, hover, **options)
+    return [*traces, trace(setting, series.x, series.mean, hover, **options)]
 
 
 def heatmaps(setting, entries):
@@ -269,19 +254,18 @@ def heatmaps(setting, entries):
     run, count = setting.runs[0], len(setting.class_counts)
     classes = thinned(range(count), CLASSES)
     epochs = thinned(geometry_epochs([run]), min(FRAMES, max(2, entries // (3 * len(classes) ** 2))))
-    rows = [heatmap_rows(run.geometry(epoch)) for epoch in epochs]
-    frames = [row.get("difference", row["measured"]) for row in rows]
+    matrices = [Matrices.of(run.geometry(epoch)) for epoch in epochs]
 
-    def shown(matrices):
-        return compact([matrix[np.ix_(classes, classes)] for matrix in matrices])
+    def shown(row):
+        return compact([matrix[np.ix_(classes, classes)] for matrix in row])
 
     label = setting.note or run.folder.name
     return {
         "label": label if len(classes) == count else f"{label}, {len(classes)} of {count} classes",
         "classes": classes,
         "epochs": epochs,
-        "limit": compact(max(heatmap_limits(row)[0] for row in rows)),
-        "theory": shown(rows[-1].get("theory", [])),
-        "frames": [shown(frame) for frame in frames],
-        "distances": [compact([np.linalg.norm(matrix) for matrix in frame]) for frame in frames],
+        "limit": compact(max(each.limits[0] for each in matrices)),
+        "theory": shown(matrices[-1].rows.get("theory", [])),
+        "frames": [shown(each.rows.get("difference", each.rows["measured"])) for each in matrices],
+        "distances": [compact(each.distances) for each in matrices],
     }

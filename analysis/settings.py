@@ -122,21 +122,26 @@ class Setting:
         """The least value of the training objective, or None if it is not known."""
         return self.runs[0].comparison.least_loss
 
-    @property
-    def test_accuracy(self):
-        """Test accuracies (S, K) of S seeds and K classes at the epoch, in percent, or None if a run lacks them."""
-        values = [run.test_accuracy(self.epoch) for run in self.runs]
-        return np.array(values) if all(map(len, values)) else None
+    def class_values(self, name):
+        """Return values (S, K) of S seeds and K classes at the epoch, or None if a run lacks them.
+
+        name: "test_accuracy", in percent, or an array of the geometry.
+        """
+        values = [
+            run.test_accuracy(self.epoch) if name == "test_accuracy" else geometry[name]
+            for run, geometry in zip(self.runs, self.geometries, strict=False)  # no geometries without an epoch
+        ]
+        return np.array(values) if values and all(map(len, values)) else None
 
     def series(self, column, x):
-        """Return x (E,) and values (E, S) of a column at the E epochs where all S runs have a value.
+        """Return x (E,) and values (S, E) of a column at the E epochs where all S runs have a value.
 
         x is the mean over the runs. The column is read from the log if it is there, else from the rows.
         """
         tables = [run.log if column in run.log else run.rows for run in self.runs]
         values = [table.reindex(columns=["epoch", column]).groupby("epoch")[column].last() for table in tables]
         values = pd.concat(values, axis=1, join="inner").replace([np.inf, -np.inf], np.nan).dropna()
-        return np.mean([abscissa(run, values.index, x) for run in self.runs], axis=0), values.to_numpy()
+        return np.mean([abscissa(run, values.index, x) for run in self.runs], axis=0), values.to_numpy().T
 
 
 def make_settings(runs, epoch=None):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.figures import CLASS_VALUES
+from analysis.panels import THEOREM_PANELS
 from analysis.style import COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH
 from nc_theory import UFM, LossVariant, solve, suggest_lambdas
 
@@ -54,9 +54,9 @@ def losses():
     axes = figure.subplots(1, 2)
     for colour, marker, (label, numbers) in zip([*COLOURS, "grey"], MARKERS, LOSSES.items(), strict=True):
         optimum = solve(UFM(COUNTS, *LAMBDAS, variant=LossVariant(**numbers)))
-        for axis, (name, title) in zip(axes, CLASS_VALUES.items(), strict=True):
-            axis.plot(COUNTS, getattr(optimum, name), marker=marker, label=label, color=colour)
-            axis.set(xlabel=r"training images of the class $n_k$", ylabel=title)
+        for axis, panel in zip(axes, THEOREM_PANELS, strict=True):
+            axis.plot(COUNTS, getattr(optimum, panel.name), marker=marker, label=label, color=colour)
+            axis.set(xlabel=r"training images of the class $n_k$", ylabel=panel.title)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 

@@ -50,6 +50,13 @@ def nothing():
     pass
 
 
+def documented(page, head):
+    """The names in the first column of those tables of a page of docs/ whose first head is `head`."""
+    tables = re.findall(rf"^\| {head} \|.*\n\|.*\n((?:\|.*\n?)+)", (ROOT / "docs" / page).read_text(), re.M)
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines()]
+    return [name.strip(" `") for cell in cells for name in cell.split(",")]
+
+
 def as_main(script, flags, folder, output, before, after=nothing):
     """Run a script in this process as `python script flags` does, in `folder`, with its output in files."""
     os.chdir(folder)
