@@ -189,10 +189,10 @@ def decode_file(path):
 class Source:
     """A data set: the function that reads it, and its fixed properties.
 
-    mean and std normalise each channel of values in [0, 1]. They are the customary constants, and for digits those of
-    all its pixels. The mean is that of all training images. The std is that of all their pixels, except for cifar10: as
-    in most code for it, its std is the mean of the images' own standard deviations. Over all pixels it would be
-    (0.2470, 0.2435, 0.2616).
+    mean and std normalise each channel of values in [0, 1]. They are the customary constants: mean and standard
+    deviation of all pixels of the training set. cifar10 is an exception, here as in most code for it: its std is the
+    mean of the images' own standard deviations; that of all pixels is (0.2470, 0.2435, 0.2616). Those of digits are of
+    all its images, to three digits.
     """
 
     read: Callable
@@ -359,7 +359,8 @@ def first_of_each(labels, counts):
 
 
 def channel_statistics(images):
-    """Return the mean and standard deviation of each channel, in [0, 1], of uint8 images (N, H, W, C)."""
+    """Return the mean and standard deviation of each channel, in [0, 1], of uint8 images (N, H, W) or (N, H, W, C)."""
+    images = images[..., None] if images.ndim == 3 else images
     levels = np.arange(256) / 255
     mean, std = [], []
     parts = np.array_split(images, -(-len(images) // 10_000))  # np.bincount copies its input as int64
