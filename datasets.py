@@ -187,12 +187,18 @@ def decode_file(path):
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: the function that reads it, and its fixed properties. num_classes is None if the images decide it."""
+    """A data set: the function that reads it, and its fixed properties.
+
+    mean and std normalise each channel of values in [0, 1]. They are the customary constants: mean and standard
+    deviation of all pixels of the training set. cifar10 is an exception, here as in most code for it: its std is the
+    mean of the images' own standard deviations; that of all pixels is (0.2470, 0.2435, 0.2616). Those of digits are of
+    all its images, to three digits.
+    """
 
     read: Callable
-    num_classes: int | None
-    paper_counts: tuple | None  # training images a class in the paper
-    mean: tuple | None  # per channel, of the whole training set, of values in [0, 1]; None: measured
+    num_classes: int | None  # None: the images decide it
+    paper_counts: tuple | None  # training images per class in the paper; None: it has no such data set
+    mean: tuple | None  # None: mean and std are those of all pixels of the training images, computed when they are read
     std: tuple | None
 
 
@@ -353,7 +359,8 @@ def first_of_each(labels, counts):
 
 
 def channel_statistics(images):
-    """Return the mean and standard deviation of each channel, in [0, 1], of uint8 images (N, H, W, C)."""
+    """Return the mean and standard deviation of each channel, in [0, 1], of uint8 images (N, H, W) or (N, H, W, C)."""
+    images = images[..., None] if images.ndim == 3 else images
     levels = np.arange(256) / 255
     mean, std = [], []
     parts = np.array_split(images, -(-len(images) // 10_000))  # np.bincount copies its input as int64

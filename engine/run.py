@@ -4,7 +4,7 @@ config.json            flags, class counts, the UFM problem that training corres
 epoch_001.pth, ...     weights (`engine.checkpoints`)
 last.pt                the state from which training resumes
 train_log.jsonl, nc_metrics.csv, class_accuracy.csv, geometry/    (`engine.tables`)
-figures/               PDF and PNG
+figures/               PDF and PNG, and .drawn, a list of those that we drew
 report.html            the report of this run, if Plotly is installed
 """
 

@@ -234,6 +234,13 @@ def test_imagefolder(tmp_path):
     assert len(data.test) == 6
 
 
+def test_the_constants_of_digits_are_those_of_its_pixels():
+    """Those of a data set without constants are computed from its grey images in the same way."""
+    source = datasets.SOURCES["digits"]
+    mean, std = datasets.channel_statistics(source.read("digits", None, False)[0])
+    assert mean == pytest.approx(source.mean, abs=3e-4) and std == pytest.approx(source.std, abs=3e-4)
+
+
 def test_imagefolder_takes_all_by_default_and_resizes(tmp_path):
     write_folder(tmp_path, size=(20, 50), suffix="jpg")
     data = load_data("imagefolder", tmp_path)

@@ -1,4 +1,4 @@
-"""The structure of the repository: layered imports, a short training script, a library that installs alone."""
+"""The structure of the repository: layered imports, scripts that load only what they need, a library on its own."""
 
 import ast
 import shutil

@@ -1,4 +1,4 @@
-"""engine/run.py: a run's folder, read back; rows and log; runs grouped by setting."""
+"""The config, the tables and the log of a run, read back, and runs grouped by setting."""
 
 import math
 import resource
