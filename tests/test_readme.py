@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 
+import nc_theory
 from args import make_parser, parse_args, run_folder
 from engine.training import make_objective
 from models import build_model
@@ -27,6 +28,11 @@ FOLDERS = "scripts|docs|results|benchmarks|engine|nc_theory|tests|models"
 def run_example(code, run_script, folder):
     (folder / "example.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
     return run_script(folder / "example.py")[0]
+
+
+def test_the_version_is_the_same_everywhere():
+    assert f"\nversion: {nc_theory.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{nc_theory.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_times_on_a_gpu_follow_from_its_check():
