@@ -1,4 +1,4 @@
-"""Train each setting with the recipe and with a head that turns by itself, side by side, and compare when they collapse.
+"""Compare how soon networks collapse with heads that start at the optimum, and with heads that start at random.
 
     python benchmarks/time_to_collapse.py --data_dir DIR                       (all settings: hours)
     python benchmarks/time_to_collapse.py --data_dir DIR --settings cifar10 --seeds 5
@@ -118,7 +118,7 @@ def main():
 
 
 def train(setting, recipe, seed, options):
-    """Train and measure a run on one core; return (steps, seconds) to the collapse, NaN if missed, and the end's worst."""
+    """Train and measure a run on one core; return steps and seconds to its collapse, NaN if missed, and its end."""
     with tempfile.TemporaryDirectory() as folder:
         words = [*recipe.split(), *setting.flags.split(), "--seed", str(seed), "--nc_every", str(setting.every)]
         files = ["--data_dir", options.data_dir, "--save_path", folder, "--save_every", "1000000"]
