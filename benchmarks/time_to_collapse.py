@@ -47,44 +47,21 @@ class Setting:
 
 
 MLP = f"--dataset cifar10 {SMALL_COUNTS} --width 512 --depth_relu 6 --batch_size 256"
-PAPER = (
-    "--dataset cifar10 --width 1024 --depth_relu 6 --batch_size 256 --weight_decay 0.0001 --feature_decay_rate 0.00001"
-)
-RESNET = (
-    "--dataset cifar10 --class_counts 10,10,20,20,30,30,40,40,50,50 --batch_size 60 --weight_decay 0.005 "
-    "--feature_decay_rate 0.0005 --bn_statistics training_set"
-)
+RECIPE = f"{MLP} --weight_decay 0.005 --feature_decay_rate 0.00005"
 SETTINGS = {
-    "cifar10": Setting(
-        f"{MLP} --weight_decay 0.005 --feature_decay_rate 0.00005", RANDOM, "@scripts/collapse.flags --epochs 40"
-    ),
-    "cifar10_4e-4": Setting(
-        f"{MLP} --weight_decay 0.005 --feature_decay_rate 0.00005", RANDOM, "@scripts/collapse.flags", bound=4e-4
-    ),
+    "cifar10": Setting(RECIPE, RANDOM, "@scripts/optimum_head.flags --epochs 40"),
     "digits": Setting(
         "--dataset digits --depth_relu 3 --width 256 --batch_size 102 --weight_decay 0.01 --feature_decay_rate 0.0005",
         RANDOM,
-        "@scripts/collapse.flags --epochs 60",
+        "@scripts/optimum_head.flags --epochs 60",
         bound=1e-3,
     ),
     "small_lambda": Setting(
         f"{MLP} --weight_decay 0.0001 --feature_decay_rate 0.0001",
         RANDOM_SMALL,
-        "@scripts/small_lambda.flags",
+        "@scripts/optimum_head.flags --epochs 200",
         bound=5e-3,
         every=5,
-    ),
-    "resnet18": Setting(
-        f"{RESNET} --planes 16",
-        f"{RANDOM} --no-revive --lr 0.001 --epochs 600 --model ResNet18",
-        "@scripts/collapse_resnet.flags --model ResNet18",
-        every=5,
-    ),
-    "paper": Setting(PAPER, f"{RANDOM_SMALL} --lr 0.001 --epochs 120", "@scripts/paper.flags"),
-    "paper_released": Setting(
-        f"{PAPER} --objective released",
-        f"{RANDOM_SMALL} --lr 0.001 --epochs 120 --penalty_start 27",
-        "@scripts/paper.flags --objective released",
     ),
 }
 

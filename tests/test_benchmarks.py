@@ -19,7 +19,7 @@ from engine.measurement import Measurement
 from engine.run import Run
 from engine.tables import MeasuredRun
 from models import build_model
-from tests.conftest import FORKED, ROOT, SERVER, as_main, nothing, rows_of, wait_for
+from tests.conftest import FORKED, ROOT, SERVER, TINY, as_main, nothing, rows_of, wait_for
 
 
 @pytest.fixture
@@ -71,6 +71,20 @@ def test_measuring(run_here, tmp_path):
     assert out.startswith("NC1: ours ")
     names = ["bare forward pass", "ours", "the usual way"]
     assert [row["one checkpoint"] for row in rows_of(tmp_path / "measuring_cpu.csv")] == names
+
+
+def test_time_to_collapse(run_here, monkeypatch, tmp_path):
+    """Both recipes are trained and compared; a bound that is never met leaves its steps empty."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import time_to_collapse
+
+    small, head = f"--dataset digits --width 16 --depth_relu 1 {' '.join(TINY[-2:])} --epochs 2", "--head_init optimum"
+    settings = {name: time_to_collapse.Setting(small, "", head, bound) for name, bound in (("met", 99), ("missed", 0))}
+    monkeypatch.setattr(time_to_collapse, "SETTINGS", settings)
+    run_here("time_to_collapse", f"--data_dir {tmp_path} --seeds 1")
+    met, missed = rows_of(tmp_path / "time_to_collapse_cpu.csv")
+    assert float(met["steps, random"]) == float(met["steps, optimum"]) == 4 and float(met["steps, ratio"]) == 1
+    assert missed["steps, random"] == missed["steps, ratio"] == "" and float(missed["end, optimum"]) > 0
 
 
 def test_ranks(run_here, tmp_path):
