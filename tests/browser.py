@@ -13,7 +13,7 @@ import time
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
-SECONDS = 60  # to wait for an answer
+SECONDS = 600  # to wait for an answer
 
 
 class Browser:

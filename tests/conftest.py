@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -24,6 +25,7 @@ from args import parse_args, training_flags  # noqa: E402
 from engine.run import Run  # noqa: E402
 from engine.tables import MeasuredRun  # noqa: E402
 from engine.training import make_objective  # noqa: E402
+from nc_metrics import ClassStatistics  # noqa: E402
 
 UNPACK = ROOT.parent / "shared" / "tools" / "unpack-cifar10"  # beside a development checkout only
 
@@ -230,3 +232,45 @@ def wait_for(condition, seconds=300):
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Features, and NC1 from its definition
+# ---------------------------------------------------------------------------------------------------------
+
+
+def samples(counts, dim, noise=0.3, seed=0, rank=None):
+    """Features >= 0 around random class means, labels in random order, a random head."""
+    random = np.random.default_rng(seed)
+    means = random.random((len(counts), dim)) * 3
+    if rank is not None:
+        means = random.random((len(counts), rank)) @ random.random((rank, dim))
+    labels = random.permutation(np.repeat(np.arange(len(counts)), counts))
+    features = means[labels] + noise * random.random((len(labels), dim))
+    return features, labels, random.standard_normal((len(counts), dim))
+
+
+def statistics_of(features, labels, num_classes, predictions=None, batch=7, dtype=torch.float64, **options):
+    """ClassStatistics of arrays, in two passes over batches."""
+    features, labels = torch.from_numpy(features).to(dtype), torch.from_numpy(labels)
+    predictions = labels if predictions is None else torch.from_numpy(predictions)
+    statistics = ClassStatistics(num_classes, **options)
+    for h, y in zip(features.split(batch), labels.split(batch), strict=True):
+        statistics.update(h, y)
+    for h, y, p in zip(features.split(batch), labels.split(batch), predictions.split(batch), strict=True):
+        statistics.update_within(h, y, p)
+    return statistics
+
+
+def full_nc1(features, labels, num_classes):
+    """trace(Sigma_W pinv(Sigma_B)) / K with the d x d matrices themselves and SciPy's pinv."""
+    total_mean = features.mean(0)
+    sigma_w = np.zeros((features.shape[1],) * 2)
+    sigma_b = np.zeros_like(sigma_w)
+    for label in range(num_classes):
+        own = features[labels == label]
+        deviation = own - own.mean(0)
+        sigma_w += deviation.T @ deviation / len(features)
+        shift = own.mean(0) - total_mean
+        sigma_b += np.outer(shift, shift) / num_classes
+    return np.trace(sigma_w @ scipy.linalg.pinv(sigma_b)) / num_classes

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from models import build_model
 from nc_layers import head_input, head_weight, layer_statistics
 from nc_metrics import nc_metrics
-from tests.test_nc_metrics import full_nc1
+from tests.conftest import full_nc1
 
 COUNTS = [5, 9, 4]
 LABELS = torch.arange(3).repeat_interleave(torch.tensor(COUNTS))

@@ -8,8 +8,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from tests.conftest import TINY, python_examples, rows_of
-from tests.test_nc_metrics import full_nc1
+from tests.conftest import TINY, full_nc1, python_examples, rows_of
 
 SCRIPT = "measure_model.py"
 OWN = """

@@ -13,47 +13,10 @@ import torch
 
 from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from nc_theory import LOSSES, UFM, self_duality, seli, solve
-from tests.conftest import documented
+from tests.conftest import documented, full_nc1, samples, statistics_of
 
 ROOT = Path(__file__).parent.parent
 LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def samples(counts, dim, noise=0.3, seed=0, rank=None):
-    """Features >= 0 around random class means, labels in random order, a random head."""
-    random = np.random.default_rng(seed)
-    means = random.random((len(counts), dim)) * 3
-    if rank is not None:
-        means = random.random((len(counts), rank)) @ random.random((rank, dim))
-    labels = random.permutation(np.repeat(np.arange(len(counts)), counts))
-    features = means[labels] + noise * random.random((len(labels), dim))
-    return features, labels, random.standard_normal((len(counts), dim))
-
-
-def statistics_of(features, labels, num_classes, predictions=None, batch=7, dtype=torch.float64, **options):
-    """ClassStatistics of arrays, in two passes over batches."""
-    features, labels = torch.from_numpy(features).to(dtype), torch.from_numpy(labels)
-    predictions = labels if predictions is None else torch.from_numpy(predictions)
-    statistics = ClassStatistics(num_classes, **options)
-    for h, y in zip(features.split(batch), labels.split(batch), strict=True):
-        statistics.update(h, y)
-    for h, y, p in zip(features.split(batch), labels.split(batch), predictions.split(batch), strict=True):
-        statistics.update_within(h, y, p)
-    return statistics
-
-
-def full_nc1(features, labels, num_classes):
-    """trace(Sigma_W pinv(Sigma_B)) / K with the d x d matrices themselves and SciPy's pinv."""
-    total_mean = features.mean(0)
-    sigma_w = np.zeros((features.shape[1],) * 2)
-    sigma_b = np.zeros_like(sigma_w)
-    for label in range(num_classes):
-        own = features[labels == label]
-        deviation = own - own.mean(0)
-        sigma_w += deviation.T @ deviation / len(features)
-        shift = own.mean(0) - total_mean
-        sigma_b += np.outer(shift, shift) / num_classes
-    return np.trace(sigma_w @ scipy.linalg.pinv(sigma_b)) / num_classes
 
 
 @pytest.mark.parametrize(

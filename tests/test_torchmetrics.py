@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from nc_metrics import nc_metrics
 from nc_theory import UFM, solve
 from nc_torchmetrics import COLUMNS, NeuralCollapse
-from tests.test_nc_metrics import full_nc1, samples, statistics_of
+from tests.conftest import full_nc1, samples, statistics_of
 
 COUNTS = [5, 16, 27, 9]
 FEATURES, TARGET, _ = samples(COUNTS, 8)
