@@ -353,19 +353,21 @@ TABLES = {
     ),
 }
 TABLES["heads"] = Table(
-    what="Heads that start at random, and heads at a simplex ETF or at the optimum, on `exp:10`, five seeds each",
+    what="Heads that start at random, and heads at a simplex ETF or at the optimum, on `exp:10`, three seeds each",
+    time="20 minutes on one core",
+    expected="with heads at the optimum within 0.1 % of the theorem; the others are far from it after as many steps",
     flags="@scripts/optimum_head.flags --imbalance exp:10 --n_max 500 --width 256 --depth_relu 4 --batch_size 200 "
     "--weight_decay 0.004 --feature_decay_rate 0.0001 --save_every 50 --nc_every 4",
-    seeds=5,
+    seeds=3,
     settings={
         "random": Setting("--head_init random --no-head_fixed", "random"),
         "etf_fixed": Setting("--head_init etf", "fixed at a simplex ETF"),
         "optimum": Setting("--no-head_fixed", "starts at the optimum"),
         "optimum_fixed": Setting("", "fixed at the optimum"),
     },
-    title="head, five seeds each",
-    heads=(*GEOMETRY, "optimality gap", "test", "balanced", "test, few", "steps to 0.01", "minutes"),
-    worst=(*GEOMETRY, "optimality gap", "test", "balanced", "test, few"),
+    title="head, three seeds each",
+    heads=(*GEOMETRY, "optimality gap", "test", "test, few", "steps to 0.01"),
+    worst=(*GEOMETRY, "optimality gap", "test", "test, few"),
     figures={"heads": "nc_curves"},
     x="step",
 )

@@ -55,7 +55,6 @@ COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "norms": ("norm_rel_err", percent),
     "train": ("train_acc1", "{:.4g} %".format),
     "test": ("test_acc1", "{:.1f} %".format),
-    "balanced": ("balanced_acc1", "{:.1f} %".format),
     "test, few": ("few_acc1", "{:.1f} %".format),
     "steps to 0.01": ("step_to_0.01", "{:,.0f}".format),
     "minutes": ("seconds", minutes),
@@ -125,7 +124,8 @@ def markdown(name, results):
             column, form = COLUMNS[head]
             several = head in table.worst and summary.loc[row, "seeds"] > 1
             worst = f" ({form(summary.loc[row, f'{column}_worst'])})" if several else ""
-            cells.append(f"{form(summary.loc[row, column])}{worst}")
+            value = summary.loc[row, column]
+            cells.append("-" if pd.isna(value) else f"{form(value)}{worst}")
         lines.append(["", table.settings[row].label, *cells, ""])
     return "\n".join(" | ".join(line).strip() for line in lines)
 
