@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 
 from nc_metrics import nc_metrics
 from nc_theory import UFM, solve
-from nc_torchmetrics import COLUMNS, NeuralCollapse
+from nc_torchmetrics import COLUMNS, OPTIMUM_COLUMNS, REFERENCE_COLUMNS, NeuralCollapse
 from tests.conftest import full_nc1, samples, statistics_of
 
 COUNTS = [5, 16, 27, 9]
@@ -184,3 +184,10 @@ def test_bad_input_is_an_error():
     with pytest.raises(ValueError, match="between is 'all'"):
         NeuralCollapse(4, 8, between="all")
     assert metric.moments.sum() == 0
+
+
+def test_it_has_every_column_that_needs_no_head():
+    """A new column of `nc_metrics` must be listed in nc_torchmetrics.py too."""
+    features, labels, _ = samples([4, 5, 6], 8)
+    columns = set(nc_metrics(statistics_of(features, labels, 3)))
+    assert columns == {*COLUMNS, *OPTIMUM_COLUMNS, *REFERENCE_COLUMNS}
