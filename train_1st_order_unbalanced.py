@@ -74,8 +74,7 @@ def train(args, run, training):
     else:
         if args.init_from:
             load_weights(training.model, args.init_from, training.device)
-        if args.head_init != "random":
-            training.initialise_head(args.head_init, args.seed)
+        training.initialise_head(args.head_init, args.seed)
     training.connect()
     if not args.resume:
         run.delete()  # only now that the new run is ready to start

@@ -30,8 +30,7 @@ class OurTraining(Training):
         torch.manual_seed(args.seed)
         model, data = to_device(make_model(args, data.num_classes), data, device)
         super().__init__(args, data, model, device)
-        if args.head_init != "random":
-            self.initialise_head(args.head_init, args.seed)
+        self.initialise_head(args.head_init, args.seed)
         self.capture()
         self.args, self.endless = args, chain.from_iterable(map(self.batches.draw, count(1)))
 

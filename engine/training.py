@@ -65,9 +65,11 @@ class Training:
     def initialise_head(self, kind, seed):
         """Set the head to the optimum of the run's own problem, or to a simplex ETF of the same norm ("etf").
 
-        The frame of directions is drawn from the seed. Raises UserError if the optimum is not known, or if the model
-        has fewer features than the optimum has directions.
+        kind: as --head_init; "random" leaves the head as it is. The frame of directions is drawn from the seed. Raises
+        UserError if the optimum is not known, or if the model has fewer features than the optimum has directions.
         """
+        if kind == "random":
+            return
         head, problem = self.model.fc[-1], self.objective.problem()
         if isinstance(problem, str):
             raise UserError(f"--head_init {kind}: {problem}")

@@ -506,12 +506,10 @@ def run(table, out, extra, options):
 
 def read_data(words):
     """Download or decode the images of a run once, rather than in every job; raise UserError if that fails."""
-    import args  # here, because it needs the packages
-    import datasets
+    from args import parse_args  # here, because these need the packages
+    from engine import training
 
-    flags = args.parse_args(argv=words)
-    counts = {name: getattr(flags, name) for name in ("imbalance", "n_max", "class_counts")}
-    datasets.load_data(flags.dataset, flags.data_dir, download=flags.download, **counts)
+    training.read_data(parse_args(argv=words))
 
 
 def sweep(*arguments):

@@ -92,8 +92,7 @@ def build(text):
     torch.manual_seed(0)
     split = Split(torch.rand(20, 3, 32, 32), torch.arange(20) % 4, torch.zeros(3))
     training = Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu"))
-    if args.head_init != "random":
-        training.initialise_head(args.head_init, args.seed)
+    training.initialise_head(args.head_init, args.seed)
     return training
 
 
