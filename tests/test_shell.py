@@ -93,7 +93,7 @@ def test_every_table_has_commands_that_parse(checkout, table):
     folders = set()
     for line in lines:
         for command in line.split(" && "):
-            flags = shlex.split(command.replace("@scripts", f"@{ROOT}/scripts"))[2:]
+            flags = [word.replace("@scripts", f"@{ROOT}/scripts") for word in shlex.split(command)[2:]]
             folders.add(parse_args(argv=flags).save_path)
     assert int(out) == len(lines) == len(folders)
     assert {line.count(" && ") for line in lines} == {2 if table == "zoo" else 1}
