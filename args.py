@@ -119,6 +119,16 @@ def make_parser(doc=None):
         help="train on random crops (4 pixels of padding) and horizontal flips (default: off)",
     )
 
+    add(
+        "--whiten",
+        roles=(OFF_BY_DEFAULT,),
+        type=not_negative,
+        default=0.0,
+        metavar="EPS",
+        help="whiten the images by ZCA, with EPS times the mean eigenvalue added to each eigenvalue of their "
+        "covariance: an MLP then fits them in fewer steps (default: 0, off)",
+    )
+
     add = group(parser, "model")
     add(
         "--model",
@@ -538,6 +548,8 @@ def contradiction(args, defaults):
         return "--class_counts and --imbalance: give one of them"
     if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
         return "--n_max: only with --imbalance balanced, exp:R or step:R"
+    if args.whiten and args.data_augmentation:
+        return "--whiten and --data_augmentation: give one of them; images are whitened once, before training"
     if args.planes and args.model == "MLP":
         return "--planes: not with --model MLP, whose layers have --width units"
     if args.planes and args.planes % 2 and "dense" in args.model.lower():

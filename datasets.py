@@ -352,6 +352,29 @@ def load_data(dataset, data_dir, *, imbalance=None, n_max=None, class_counts=Non
     )
 
 
+def whiten(data, eps):
+    """Return `data` with images whitened by ZCA: P (x - m), P = (C + eps v I)^(-1/2), in float32.
+
+    m (D,) and C (D, D): mean and covariance of the training images x, flattened to D = 3072 values. v: the mean of the
+    eigenvalues of C. P is scaled such that the training images have a mean square of 1 (Krizhevsky, 2009, appendix A).
+    """
+    images = data.train.images.flatten(1)
+    mean = images.mean(0)
+    centred = images - mean
+    covariance = sum(part.T @ part for part in (part.double() for part in centred.split(4096))) / len(images)
+    variances, directions = torch.linalg.eigh(covariance)
+    variances = variances.clamp_(min=0)
+    shrunk = variances + eps * variances.mean()
+    scale = (len(variances) / (variances / shrunk).sum()).sqrt()
+    matrix = ((directions * (scale * shrunk.rsqrt())) @ directions.T).float()
+
+    def whitened(split):
+        pixels = (split.images.flatten(1) - mean) @ matrix
+        return Split(pixels.view(split.pixels.shape), split.labels, split.black)
+
+    return Data(whitened(data.train), whitened(data.test), data.class_counts)
+
+
 def first_of_each(labels, counts):
     """Return the indices of the first counts[k] samples of each class k, in the order of the data set."""
     chosen = [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]

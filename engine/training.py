@@ -2,7 +2,7 @@
 
 import torch
 
-from datasets import load_data
+from datasets import load_data, whiten
 from engine.batches import Batches
 from engine.checkpoints import TrainingState
 from engine.cuda_graph import GraphedStep
@@ -129,7 +129,7 @@ class Training:
 
 def read_data(args):
     """Return the `datasets.Data` of the flags, on the CPU."""
-    return load_data(
+    data = load_data(
         args.dataset,
         args.data_dir,
         imbalance=args.imbalance,
@@ -137,6 +137,7 @@ def read_data(args):
         class_counts=args.class_counts,
         download=args.download,
     )
+    return whiten(data, args.whiten) if args.whiten else data
 
 
 def make_model(args, num_classes):

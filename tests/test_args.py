@@ -49,6 +49,7 @@ def test_the_papers_command():
         ("@nothing.flags", ["nothing.flags", "No such file"]),
         ("--adam_beta2 1", ["--adam_beta2", ">= 0 and < 1"]),
         ("--optimizer SGD --adam_beta2 0.5", ["--adam_beta2", "--optimizer Adam"]),
+        ("--whiten 0.01 --data_augmentation", ["--whiten and --data_augmentation"]),
         ("--model MLP --planes 8", ["--planes", "--width"]),
         ("--model DenseNet121 --planes 7", ["--planes 7", "even"]),
         ("--model VGG11 --no-feature_relu", ["--no-feature_relu", "only with --model MLP"]),
@@ -124,7 +125,7 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
         "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "planes": "8", "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
         "class_weights": "1", "logit_adjustment": "1", "logit_scaling": "1", "ldam_margin": "1",
-        "label_smoothing": "0.5", "head_init": "etf", "head_fixed": "",
+        "label_smoothing": "0.5", "head_init": "etf", "head_fixed": "", "whiten": "0.5",
         "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
     }  # fmt: skip
     needed = {"planes": "--model VGG19 ", "penalty_start": "--penalty_fall_epochs 7 "}

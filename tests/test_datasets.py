@@ -12,11 +12,12 @@ import tarfile
 import numpy as np
 import pytest
 import scipy.io
+import scipy.linalg
 import torch
 from PIL import Image
 
 import datasets
-from datasets import Split, crop_and_flip, epoch_batches, epoch_order, load_data, profile_counts, random_shifts
+from datasets import Split, crop_and_flip, epoch_batches, epoch_order, load_data, profile_counts, random_shifts, whiten
 from tests.conftest import write_folder
 from utils import UserError
 
@@ -353,6 +354,27 @@ def test_digits():
     assert np.array_equal(np.bincount(np.concatenate([data.train.labels, data.test.labels])), np.bincount(labels))
     pixels = torch.cat([data.train.images, data.test.images])
     assert abs(pixels.mean()) < 0.01 and abs(pixels.std() - 1) < 0.15  # resizing lowers the deviation
+
+
+def test_whitening_is_zca():
+    """Inner products become x^T (C + eps v I)^(-1) y, times a factor; the map is symmetric, and as for test images."""
+    data, eps = load_data("digits", None), 0.05
+    found = whiten(data, eps)
+    train, test, white_train, white_test = (
+        split.images.flatten(1).double().numpy() for split in (data.train, data.test, found.train, found.test)
+    )
+    centred = train - train.mean(0)
+    covariance = np.cov(centred.T, bias=True)
+    covariance += eps * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    solved = scipy.linalg.solve(covariance, centred.T, assume_a="pos")
+    solved *= centred.size / np.sum(solved * centred.T)  # the mean square is 1
+    for found_rows, rows in ((white_train, centred), (white_test, test - train.mean(0))):
+        expected = rows @ solved
+        tolerance = 3072 * 2**-24 * np.abs(expected).max()  # sums of 3,072 products in fp32
+        np.testing.assert_allclose(found_rows @ white_train.T, expected, rtol=0, atol=tolerance)
+    product = centred.T @ white_train
+    np.testing.assert_allclose(product, product.T, rtol=0, atol=3072 * 2**-24 * np.abs(product).max())
+    assert found.class_counts == data.class_counts and torch.equal(found.test.labels, data.test.labels)
 
 
 def test_a_class_with_too_few_images_is_named():
