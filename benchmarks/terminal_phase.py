@@ -1,4 +1,4 @@
-"""Train an MLP with plain Adam and scripts/collapse.flags, and draw terminal_phase.png, the figure of docs/recipe.md.
+"""Train an MLP with plain Adam and scripts/random_head.flags, and draw terminal_phase.png for docs/recipe.md.
 
     python benchmarks/terminal_phase.py --data_dir ~/data        (CIFAR-10, 2,410 images)
 
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--figures", type=Path, default=ROOT / "docs" / "figures")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    recipe, setting = f"@{ROOT}/scripts/collapse.flags", [*SETTING.split(), "--data_dir", options.data_dir]
+    recipe, setting = f"@{ROOT}/scripts/random_head.flags", [*SETTING.split(), "--data_dir", options.data_dir]
     runs = {"plain Adam": [*setting, "--lr", "0.001", "--epochs", "400"], "recipe": [recipe, *setting]}
     figure = Figure(figsize=(TEXT_WIDTH, 3.6))
     *axes, empty = figure.subplots(2, 3).flatten()

@@ -55,6 +55,7 @@ COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "norms": ("norm_rel_err", percent),
     "train": ("train_acc1", "{:.4g} %".format),
     "test": ("test_acc1", "{:.1f} %".format),
+    "test, balanced": ("balanced_acc1", "{:.1f} %".format),
     "test, few": ("few_acc1", "{:.1f} %".format),
     "steps to 0.01": ("step_to_0.01", "{:,.0f}".format),
     "minutes": ("seconds", minutes),
@@ -115,7 +116,8 @@ def markdown(name, results):
     """Return a table of SHOWN, or that of the check of a GPU, as Markdown."""
     if name == CHECK:
         return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
-    table, summary = SHOWN[name], pd.read_csv(results / f"{name}.csv")
+    table = SHOWN[name]
+    summary = pd.read_csv(results / f"{table.summary or name}.csv")
     summary.index = [setting_of(folders.split()[0]) for folders in summary["folders"]]
     lines = [["", table.title, *table.heads, ""], ["", *["---"] * (1 + len(table.heads)), ""]]
     for row in table.shown or table.settings:
@@ -124,8 +126,9 @@ def markdown(name, results):
             column, form = COLUMNS[head]
             several = head in table.worst and summary.loc[row, "seeds"] > 1
             worst = f" ({form(summary.loc[row, f'{column}_worst'])})" if several else ""
+            spread = f" ± {summary.loc[row, f'{column}_std']:.1f}" if head in table.spread else ""
             value = summary.loc[row, column]
-            cells.append("-" if pd.isna(value) else f"{form(value)}{worst}")
+            cells.append("-" if pd.isna(value) else f"{form(value)}{worst}{spread}")
         lines.append(["", table.settings[row].label, *cells, ""])
     return "\n".join(" | ".join(line).strip() for line in lines)
 

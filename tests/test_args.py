@@ -157,7 +157,7 @@ def test_flags_from_a_file_and_later_ones_win(tmp_path):
 
 def test_flag_files_that_extend_others_work_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert parse(shlex.quote(f"@{ROOT}/scripts/small_lambda.flags")).penalty_start == 5
+    assert parse(shlex.quote(f"@{ROOT}/scripts/collapse_resnet.flags")).head_fixed
     (tmp_path / "own.flags").write_text("--lr 0.5\n")
     (tmp_path / "both.flags").write_text("@scripts/collapse.flags\n@own.flags\n")
     args = parse("@both.flags")
@@ -168,10 +168,9 @@ def test_every_switch_of_the_recipe_can_be_turned_off():
     recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
     default = vars(parse())
     switched = {name for name, value in vars(parse(recipe)).items() if value is True and default[name] is False}
-    assert switched == {"sep_decay", "revive", "stratified"}
-    plain = parse(f"{recipe} --no-sep_decay --no-revive --no-stratified --model ResNet18")
-    assert not (plain.sep_decay or plain.revive or plain.stratified)
-    assert parse(f"{recipe} --clip_grad_norm 0").clip_grad_norm is None
+    assert switched == {"sep_decay", "revive", "stratified", "head_fixed"}
+    plain = parse(f"{recipe} --no-sep_decay --no-revive --no-stratified --no-head_fixed --whiten 0 --model ResNet18")
+    assert not (plain.sep_decay or plain.revive or plain.stratified or plain.head_fixed or plain.whiten)
 
 
 def test_folder(tmp_path):

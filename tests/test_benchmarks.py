@@ -78,13 +78,20 @@ def test_time_to_collapse(run_here, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import time_to_collapse
 
-    small, head = f"--dataset digits --width 16 --depth_relu 1 {' '.join(TINY[-2:])} --epochs 2", "--head_init optimum"
-    settings = {name: time_to_collapse.Setting(small, "", head, bound) for name, bound in (("met", 99), ("missed", 0))}
+    small = f"--dataset digits --width 16 --depth_relu 1 {' '.join(TINY[-2:])} --epochs 2"
+    recipe = "--head_init optimum --whiten 0.1"
+    settings = {
+        name: time_to_collapse.Setting(small, "", recipe, bound) for name, bound in (("met", 99), ("missed", 0))
+    }
     monkeypatch.setattr(time_to_collapse, "SETTINGS", settings)
-    run_here("time_to_collapse", f"--data_dir {tmp_path} --seeds 1")
-    met, missed = rows_of(tmp_path / "time_to_collapse_cpu.csv")
-    assert float(met["steps, random"]) == float(met["steps, optimum"]) == 4 and float(met["steps, ratio"]) == 1
-    assert missed["steps, random"] == missed["steps, ratio"] == "" and float(missed["end, optimum"]) > 0
+    run_here("time_to_collapse", f"--data_dir {tmp_path} --seeds 2 --random_seeds 1")
+    met, recipe_alone, missed, _ = rows_of(tmp_path / "time_to_collapse_cpu.csv")
+    assert float(met["steps, random"]) == float(met["steps, recipe"]) == 4 and float(met["steps, ratio"]) == 1
+    assert (
+        recipe_alone["steps, random"] == recipe_alone["steps, ratio"] == ""
+        and float(recipe_alone["steps, recipe"]) == 4
+    )
+    assert missed["steps, random"] == missed["steps, ratio"] == "" and float(missed["end, recipe"]) > 0
 
 
 def test_ranks(run_here, tmp_path):
