@@ -87,12 +87,10 @@ LA = "--logit_adjustment 1"
 RANDOM_HEAD = "@scripts/random_head.flags --head_init random --no-head_fixed --whiten 0"
 PAPER_DATASETS = ("cifar10", "cifar100", "mnist", "fashionmnist", "svhn")
 PAPER_MODELS = Table(  # of scripts/reproduce.sh, which adds the data set and the objective
-    flags=PAPER,
+    flags=f"{PAPER} --batch_size 256",
     settings={
-        "MLP": Setting("--model MLP --batch_size 256"),
-        "ResNet18": Setting("--model ResNet18 --batch_size 32"),
-        "VGG11": Setting("--model VGG11 --batch_size 32"),
-        "densenet_cifar": Setting("--model densenet_cifar --batch_size 32"),
+        **{model: Setting(f"--model {model}") for model in ("MLP", "ResNet18", "VGG11", "densenet_cifar")},
+        "ResNet18_32": Setting("--model ResNet18 --batch_size 32"),  # as in the README of the paper's code
     },
 )
 
@@ -399,7 +397,8 @@ def paper_models(dataset="", *options):
         raise UserError(f"FLAGS: {error}") from None
     check_options(options)
     extra = ["--dataset", dataset, "--objective", objective, *flags]
-    return PAPER_MODELS, f"model_weights/{dataset}_{objective}", extra, options
+    settings = {name: s for name, s in PAPER_MODELS.settings.items() if dataset == "cifar10" or name != "ResNet18_32"}
+    return replace(PAPER_MODELS, settings=settings), f"model_weights/{dataset}_{objective}", extra, options
 
 
 def check_options(options):
