@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.run
 
+from args import parse_args
 from datasets import Data, Split
 from engine.measurement import Measurement
 from engine.run import Run
@@ -92,6 +93,35 @@ def test_time_to_collapse(run_here, monkeypatch, tmp_path):
         and float(recipe_alone["steps, recipe"]) == 4
     )
     assert missed["steps, random"] == missed["steps, ratio"] == "" and float(missed["end, recipe"]) > 0
+
+
+def test_rare_classes(run_here, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import rare_classes
+
+    monkeypatch.setattr(rare_classes, "SETTING", "--dataset digits --class_counts 9,9,9,9,9,9,9,9,9,1 --width 16")
+    run_here("rare_classes", f"--data_dir {tmp_path} --seeds 2 --epochs 2")
+    found = rows_of(tmp_path / "rare_classes_cpu.csv")
+    assert [row["head"] for row in found] == ["random head", "recipe"]
+    for row in found:
+        assert (row["lost"] == "") == (row["seeds without loss"] == row["seeds"] == "2") and float(
+            row["NC2_H, largest"]
+        )
+
+
+def test_a_class_is_lost_only_if_the_theorem_keeps_it(run_here, monkeypatch, tmp_path):
+    """With all features zero every class is lost, but at penalties where zero is the optimum none is."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from rare_classes import read_data, train
+
+    def zero(model, images):
+        return 0 * model.intermediate_layer(model.layers(images.flatten(1)))
+
+    monkeypatch.setattr("models.mlp.MLP.embed", zero)
+    common = "--dataset digits --sep_decay --no-bias --epochs 1 --depth_relu 1 --width 10 --batch_size 9999"
+    for penalty, kept in (("0.001", False), ("0.5", True)):
+        words = f"{common} --weight_decay {penalty} --feature_decay_rate {penalty}".split()
+        assert train(words, read_data(parse_args(argv=words)))[0] == [kept] * 10
 
 
 def test_ranks(run_here, tmp_path):
