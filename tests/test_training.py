@@ -19,7 +19,7 @@ from engine.checkpoints import Checkpoints, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
 from engine.device import pick_device
 from engine.measurement import ClassAccuracy
-from engine.optim import Schedule, make_optimizer, set_learning_rate
+from engine.optim import OPTIMIZERS, Schedule, is_capturable, make_optimizer, set_learning_rate
 from engine.run import Run
 from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means
 from engine.training import Training, make_model
@@ -46,7 +46,7 @@ def capture(step, indices):
     return lambda: result.copy_(step(indices))
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("optimizer", filter(is_capturable, OPTIMIZERS))
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
     """The steps of the capture leave no trace, and the buffers of both batch lengths are filled."""
@@ -146,7 +146,7 @@ def test_a_graph_keeps_the_tensors_of_its_step_alive():
     assert graphed and watched() is not None
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD", "AdamW", "SGDW", "RMSprop"])
 def test_an_optimizer_goes_on_from_a_file_in_another_memory_format(optimizer):
     flags = {"lr": 0.1, "weight_decay": 0.0, "adam_beta2": 0.9}
     weights = {}
@@ -172,7 +172,7 @@ def log_of(losses, sizes, norms=None):
     columns = {"size": sizes, "loss": losses, "data_term": losses, "correct": [1.0] * len(sizes)}
     columns["grad_norm"] = norms or [1.0] * len(sizes)
     rows = torch.tensor([columns[name] for name in STEP_COLUMNS], dtype=torch.float64).T
-    return epoch_means(rows, "CrossEntropy", 2.0)
+    return epoch_means(rows, "ce", 2.0)
 
 
 def test_the_log_weighs_batches_by_their_size_and_names_the_largest_gradient():
