@@ -619,8 +619,6 @@ def contradiction(args, defaults):
         return f"--optimizer_args {name}: is set by the training loop"
     if args.class_weights_from and not args.class_weights:
         return "--class_weights_from: also give --class_weights"
-    if args.class_weights_from > args.epochs:
-        return f"--class_weights_from {args.class_weights_from}: must be at most --epochs {args.epochs}"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
     if args.decay_type == "cosine" and args.patience >= max(args.epochs, 2):
@@ -646,6 +644,8 @@ def notes(args, num_images):
         )
     if (args.penalty_warmup_epochs or args.penalty_start != 1 or args.objective == "released") and not args.sep_decay:
         found.append("without --sep_decay, --objective and the schedules of the penalties have no effect")
+    if args.class_weights_from > args.epochs:
+        found.append(f"--class_weights_from {args.class_weights_from} is after the last epoch: all classes weigh 1")
     if args.penalty_start == 1:
         found += [
             f"--{name} has no effect without --penalty_start"

@@ -373,7 +373,7 @@ TABLES["heads"] = Table(
     x="step",
 )
 TABLES["optimizers"] = Table(
-    what="Six optimizers, with the penalties in the loss and a head that starts at the optimum, and with weight decay on "
+    what="Optimizers with the penalties in the loss and a head that starts at the optimum, and with weight decay on "
     "all parameters instead, coupled or decoupled, three seeds each",
     time="20 minutes on one core",
     expected="with weight decay, NC0 and NC1 stay large with the decoupled decay of AdamW, Signum and Muon",

@@ -80,7 +80,6 @@ def test_the_papers_command():
         ("--optimizer_args capturable=True", ["--optimizer_args capturable"]),
         ("--optimizer_args betas=(0.5,0.5) --adam_beta2 0.9", ["--adam_beta2 and --optimizer_args betas"]),
         ("--class_weights_from 5", ["--class_weights_from", "--class_weights"]),
-        ("--class_weights 1 --class_weights_from 9 --epochs 8", ["--class_weights_from 9", "--epochs 8"]),
         ("--objective both", ["--objective", "paper", "released"]),
         ("--theory none", ["--theory", "objective", "nominal", "released"]),
         ("--device tpu", ["--device", "auto", "cpu", "cuda"]),

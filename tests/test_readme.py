@@ -97,7 +97,7 @@ def test_the_layers_of_the_readme_are_measured(run_script, tmp_path):
 
 
 def test_the_loop_of_extending_runs(run_script, tmp_path):
-    _, loop = python_examples("docs/extending.md")
+    *_, loop = python_examples("docs/extending.md")
     assert "nan" not in run_example(loop, run_script, tmp_path)
 
 
@@ -121,7 +121,7 @@ def from_root(command):
 
 
 def test_the_model_of_extending_is_one():
-    model, _ = python_examples("docs/extending.md")
+    model, *_ = python_examples("docs/extending.md")
     namespace = {}
     exec(model, namespace)
     net = namespace["SmallNet"](num_classes=7, bias=False, depth_linear=1, revive=True, planes=12)
