@@ -90,6 +90,12 @@ def test_class_means_of_logit_adjustment_merge_where_the_losses_page_says():
     assert largest[0] == 0 and f"{largest[1]:.4f}" == "0.0002" and largest[2] < MERGED < largest[3]
 
 
+def test_the_focal_loss_of_the_losses_page_is_certified(run_script, tmp_path):
+    *_, example = python_examples("docs/losses.md")
+    printed = run_example(example, run_script, tmp_path).strip()
+    assert f'It prints "{printed}".' in (ROOT / "docs" / "losses.md").read_text()
+
+
 def test_the_layers_of_the_readme_are_measured(run_script, tmp_path):
     (layers,) = python_examples("README.md")
     out = run_example(layers, run_script, tmp_path)
