@@ -99,7 +99,9 @@ def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path):
         2: "--batch_size 77 --class_counts 34,34,34,34,34,34,40,42,50,50 --data_augmentation --logit_adjustment 1 "
         "--penalty_warmup_epochs 2 --warmup_epochs 2 --clip_grad_norm 0.5",
         3: "--batch_size 77 --stratified --loss MSE --objective released --optimizer SGD --head_init etf --head_fixed",
+        4: f"--batch_size 77 --loss {tmp_path}/mine.py:half --objective released --optimizer SGDW --lr 0.01",
     }
+    (tmp_path / "mine.py").write_text("def half(z, y):\n    return -z.log_softmax(1).gather(1, y[:, None]).sum() / 2\n")
     flags = {ranks: [*FLAGS, *text.split(), "--epochs", 4, "--nc_every", 1] for ranks, text in cases.items()}
     runs = {ranks: torchrun(ranks, *flags[ranks], "--save_path", f"{ranks} ranks") for ranks in cases}
     for ranks, run in runs.items():
