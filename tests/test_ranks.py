@@ -90,7 +90,7 @@ def check_same_run(a, b, epoch, weight=2e-6):
         assert line == pytest.approx(other, rel=2e-5)
     for name in {path.name for folder in (a, b) for path in folder.glob("*.csv")}:
         for row, other in zip(*(rows_of(folder / name) for folder in (a, b)), strict=True):
-            numbers = [{key: float(value) for key, value in r.items() if key != "split"} for r in (row, other)]
+            numbers = [{key: float(value or "nan") for key, value in r.items() if key != "split"} for r in (row, other)]
             assert numbers[0] == pytest.approx(numbers[1], rel=2e-5, nan_ok=True)
 
 
