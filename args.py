@@ -21,22 +21,27 @@ from cli import (
     epochs_or_share,
     existing_or_new_dir,
     imbalance_profile,
+    keyword_arguments,
     name_of,
+    name_or_function,
     real_path,
     run_label,
     true_or_false,
 )
 from datasets import SOURCES
+from engine.optim import OPTIMIZERS
 from engine.tables import BN_SUFFIXES, THEORY_SUFFIXES
 from models import MODELS
-from utils import UserError
+from objective import LOSSES
+from utils import FILE_FUNCTION, UserError, file_digest, read_arguments, short_name
 
 # The roles of a flag, given where it is added. A flag without a role is recorded in config.json and may change later.
 NAMES_RUN = "changes the trained weights: it is part of the run's name, and must agree with config.json"
 OFF_BY_DEFAULT = "changes the trained weights, and is part of the run's name only if it is not at its default"
 THIS_CALL = "belongs to a call, not to the run: neither taken from config.json nor compared with it"
 MLP_ONLY = "has no effect on other models"
-ADAM_ONLY = "contradicts another --optimizer"
+ADAM_ONLY = "contradicts an --optimizer other than Adam and AdamW"
+RUNS_CODE = "may name a function in a Python file, which training runs"
 LOSS_VARIANT = "makes a variant of the cross entropy"
 PROFILE = "says how many images each class has"
 MEASURES_ONLY = "has no effect on training"
@@ -188,8 +193,24 @@ def make_parser(doc=None):
     )
 
     add = group(parser, "objective")
-    add("--loss", roles=(NAMES_RUN,), choices=["CrossEntropy", "MSE"], default="CrossEntropy", help="loss per sample")
+    add(
+        "--loss",
+        roles=(NAMES_RUN, RUNS_CODE),
+        type=name_or_function(LOSSES),
+        default="CrossEntropy",
+        metavar="LOSS",
+        help=f"loss of a sample: {', '.join(LOSSES)}, or FILE.py:function of logits and labels (docs/extending.md)",
+    )
     add_loss_flags(partial(add, roles=(OFF_BY_DEFAULT, LOSS_VARIANT)))
+    add(
+        "--class_weights_from",
+        roles=(OFF_BY_DEFAULT,),
+        type=epochs_or_share(0),
+        default=0,
+        metavar="EPOCH",
+        help="deferred re-weighting: the first epoch with --class_weights, as a number or a share of --epochs such as "
+        "80%%; before it all classes weigh 1; 0: all epochs",
+    )
     add(
         "--objective",
         roles=(NAMES_RUN,),
@@ -232,7 +253,22 @@ def make_parser(doc=None):
         metavar="N",
         help="largest number of images in a step",
     )
-    add("--optimizer", roles=(NAMES_RUN,), choices=["Adam", "SGD"], default="Adam", help="SGD has momentum 0.9")
+    add(
+        "--optimizer",
+        roles=(NAMES_RUN, RUNS_CODE),
+        type=name_or_function(OPTIMIZERS),
+        default="Adam",
+        metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}, or FILE.py:function that makes one (docs/extending.md); SGD, SGDW and Signum "
+        "have momentum 0.9",
+    )
+    add(
+        "--optimizer_args",
+        roles=(OFF_BY_DEFAULT,),
+        type=keyword_arguments,
+        metavar="KEY=VALUE,...",
+        help="further arguments of the optimizer, such as betas=(0.9,0.99),eps=1e-6 (default: its own)",
+    )
     add("--lr", roles=(NAMES_RUN,), type=positive, default=1e-4, metavar="X", help="initial learning rate")
     add(
         "--decay_type",
@@ -571,9 +607,18 @@ def contradiction(args, defaults):
         return "--penalty_hold_epochs and --penalty_fall_epochs: their sum must be less than --epochs"
     if args.penalty_warmup_epochs >= args.epochs:
         return f"--penalty_warmup_epochs {args.penalty_warmup_epochs}: must be less than --epochs {args.epochs}"
+    given = read_arguments(args.optimizer_args or "")
     for name in flags_with(ADAM_ONLY):
-        if args.optimizer != "Adam" and getattr(args, name) != defaults[name]:
-            return f"--{name}: only with --optimizer Adam"
+        if args.optimizer not in ("Adam", "AdamW") and getattr(args, name) != defaults[name]:
+            return f"--{name}: only with --optimizer Adam or AdamW"
+        if "betas" in given and getattr(args, name) != defaults[name]:
+            return f"--{name} and --optimizer_args betas: give one of them"
+    for name in {"lr", "weight_decay"} & given.keys():
+        return f"--optimizer_args {name}: give --{name} instead"
+    for name in {"params", "capturable", "differentiable"} & given.keys():
+        return f"--optimizer_args {name}: is set by the training loop"
+    if args.class_weights_from and not args.class_weights:
+        return "--class_weights_from: also give --class_weights"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
     if args.decay_type == "cosine" and args.patience >= max(args.epochs, 2):
@@ -599,6 +644,8 @@ def notes(args, num_images):
         )
     if (args.penalty_warmup_epochs or args.penalty_start != 1 or args.objective == "released") and not args.sep_decay:
         found.append("without --sep_decay, --objective and the schedules of the penalties have no effect")
+    if args.class_weights_from > args.epochs:
+        found.append(f"--class_weights_from {args.class_weights_from} is after the last epoch: all classes weigh 1")
     if args.penalty_start == 1:
         found += [
             f"--{name} has no effect without --penalty_start"
@@ -633,6 +680,24 @@ def training_flags(args):
     return flags
 
 
+def code_digests(args, typed=None, config=None):
+    """Return {flag: SHA-256 of its Python file} for the flags that name a function in one.
+
+    typed: the flags of the command line. config: the config.json of the run that they resume. Raises UserError if only
+    config.json names a file, which a call must do itself for it to be run, and if the file is not the one of the run.
+    """
+    values = {name: getattr(args, name) for name in flags_with(RUNS_CODE)}
+    digests = {name: file_digest(value) for name, value in values.items() if FILE_FUNCTION.fullmatch(value)}
+    for name, digest in digests.items() if config else ():
+        if getattr(typed, name) != values[name]:
+            raise UserError(
+                f"--{name} {values[name]}: also give this flag, which runs a file; only config.json names it"
+            )
+        if config.get("code", {}).get(name) != digest:
+            raise UserError(f"--{name} {values[name]}: the file has changed since the run began: restore it")
+    return digests
+
+
 def recorded_flags(args, before):
     """Return the flags that config.json records; a resumed run keeps those of its first call that belong to a call.
 
@@ -650,7 +715,7 @@ def run_name(args):
     model = f"MLP-relu{args.depth_relu}-width{args.width}" if args.model == "MLP" else args.model
     profile = "counts" if args.class_counts else flags["imbalance"].replace(":", "")
     rates = f"lr{args.lr:g}-wd{args.weight_decay:g}-fd{args.feature_decay_rate:g}"
-    return f"{model}_{args.dataset}-{profile}_{args.loss}-{args.objective}_{rates}_seed{args.seed}_{digest}"
+    return f"{model}_{args.dataset}-{profile}_{short_name(args.loss)}-{args.objective}_{rates}_seed{args.seed}_{digest}"
 
 
 def run_folder(args):

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import UserError
+from utils import FILE_FUNCTION, UserError, read_arguments
 
 # ---------------------------------------------------------------------------------------------------------
 # The parser
@@ -119,6 +119,35 @@ def name_of(names):
         return by_lower[text.lower()]
 
     return parse
+
+
+def name_or_function(names):
+    """Return an argparse type: one of the names, in upper or lower case, or FILE.py:function."""
+    named = name_of(names)
+
+    def parse(text):
+        if found := FILE_FUNCTION.fullmatch(text):
+            return f"{existing_or_new_dir(found[1])}:{found[2]}"
+        try:
+            return named(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, nor FILE.py:function") from None
+
+    return parse
+
+
+def keyword_arguments(text):
+    """Return `key=value,...` with the keys sorted; values are numbers, True, False, None, words, or tuples of those."""
+    try:
+        arguments = read_arguments(text)
+        written = ",".join(f"{key}={value!r}" for key, value in sorted(arguments.items()))
+        if read_arguments(written) != arguments:  # inf
+            raise ValueError
+        return written or None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not key=value,... with numbers, True, False, None, words or tuples, such as betas=(0.9,0.99)"
+        ) from None
 
 
 def class_count_list(text):

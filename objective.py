@@ -2,19 +2,23 @@
 
     min_{W, H >= 0}  (1/N) sum_i loss(W h_i, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
 
-where loss is the cross entropy or a variant of it (`nc_theory.LossVariant`), or |W h - e_y|^2 / 2 for MSE (arXiv
-2401.02058, section 3). This file alone knows how the flags become the lambdas of (UFM).
+where loss is the cross entropy or a variant of it (`nc_theory.LossVariant`), |W h - e_y|^2 / 2 for MSE (arXiv
+2401.02058, section 3), or another function, of which no optimum is known. This file alone knows how the flags become
+the lambdas of (UFM).
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch.nn import functional as F
 
+import nc_theory
 from nc_theory import UFM, LossVariant, VariantLoss
+from utils import UserError, load_function, message_of, short_name
 
 
 class PenalisedLoss(torch.autograd.Function):
@@ -39,6 +43,26 @@ class PenalisedLoss(torch.autograd.Function):
         return gradient, None, None, *scaled
 
 
+def half_squared_error(logits, labels):
+    """Return |z - e_y|^2 / 2 (B,) of logits z (B, K) and labels y (B,)."""
+    return 0.5 * (logits - F.one_hot(labels, logits.shape[1])).square().sum(1)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A value of --loss. `Objective` does the rest: the mean over a batch, both objectives, ranks, precision."""
+
+    function: Callable  # logits (B, K), labels (B,) -> the losses of the samples (B,), or their sum
+    column: str  # of its mean in train_log.jsonl, and its name in figures
+    mean_over_classes: bool = False  # True if the paper's released code also divides by K
+
+
+LOSSES = {
+    "CrossEntropy": Loss(partial(F.cross_entropy, reduction="none"), "ce"),
+    "MSE": Loss(half_squared_error, "mse", mean_over_classes=True),
+}
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of a minibatch of B of the N training samples. Fields are named as the flags that set them.
@@ -46,17 +70,18 @@ class Objective:
     With --sep_decay, `head` being the linear layers of the model's head and W their matrices:
 
         paper     data term                                 + (lambda_W/2) |W|^2 + (N/B) (lambda_H/2) sum_batch |h|^2
-        released  (1/2) data term (MSE: also divided by K)  + (lambda_W/2) |W|^2 + (lambda_H/2) sum_batch |h|^2
+        released  (1/2) data term (MSE: (1/K))              + (lambda_W/2) |W|^2 + (lambda_H/2) sum_batch |h|^2
 
-    The data term is (1/B) sum CE or (1/2B) sum |W h - e_y|^2. The MSE of the paper's released code is 1/2 of the mean
-    over samples and classes, hence 1/K times that data term. `paper` is an unbiased estimate of (UFM). Without
-    --sep_decay there is only the data term; the optimizer then applies weight decay to all parameters.
+    The data term is the mean of the loss over the batch, for MSE (1/2B) sum |W h - e_y|^2. The MSE of the paper's
+    released code is 1/2 of the mean over samples and classes, hence 1/K times that data term. `paper` is an unbiased
+    estimate of (UFM). Without --sep_decay there is only the data term; the optimizer then applies weight decay to all
+    parameters.
     """
 
     class_counts: list  # n_k
     batch_size: int
     feature_dim: int  # d
-    loss: str = "CrossEntropy"  # or MSE
+    loss: str = "CrossEntropy"  # a name of LOSSES, or FILE.py:function
     objective: str = "paper"  # or released
     sep_decay: bool = False
     weight_decay: float = 1e-4  # lambda_W
@@ -78,15 +103,12 @@ class Objective:
         are only some of its rows, or none. The results are then these rows' shares of the batch's.
         """
         batch_size = batch_size or len(labels)
-        if self.loss == "CrossEntropy" and self.variant.is_plain:
-            if len(labels) == batch_size:
-                data = F.cross_entropy(logits, labels)
-            else:
-                data = F.cross_entropy(logits, labels, reduction="sum") / batch_size
-        elif self.loss == "CrossEntropy":
-            data = self.variant_loss.to(logits)(logits, labels).sum() / batch_size
+        if self.variant.is_plain and self.loss == "CrossEntropy" and len(labels) == batch_size:
+            data = F.cross_entropy(logits, labels)  # in one operation
+        elif self.variant.is_plain:
+            data = self.criterion.function(logits, labels).sum() / batch_size
         else:
-            data = 0.5 * ((logits - F.one_hot(labels, len(self.class_counts))).square().sum(1).sum() / batch_size)
+            data = self.variant_loss.to(logits)(logits, labels).sum() / batch_size
         total = self.data_factor * data if self.objective == "released" else data
         if self.sep_decay:
             share = self.num_samples / batch_size if self.objective == "paper" else 1.0
@@ -98,6 +120,36 @@ class Objective:
         return total, data
 
     @cached_property
+    def criterion(self):
+        """The `Loss` of --loss. Raises UserError if its file has no such function."""
+        return LOSSES.get(self.loss) or Loss(load_function(self.loss), short_name(self.loss))
+
+    def check_loss(self):
+        """Raise UserError if a loss of a file is not a differentiable sum of finite losses of the samples."""
+        if self.loss in LOSSES:
+            return
+        num_classes = len(self.class_counts)
+        logits = torch.randn(5, num_classes, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        labels = torch.arange(5) % num_classes
+        try:
+            whole = self.criterion.function(logits, labels)
+            parts = sum(self.criterion.function(logits[i : i + 1], labels[i : i + 1]).sum() for i in range(5))
+            shape, total = tuple(whole.shape), whole.sum()
+            (gradient,) = torch.autograd.grad(total, logits)
+            finite = bool(total.isfinite() and gradient.isfinite().all())
+        except Exception as error:  # of whatever is in the file
+            raise UserError(f"--loss {self.loss}: {type(error).__name__}: {message_of(error)}") from None
+        if shape not in ((5,), ()):
+            raise UserError(f"--loss {self.loss}: returns shape {shape} for 5 samples; return (5,), or their sum, ()")
+        if not finite:
+            raise UserError(f"--loss {self.loss}: the loss of random logits, or its gradient, is not finite")
+        if not torch.allclose(total, parts, rtol=1e-3):
+            raise UserError(
+                f"--loss {self.loss}: 5 samples cost {total:.4g} together and {parts:.4g} one by one: return the "
+                "losses of the samples, or their sum (no mean)"
+            )
+
+    @cached_property
     def variant(self):
         """The `LossVariant` of the cross entropy that the flags describe."""
         return LossVariant(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LossVariant)})
@@ -105,6 +157,11 @@ class Objective:
     @cached_property
     def variant_loss(self):
         return VariantLoss(self.variant, self.class_counts, torch.float64)
+
+    def use_class_weights(self, use):
+        """Give each class its weight, or all classes the weight 1; in place, since a CUDA graph reads the weights."""
+        weights = torch.as_tensor(self.variant.parameters(self.class_counts).weights)
+        self.variant_loss.weights.copy_(weights if use else torch.ones_like(weights))
 
     @property
     def num_samples(self):
@@ -115,7 +172,7 @@ class Objective:
         """The factor of the data term."""
         if self.objective == "paper":
             return 1.0
-        return 0.5 if self.loss == "CrossEntropy" else 1.0 / len(self.class_counts)
+        return 1.0 / len(self.class_counts) if self.criterion.mean_over_classes else 0.5
 
     @property
     def optimizer_decay(self):
@@ -150,6 +207,8 @@ class Objective:
             return "without a positive --weight_decay and --feature_decay_rate there is no optimum"
         if self.feature_dim < len(self.class_counts):
             return f"the theory needs as many features as classes, the model has {self.feature_dim}"
+        if self.loss not in nc_theory.LOSSES:
+            return f"no optimum is known for --loss {short_name(self.loss)}"
         counts = tuple(self.class_counts)
         return UFM(counts, *decays, loss=self.loss, relu=self.feature_relu, bias=bias, variant=self.variant)
 

@@ -16,7 +16,7 @@ import time
 import torch
 
 from analysis import draw_heatmaps
-from args import notes, parse_args, recorded_flags, run_folder, training_flags
+from args import code_digests, notes, parse_args, recorded_flags, run_folder, training_flags
 from engine.checkpoints import Checkpoints, is_due, load_weights
 from engine.device import describe, device_name, keep_freed_memory, pick_device, set_precision
 from engine.loggers import open_loggers, require_packages
@@ -45,7 +45,8 @@ def prepare(argv, data, ranks):
     args = parse_args(__doc__, argv)
     run = Run(run_folder(args))
     if args.resume and run.config:
-        args = parse_args(argv=argv, config=run.config, folder=run.folder)
+        typed, args = args, parse_args(argv=argv, config=run.config, folder=run.folder)
+        code_digests(args, typed, run.config)
     run.check_startable(args.resume, args.force)
     require_packages(vars(args))
 
@@ -80,7 +81,7 @@ def train(args, run, training):
         run.delete()  # only now that the new run is ready to start
     run.repair(state.epoch)
     if state.epoch < args.epochs:
-        run.write_config(recorded_flags(args, run.flags), training_flags(args), facts(training))
+        run.write_config(recorded_flags(args, run.flags), training_flags(args), facts(training, code_digests(args)))
     measured = MeasuredRun(run, bn_statistics=args.bn_statistics)
     announce(args, measured, training, checkpoints)
     if state.epoch >= args.epochs:
@@ -100,7 +101,7 @@ def train(args, run, training):
                 lr, penalty_scale = training.set_epoch(epoch)
                 steps, batches = train_one_epoch(training, batches, checkpoints, stop)
                 line = {"epoch": epoch, "lr": float(f"{lr:.7g}"), "penalty_scale": float(f"{penalty_scale:.7g}")}
-                line |= epoch_means(steps, args.loss, state.seconds)
+                line |= epoch_means(steps, training.objective.criterion.column, state.seconds)
                 line["seconds_waiting"] = checkpoints.seconds_waited()
                 run.train_log.append(line)
                 check_finite(steps, training.model, epoch)
@@ -146,14 +147,16 @@ def train_one_epoch(training, batches, checkpoints, stop):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def facts(training):
+def facts(training, code):
     """Return what config.json records besides the flags."""
     objective = training.objective
     decays = objective.effective_decays() or (None, None)
     return {
         "class_counts": training.data.class_counts,
+        "code": code,
         "num_test": len(training.data.test),
         "problems": objective.problems(),
+        "data_column": objective.criterion.column,
         "data_factor": objective.data_factor,
         "effective_weight_decay": decays[0],
         "effective_feature_decay": decays[1],
@@ -179,6 +182,8 @@ def announce(args, run, training, checkpoints):
     print(f"device     {describe(training.device, args.precision)}{shared}")
     for note in notes(args, len(data.train)):
         print(f"note       {note}")
+    if training.device.type == "cuda" and args.cuda_graph and not training.graphed:
+        print(f"note       no CUDA graph can hold --optimizer {args.optimizer}: its steps are launched one by one")
     if epoch >= args.epochs:
         print(f"epochs     {epoch} are done; give a larger --epochs to continue", flush=True)
         return

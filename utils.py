@@ -1,11 +1,15 @@
-"""One-line errors, ranks, signals, atomic file writes, and progress."""
+"""One-line errors, functions of users' files, ranks, signals, atomic file writes, and progress."""
 
+import ast
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -72,6 +76,63 @@ def leave(status):
     for number in STOP_SIGNALS:  # the work is done: a signal from here on ends the process without a traceback
         signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Functions in files of users, such as `my_losses.py:focal`
+# ---------------------------------------------------------------------------------------------------------
+
+FILE_FUNCTION = re.compile(r"(.+\.py):([A-Za-z_]\w*)")
+
+
+def short_name(text):
+    """Return the name of a function in logs, labels and folders: my_losses.focal for path/my_losses.py:focal.
+
+    Any other text is returned unchanged.
+    """
+    found = FILE_FUNCTION.fullmatch(text)
+    return f"{Path(found[1]).stem}.{found[2]}" if found else text
+
+
+def file_digest(text):
+    """Return the SHA-256 of the file of FILE.py:function; raise UserError if it cannot be read."""
+    path = Path(FILE_FUNCTION.fullmatch(text)[1])
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def load_function(text):
+    """Run the file of FILE.py:function and return the function; raise UserError if it fails or has no such function."""
+    file_digest(text)
+    path, name = FILE_FUNCTION.fullmatch(text).groups()
+    specification = importlib.util.spec_from_file_location(f"file_of_{Path(path).stem}", path)
+    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:  # of whatever is in the file
+        raise UserError(f"{path}: {type(error).__name__}: {message_of(error)}") from None
+    if not callable(function := getattr(module, name, None)):
+        raise UserError(f"{path}: has no function {name}")
+    return function
+
+
+def read_arguments(text):
+    """Return {key: value} of `key=value,...`; raise ValueError or SyntaxError for anything else.
+
+    Values are numbers, True, False, None, words, and tuples of these but words. Nothing is evaluated.
+    """
+    call = ast.parse(f"dict({text})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or len({word.arg for word in call.keywords}) < len(call.keywords):
+        raise ValueError
+    found = {}
+    for word in call.keywords:
+        value = word.value.id if isinstance(word.value, ast.Name) else ast.literal_eval(word.value)
+        if word.arg is None or not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            raise ValueError
+        found[word.arg] = value
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------

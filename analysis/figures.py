@@ -22,12 +22,12 @@ from analysis.panels import (
     MATRICES,
     NC_PANELS,
     THEOREM_PANELS,
-    TRAINING_PANELS,
     Matrices,
     class_panels,
     collapse_threshold,
     curve_panels,
     means_at_equal_counts,
+    training_panels,
 )
 from analysis.settings import geometry_epochs, listed, make_settings, thinned
 from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH, style_of
@@ -112,7 +112,7 @@ def curves(panels, settings, x="epoch"):
 def training(settings, x):
     """Return the figure of TRAINING_PANELS, or None if no run has a log."""
     has_log = any(len(run.log) for setting in settings for run in setting.runs)
-    return curves(TRAINING_PANELS, settings, x) if has_log else None
+    return curves(training_panels(settings), settings, x) if has_log else None
 
 
 def draw_curves(axis, panel, several):

@@ -108,6 +108,14 @@ def curve_panels(panels, settings, x="epoch", split=True):
     return [replace(panel, xlabel=ABSCISSAE[x], series=curves(panel, settings, x)) for panel in known]
 
 
+def training_panels(settings):
+    """Return TRAINING_PANELS, with the data terms of the settings' own losses under their names."""
+    loss, *others = TRAINING_PANELS
+    own = [setting.runs[0].config.get("data_column") for setting in settings]
+    named = {name: name for name in own if name and name not in loss.columns}
+    return [replace(loss, columns=loss.columns | named), *others]
+
+
 def curves(panel, settings, x):
     """Return the series of a panel's columns; the theory of the loss is the least loss, at the first and last x."""
     found = []

@@ -27,10 +27,10 @@ from analysis.panels import (
     NC_COLUMNS,
     NC_PANELS,
     THEOREM_PANELS,
-    TRAINING_PANELS,
     Matrices,
     class_panels,
     curve_panels,
+    training_panels,
 )
 from analysis.settings import flags_of_setting, geometry_epochs, listed, make_settings, require_columns, thinned
 from analysis.style import COLOURS
@@ -69,7 +69,7 @@ def write_report(runs, path):
         "panels": {
             "curves": [plot(panel, curve, panel.name) for panel in curve_panels(NC_PANELS, settings)],
             "classes": [plot(panel, points, html_of(panel.title)) for panel in classes],
-            "training": [plot(panel, curve, panel.name) for panel in curve_panels(TRAINING_PANELS, settings)],
+            "training": [plot(panel, curve, panel.name) for panel in curve_panels(training_panels(settings), settings)],
         },
         "heatmaps": [heatmaps(setting, ENTRIES // len(measured)) for setting in measured],
         "matrices": [html_of(label) for label in MATRICES.values()],

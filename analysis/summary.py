@@ -8,6 +8,7 @@ from utils import duration
 
 METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
 FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split()  # shown if the rows have them
+STORED = "NC0 gap_within gap_head gap_means".split()  # likewise, but in the CSV only
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # a run has collapsed once all of these are at most the threshold
 THRESHOLDS = (0.05, 0.01)
 UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # unit of the time to collapse: head of its column
@@ -81,7 +82,7 @@ def summarize(groups):
     """Return a DataFrame with a row for each (label, runs) of `by_setting`, over the runs without a `shortfall`."""
     counted = [(number, run) for number, (_, runs) in enumerate(groups) for run in runs if not shortfall(run)]
     results = pd.DataFrame([result(run) | {"setting": number} for number, run in counted])
-    finals = [*METRICS, *results.columns.intersection(FURTHER), "seconds"]
+    finals = [*METRICS, *results.columns.intersection([*FURTHER, *STORED]), "seconds"]
     times = [f"{unit}_to_{threshold}" for threshold in THRESHOLDS for unit in UNITS]
     seeds = results.reindex(columns=["setting", *finals, *times]).astype(float).groupby("setting")
     mean, std, low, high, median = (getattr(seeds, f)(skipna=False) for f in ("mean", "std", "min", "max", "median"))

@@ -263,18 +263,40 @@ def load_state_dict(model, state, path):
 
 
 def load_optimizer(optimizer, state):
-    """Load an optimizer's state dict, but keep the current hyperparameters, which the flags and the device set."""
-    groups = [dict(group) for group in optimizer.param_groups]
-    expected = OPTIMIZER_STATE[type(optimizer).__name__]
+    """Load an optimizer's state dict, but keep the current hyperparameters, which the flags and the device set.
+
+    Raises ValueError if the state is not what a step of this optimizer leaves, in names and shapes.
+    """
+    groups, expected = [dict(group) for group in optimizer.param_groups], state_after_a_step(optimizer)
     optimizer.load_state_dict(state)
     for group, wanted in zip(optimizer.param_groups, groups, strict=True):
         group.update(wanted)
-    for parameter, kept in optimizer.state.items():
-        if set(kept) != expected or any(value.shape not in (parameter.shape, ()) for value in kept.values()):
+    for parameter in {*expected, *optimizer.state}:
+        kept = optimizer.state.get(parameter, {})
+        if {name: shape_of(value) for name, value in kept.items()} != expected.get(parameter, {}):
             raise ValueError("the optimizer's state belongs to another model or optimizer")
         for name, value in kept.items():  # in the parameter's memory format, whatever the file's
-            if value.shape == parameter.shape:
+            if shape_of(value) == parameter.shape:
                 kept[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
-OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "SGD": {"momentum_buffer"}}  # of each parameter
+def state_after_a_step(optimizer):
+    """Return {parameter: {name: shape}} of the state after a step with zero gradients, which leaves the weights."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return {
+        parameter: {name: shape_of(value) for name, value in kept.items()}
+        for parameter, kept in optimizer.state.items()
+    }
+
+
+def shape_of(value):
+    """Return the shape of a tensor; the type of any other value."""
+    return value.shape if isinstance(value, torch.Tensor) else type(value)

@@ -15,16 +15,17 @@ def new_rows(sizes, device):
     return rows.to(device)
 
 
-def epoch_means(rows, loss_name, seconds):
+def epoch_means(rows, data_column, seconds):
     """Return the log entries of an epoch from its steps' rows (steps, STEP_COLUMNS); the accuracy is in percent.
 
-    loss_spike: True if the loss of a step was more than twice the least loss of the earlier steps of the epoch.
+    data_column: the name of the data term's mean. loss_spike: True if the loss of a step was more than twice the least
+    loss of the earlier steps of the epoch.
     """
     size, loss, data_term, correct, grad_norm = rows.unbind(1)
     count = float(size.sum())
     return {
         "loss": float((size * loss).sum()) / count,
-        "ce" if loss_name == "CrossEntropy" else "mse": float((size * data_term).sum()) / count,
+        data_column: float((size * data_term).sum()) / count,
         "train_acc1": 100 * float(correct.sum()) / count,
         "grad_norm_max": float(grad_norm.max()),
         "loss_spike": bool((loss > 2 * loss.cummin(0).values).any()),

@@ -7,7 +7,7 @@ from engine.batches import Batches
 from engine.checkpoints import TrainingState
 from engine.cuda_graph import GraphedStep
 from engine.device import autocast
-from engine.optim import Schedule, make_optimizer, set_learning_rate
+from engine.optim import Schedule, is_capturable, make_optimizer, set_learning_rate
 from engine.ranks import OneProcess
 from engine.step_log import new_rows
 from models import build_model
@@ -28,11 +28,16 @@ class Training:
         model.fc.requires_grad_(not args.head_fixed)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.precision, self.clip_grad_norm = args.precision, args.clip_grad_norm
-        self.graphed = device.type == "cuda" and args.cuda_graph
+        capturable = is_capturable(args.optimizer, args.optimizer_args)
+        self.graphed = device.type == "cuda" and args.cuda_graph and capturable
         self.objective = make_objective(args, data.class_counts, model.fc[0].in_features)
+        self.objective.check_loss()
+        self.class_weights_from = args.class_weights_from
         self.optimizer = make_optimizer(
             self.parameters,
             optimizer=args.optimizer,
+            arguments=args.optimizer_args,
+            head=model.fc.parameters(),
             lr=args.lr,
             weight_decay=self.objective.optimizer_decay,
             adam_beta2=args.adam_beta2,
@@ -96,7 +101,9 @@ class Training:
             self.step = GraphedStep(self.make_step, self.batches.sizes, self.state.tensors, self.device)
 
     def set_epoch(self, epoch):
-        """Set the learning rate and the scale of the penalties for an epoch, counted from 1, and return both."""
+        """Set learning rate, scale of the penalties and class weights for an epoch, from 1; return the former two."""
+        if self.class_weights_from:
+            self.objective.use_class_weights(epoch >= self.class_weights_from)
         scale = self.schedule.penalty_scale(epoch)
         self.penalty_scale.fill_(scale)
         return set_learning_rate(self.optimizer, self.schedule.learning_rate(epoch)), scale

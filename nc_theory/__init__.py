@@ -22,6 +22,7 @@ from nc_theory.closed_form import (
     released_formula,
     suggest_lambdas,
 )
+from nc_theory.duality import FocalLoss, dual_bound
 from nc_theory.geometries import self_duality, seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
@@ -33,6 +34,7 @@ __all__ = [
     "LOSSES",
     "MOST_CLASSES",
     "UFM",
+    "FocalLoss",
     "LossVariant",
     "Minimum",
     "Optimum",
@@ -42,6 +44,7 @@ __all__ = [
     "closed_form",
     "collapse_count",
     "collapse_threshold",
+    "dual_bound",
     "has_released_formula",
     "lower_bound",
     "optimality_gap",

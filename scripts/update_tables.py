@@ -46,11 +46,15 @@ def minutes(seconds):
 
 COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "seeds": ("seeds", "{:.0f}".format),
+    "NC0": ("NC0", number),
     "NC1": ("NC1", number),
     "NC2_H": ("NC2_H", number),
     "NC2_WWT": ("NC2_WWT", number),
     "NC3_WH": ("NC3_WH", number),
     "optimality gap": ("optimality_gap", number),
+    "within classes": ("gap_within", number),
+    "head": ("gap_head", number),
+    "class means": ("gap_means", number),
     "margins": ("margin_rel_err", percent),
     "norms": ("norm_rel_err", percent),
     "train": ("train_acc1", "{:.4g} %".format),

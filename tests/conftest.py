@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from args import parse_args, training_flags  # noqa: E402
+from datasets import Data, Split  # noqa: E402
 from engine.run import Run  # noqa: E402
 from engine.tables import MeasuredRun  # noqa: E402
-from engine.training import make_objective  # noqa: E402
+from engine.training import Training, make_model, make_objective  # noqa: E402
 from nc_metrics import ClassStatistics  # noqa: E402
 
 UNPACK = ROOT.parent / "shared" / "tools" / "unpack-cifar10"  # beside a development checkout only
@@ -221,6 +222,15 @@ def make_run(folder, *flags, drop=()):
     config |= {"class_counts": [3, 4], "problems": objective.problems(), "data_factor": objective.data_factor}
     (folder / "config.json").write_text(json.dumps(config))
     return MeasuredRun(Run(folder))
+
+
+def training_of(*flags):
+    """Return the `Training` of a small MLP on 20 random images, with further flags."""
+    words = "--depth_relu 1 --width 8 --batch_size 8 --no-bias --sep_decay --lr 0.01 --weight_decay 0.001"
+    args = parse_args(argv=[*words.split(), "--feature_decay_rate", "0.001", *flags])
+    torch.manual_seed(0)
+    split = Split(torch.rand(20, 3, 32, 32), torch.arange(20) % 4, torch.zeros(3))
+    return Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu"))
 
 
 def python_examples(page):

@@ -38,7 +38,8 @@ def test_the_papers_command():
         ("--seed -1", ["--seed", "not a whole number >= 0"]),
         ("--model LeNet", ["--model", "MLP", "ResNet18", "DenseNet121"]),
         ("--dataset imagenet", ["--dataset", "cifar10", "digits", "imagefolder"]),
-        ("--loss Hinge", ["--loss", "CrossEntropy", "MSE"]),
+        ("--loss Hinge", ["--loss", "CrossEntropy", "MSE", "FILE.py:function"]),
+        ("--loss my_losses:focal", ["--loss", "FILE.py:function"]),
         ("--wandb yes", ["--wandb", "True or False"]),
         ("--imbalance exp", ["--imbalance", "exp:R or step:R"]),
         ("--imbalance exp:0.5", ["--imbalance", "R >= 1"]),
@@ -72,7 +73,13 @@ def test_the_papers_command():
         ("--resume --force", ["give one of them"]),
         ("--keep 0", ["--keep", "not a whole number >= 1"]),
         ("--precision fp16", ["--precision", "fp32", "tf32", "bf16"]),
-        ("--optimizer Lion", ["--optimizer", "Adam", "SGD"]),
+        ("--optimizer Lion", ["--optimizer", "Adam", "SGD", "FILE.py:function"]),
+        ("--optimizer LBFGS", ["--optimizer", "'LBFGS' is not one of"]),
+        ("--optimizer_args lr=1", ["--optimizer_args lr", "--lr"]),
+        ("--optimizer_args weight_decay=1", ["--optimizer_args weight_decay", "--weight_decay"]),
+        ("--optimizer_args capturable=True", ["--optimizer_args capturable"]),
+        ("--optimizer_args betas=(0.5,0.5) --adam_beta2 0.9", ["--adam_beta2 and --optimizer_args betas"]),
+        ("--class_weights_from 5", ["--class_weights_from", "--class_weights"]),
         ("--objective both", ["--objective", "paper", "released"]),
         ("--theory none", ["--theory", "objective", "nominal", "released"]),
         ("--device tpu", ["--device", "auto", "cpu", "cuda"]),
@@ -86,6 +93,22 @@ def test_a_wrong_flag_is_one_line_and_exit_2(flags, words):
     error = str(stop.value)
     assert stop.value.status == 2
     assert "\n" not in error and all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["eps", "1", "eps=", "eps=1,eps=2", "a=b(1)", "a=__import__('os')", "a=1), print(1", "**{}", "a=[1]", "a=1e999"],
+)
+def test_arguments_of_an_optimizer_are_plain_values(text):
+    with pytest.raises(UserError, match="is not key=value"):
+        parse_args(argv=[f"--optimizer_args={text}"])
+
+
+def test_arguments_of_an_optimizer_are_recorded_in_one_way():
+    written = "betas=(0.9, 0.99),eps=1e-06,kind='word',nesterov=True"
+    for text in ("nesterov=True,eps=1e-6,betas=(.9,.99),kind=word", written):
+        assert parse_args(argv=[f"--optimizer_args={text}"]).optimizer_args == written
+    assert parse_args(argv=["--optimizer_args="]).optimizer_args is None
 
 
 def numeric_flags():
@@ -125,13 +148,20 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
         "precision": "bf16", "seed": "5", "init_from": "x.pth", "depth_relu": "5", "width": "5",
         "planes": "8", "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
         "class_weights": "1", "logit_adjustment": "1", "logit_scaling": "1", "ldam_margin": "1",
-        "label_smoothing": "0.5", "head_init": "etf", "head_fixed": "", "whiten": "0.5",
+        "label_smoothing": "0.5", "class_weights_from": "5", "optimizer_args": "eps=1e-6",
+        "head_init": "etf", "head_fixed": "", "whiten": "0.5",
         "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
     }  # fmt: skip
-    needed = {"planes": "--model VGG19 ", "penalty_start": "--penalty_fall_epochs 7 "}
+    needed = {
+        "planes": "--model VGG19 ",
+        "penalty_start": "--penalty_fall_epochs 7 ",
+        "class_weights_from": "--class_weights 2 ",
+    }
     names = {run_name(parse())} | {run_name(parse(f"{needed.get(f, '')}--{f} {v}")) for f, v in values.items()}
     names |= {run_name(parse(flags)) for flags in ("--no-bias", "--no-feature_relu", "--imbalance exp:5 --n_max 50")}
     assert len(names) == len(values) + 4
+    assert "_my_losses.focal-paper_" in run_name(parse("--loss folder/my_losses.py:focal"))
+    assert run_name(parse("--loss ./my_losses.py:focal")) == run_name(parse("--loss my_losses.py:focal"))
     same = (
         "--epochs 5 --save_every 3 --nc_every 7 --device cpu --data_dir x --recompute --watch --theory nominal --resume"
     )

@@ -1,5 +1,6 @@
 """Figures, drawn from the CSV, npz, log and config of a recorded run: an MLP on digits, 80 epochs, seed 1."""
 
+import json
 import shutil
 
 import matplotlib.style
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from analysis.figures import class_accuracy, curves, draw_runs, heatmaps, theorem, write_animation
+from analysis.figures import class_accuracy, curves, draw_runs, heatmaps, theorem, training, write_animation
 from analysis.panels import NC_PANELS, TRAINING_PANELS
 from analysis.settings import make_settings, read_measured_run
 from analysis.style import STYLE_FILE
@@ -172,6 +173,16 @@ def test_curves_of_a_run_are_its_columns(tmp_path):
         np.testing.assert_allclose(line.get_ydata(), [entry[column] for entry in LOG], rtol=1e-12)
     np.testing.assert_allclose(accuracy.lines[1].get_ydata(), ROWS["test_acc1"])
     assert accuracy.get_yscale() == "linear" and loss.get_yscale() == rate.get_yscale() == "log"
+
+
+def test_the_loss_of_a_file_bears_its_own_name(tmp_path):
+    run = recorded(tmp_path / "run")
+    log, config = run / "train_log.jsonl", json.loads((run / "config.json").read_text())
+    log.write_text(log.read_text().replace('"ce"', '"my_losses.focal"'))
+    (run / "config.json").write_text(json.dumps(config | {"data_column": "my_losses.focal"}))
+    axis = training(settings_of(run), "epoch").axes[0]
+    assert legend_of(axis) == ["objective", "my_losses.focal", "optimum, 0.958"]
+    np.testing.assert_allclose(axis.lines[1].get_ydata(), [entry["ce"] for entry in LOG], rtol=1e-12)
 
 
 def test_the_loss_ends_at_the_optimum_of_what_was_minimised(tmp_path):

@@ -8,7 +8,8 @@ import torch
 
 from datasets import epoch_order
 from nc_theory import UFM
-from objective import Objective
+from objective import LOSSES, Objective
+from utils import UserError, load_function, short_name
 
 N, K, D, B = 22, 4, 6, 8  # the last batch of an epoch has 6
 
@@ -162,3 +163,118 @@ def test_the_problem_is_that_of_the_effective_decays():
 )
 def test_a_run_without_a_known_optimum_says_why(flags, words):
     assert words in make(**flags).problem() and words in make(**flags).problems()["objective"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Losses of a user's file
+# ---------------------------------------------------------------------------------------------------------
+
+OWN = """
+import torch
+from torch.nn.functional import cross_entropy, mse_loss, one_hot
+
+def samples(logits, labels):
+    return cross_entropy(logits, labels, reduction="none")
+
+def total(logits, labels):
+    return cross_entropy(logits, labels, reduction="sum")
+
+def mean(logits, labels):
+    return cross_entropy(logits, labels)
+
+def matrix(logits, labels):
+    return logits.square()
+
+def detached(logits, labels):
+    return samples(logits.detach(), labels)
+
+def infinite(logits, labels):
+    return samples(logits, labels) / 0
+
+def number(logits, labels):
+    return 3.0
+
+def failing(logits, labels):
+    raise ValueError("no luck")
+
+something = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """own(name) is --loss FILE.py:name."""
+    (tmp_path / "own.py").write_text(OWN)
+    return lambda name: f"{tmp_path}/own.py:{name}"
+
+
+@pytest.mark.parametrize("kind", ["paper", "released"])
+@pytest.mark.parametrize("name", ["samples", "total"])
+@pytest.mark.parametrize("rows", [slice(0, B), slice(0, 3), slice(0, 0)], ids=["batch", "share of a rank", "no share"])
+def test_a_loss_of_a_file_is_treated_as_the_cross_entropy(problem, own, kind, name, rows):
+    features, labels, head = problem
+    h, y = features[:B][rows], labels[:B][rows]
+    for found, expected in zip(
+        make(kind, own(name))(head(h), h, y, head, batch_size=B),
+        make(kind)(head(h), h, y, head, batch_size=B),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    mine, built_in = make(kind, own(name)), make(kind)
+    assert mine.data_factor == built_in.data_factor and mine.effective_decays() == built_in.effective_decays()
+
+
+def test_a_loss_of_a_file_has_its_own_name_and_no_known_optimum(own):
+    objective = make(loss=own("samples"))
+    objective.check_loss()
+    assert objective.criterion.column == short_name(own("samples")) == "own.samples"
+    for reason in objective.problems().values():
+        assert reason == "no optimum is known for --loss own.samples"
+    assert {name: loss.column for name, loss in LOSSES.items()} == {"CrossEntropy": "ce", "MSE": "mse"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mean", "together and .* one by one: return the losses of the samples, or their sum"),
+        ("matrix", r"returns shape \(5, 4\) for 5 samples"),
+        ("detached", "RuntimeError: "),
+        ("infinite", "not finite"),
+        ("number", "AttributeError"),
+        ("failing", "ValueError: no luck"),
+        ("something", "own.py: has no function something"),
+        ("nothing", "own.py: has no function nothing"),
+    ],
+)
+def test_what_is_no_loss_is_one_line(own, name, words):
+    with pytest.raises(UserError, match=words) as error:
+        make(loss=own(name)).check_loss()
+    assert error.value.status == 2
+
+
+BROKEN = [
+    ("import nothing_of_that_name", "ModuleNotFoundError"),
+    ("def f(:", "SyntaxError"),
+    ("raise KeyError", "KeyError"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BROKEN)
+def test_a_file_that_does_not_run_is_one_line(tmp_path, text, words):
+    (tmp_path / "own.py").write_text(text)
+    with pytest.raises(UserError, match=f"own.py: {words}"):
+        load_function(f"{tmp_path}/own.py:f")
+    with pytest.raises(UserError, match=r"absent\.py: cannot be read: No such file"):
+        load_function(f"{tmp_path}/absent.py:f")
+
+
+def test_deferred_class_weights_are_the_cross_entropy_before_and_the_weighted_one_after(problem):
+    features, labels, head = problem
+    batch = head(features), features, labels, head
+    deferred = make(class_weights=1.0)
+    deferred.use_class_weights(False)
+    torch.testing.assert_close(deferred(*batch)[1], make()(*batch)[1], rtol=1e-12, atol=0)
+    table = deferred.variant_loss.weights
+    deferred.use_class_weights(True)
+    assert torch.equal(deferred(*batch)[1], make(class_weights=1.0)(*batch)[1])
+    assert deferred.variant_loss.weights is table  # which a CUDA graph reads

@@ -90,7 +90,7 @@ def check_same_run(a, b, epoch, weight=2e-6):
         assert line == pytest.approx(other, rel=2e-5)
     for name in {path.name for folder in (a, b) for path in folder.glob("*.csv")}:
         for row, other in zip(*(rows_of(folder / name) for folder in (a, b)), strict=True):
-            numbers = [{key: float(value) for key, value in r.items() if key != "split"} for r in (row, other)]
+            numbers = [{key: float(value or "nan") for key, value in r.items() if key != "split"} for r in (row, other)]
             assert numbers[0] == pytest.approx(numbers[1], rel=2e-5, nan_ok=True)
 
 
@@ -99,7 +99,9 @@ def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path):
         2: "--batch_size 77 --class_counts 34,34,34,34,34,34,40,42,50,50 --data_augmentation --logit_adjustment 1 "
         "--penalty_warmup_epochs 2 --warmup_epochs 2 --clip_grad_norm 0.5",
         3: "--batch_size 77 --stratified --loss MSE --objective released --optimizer SGD --head_init etf --head_fixed",
+        4: f"--batch_size 77 --loss {tmp_path}/mine.py:half --objective released --optimizer SGDW --lr 0.01",
     }
+    (tmp_path / "mine.py").write_text("def half(z, y):\n    return -z.log_softmax(1).gather(1, y[:, None]).sum() / 2\n")
     flags = {ranks: [*FLAGS, *text.split(), "--epochs", 4, "--nc_every", 1] for ranks, text in cases.items()}
     runs = {ranks: torchrun(ranks, *flags[ranks], "--save_path", f"{ranks} ranks") for ranks in cases}
     for ranks, run in runs.items():

@@ -90,6 +90,12 @@ def test_class_means_of_logit_adjustment_merge_where_the_losses_page_says():
     assert largest[0] == 0 and f"{largest[1]:.4f}" == "0.0002" and largest[2] < MERGED < largest[3]
 
 
+def test_the_focal_loss_of_the_losses_page_is_certified(run_script, tmp_path):
+    *_, example = python_examples("docs/losses.md")
+    printed = run_example(example, run_script, tmp_path).strip()
+    assert f'It prints "{printed}".' in (ROOT / "docs" / "losses.md").read_text()
+
+
 def test_the_layers_of_the_readme_are_measured(run_script, tmp_path):
     (layers,) = python_examples("README.md")
     out = run_example(layers, run_script, tmp_path)
@@ -97,7 +103,7 @@ def test_the_layers_of_the_readme_are_measured(run_script, tmp_path):
 
 
 def test_the_loop_of_extending_runs(run_script, tmp_path):
-    _, loop = python_examples("docs/extending.md")
+    *_, loop = python_examples("docs/extending.md")
     assert "nan" not in run_example(loop, run_script, tmp_path)
 
 
@@ -121,7 +127,7 @@ def from_root(command):
 
 
 def test_the_model_of_extending_is_one():
-    model, _ = python_examples("docs/extending.md")
+    model, *_ = python_examples("docs/extending.md")
     namespace = {}
     exec(model, namespace)
     net = namespace["SmallNet"](num_classes=7, bias=False, depth_linear=1, revive=True, planes=12)

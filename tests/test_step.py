@@ -89,7 +89,8 @@ SETTINGS += [
     ("MLP", flags)
     for flags in (
         "--loss MSE", "--class_weights 1", "--logit_adjustment 1", "--logit_scaling 1", "--ldam_margin 1",
-        "--label_smoothing 0.1", "--objective released", "--clip_grad_norm 1", "--optimizer SGD", "--no-feature_relu",
+        "--label_smoothing 0.1", "--objective released", "--clip_grad_norm 1", "--no-feature_relu",
+        *(f"--optimizer {name}" for name in ("SGD", "AdamW", "SGDW", "Signum", "RMSprop")),
     )
 ]  # fmt: skip
 

@@ -13,29 +13,19 @@ import pytest
 import torch
 
 import engine.checkpoints as checkpoint_files
-from args import parse_args
 from datasets import Data, Split
 from engine.checkpoints import Checkpoints, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
 from engine.device import pick_device
 from engine.measurement import ClassAccuracy
-from engine.optim import Schedule, make_optimizer, set_learning_rate
+from engine.optim import OPTIMIZERS, Schedule, is_capturable, make_optimizer, set_learning_rate
 from engine.run import Run
 from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means
-from engine.training import Training, make_model
 from models import build_model, to_device
+from tests.conftest import training_of
 from utils import UserError
 
 ORDER = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-
-
-def build(*flags):
-    """Return the `Training` of a small MLP on 20 random images, with further flags."""
-    words = "--depth_relu 1 --width 8 --batch_size 8 --no-bias --sep_decay --lr 0.01 --weight_decay 0.001"
-    args = parse_args(argv=[*words.split(), "--feature_decay_rate", "0.001", *flags])
-    torch.manual_seed(0)
-    split = Split(torch.rand(20, 3, 32, 32), torch.arange(20) % 4, torch.zeros(3))
-    return Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu"))
 
 
 def capture(step, indices):
@@ -46,11 +36,11 @@ def capture(step, indices):
     return lambda: result.copy_(step(indices))
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("optimizer", filter(is_capturable, OPTIMIZERS))
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_a_graphed_step_trains_as_the_plain_one(optimizer, steps_before):
     """The steps of the capture leave no trace, and the buffers of both batch lengths are filled."""
-    ours, expected = build("--optimizer", optimizer), build("--optimizer", optimizer)
+    ours, expected = training_of("--optimizer", optimizer), training_of("--optimizer", optimizer)
     for indices in ORDER.split(8)[:steps_before]:
         ours.step(indices)
         expected.step(indices)
@@ -72,7 +62,7 @@ def same_parameters(a, b):
 
 
 def test_a_step_returns_what_it_measured():
-    training = build()
+    training = training_of()
     images, labels = training.data.train.batch(ORDER[:8])
     logits, _ = training.model(images)
     expected = torch.nn.functional.cross_entropy(logits, labels)
@@ -84,7 +74,7 @@ def test_a_step_returns_what_it_measured():
 
 def test_a_graphed_step_continues_from_a_saved_state(tmp_path):
     """On a GPU the step is captured after last.pt is loaded: weights, optimizer and rows stay as they are."""
-    batches, whole, cut = ORDER.split(8), build(), build()
+    batches, whole, cut = ORDER.split(8), training_of(), training_of()
     for number, indices in enumerate(batches[:2]):
         whole.state.rows[number, 1:] = whole.step(indices)
     whole.state.step = 2
@@ -146,7 +136,7 @@ def test_a_graph_keeps_the_tensors_of_its_step_alive():
     assert graphed and watched() is not None
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD", "AdamW", "SGDW", "RMSprop"])
 def test_an_optimizer_goes_on_from_a_file_in_another_memory_format(optimizer):
     flags = {"lr": 0.1, "weight_decay": 0.0, "adam_beta2": 0.9}
     weights = {}
@@ -172,7 +162,7 @@ def log_of(losses, sizes, norms=None):
     columns = {"size": sizes, "loss": losses, "data_term": losses, "correct": [1.0] * len(sizes)}
     columns["grad_norm"] = norms or [1.0] * len(sizes)
     rows = torch.tensor([columns[name] for name in STEP_COLUMNS], dtype=torch.float64).T
-    return epoch_means(rows, "CrossEntropy", 2.0)
+    return epoch_means(rows, "ce", 2.0)
 
 
 def test_the_log_weighs_batches_by_their_size_and_names_the_largest_gradient():
@@ -255,13 +245,13 @@ def test_the_learning_rate_is_set_in_place(kind):
 
 
 def test_adam_takes_its_flags():
-    (group,) = build("--adam_beta2", "0.5").optimizer.param_groups
+    (group,) = training_of("--adam_beta2", "0.5").optimizer.param_groups
     assert (group["betas"], group["lr"], group["weight_decay"], group["fused"]) == ((0.9, 0.5), 0.01, 0, True)
 
 
 def test_a_clipped_gradient_is_logged_as_it_was():
     """SGD's first step has length lr times the clipped norm; the row has the norm before."""
-    training = build("--optimizer", "SGD", "--clip_grad_norm", "0.01")
+    training = training_of("--optimizer", "SGD", "--clip_grad_norm", "0.01")
     model = training.model
     before = [parameter.detach().clone() for parameter in model.parameters()]
     row = training.step(ORDER[:8])
@@ -272,7 +262,7 @@ def test_a_clipped_gradient_is_logged_as_it_was():
 
 
 def make_checkpoints(folder):
-    state = build().state
+    state = training_of().state
     state.epoch = 5
     return Checkpoints(Run(folder), state, epochs=9, save_every=1)
 
