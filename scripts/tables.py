@@ -172,7 +172,7 @@ TABLES = {
         expected="within 1 % of the theorem",
         one_at_a_time=True,
         flags="@scripts/collapse.flags --depth_relu 6 --width 1024 --batch_size 256 --feature_decay_rate 0.00001 "
-        "--weight_decay 0.0001 --epochs 25 --save_every 25 --nc_every 1",
+        "--weight_decay 0.0001 --lr 0.0005 --epochs 25 --save_every 25 --nc_every 1",
         seeds=3,
         settings={
             "paper": Setting("--objective paper", "`--objective paper`"),

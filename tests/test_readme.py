@@ -35,6 +35,14 @@ def test_the_version_is_the_same_everywhere():
     assert f"\n## [{nc_theory.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_caption_of_the_first_figure_says_what_its_runs_reached():
+    (row,) = (row for row in rows_of(ROOT / "results" / "recipe.csv") if "/readme-1" in row["folders"])
+    worst = 100 * max(float(row["margin_rel_err_worst"]), float(row["norm_rel_err_worst"]))
+    text = README.replace("\n", " ")
+    assert f"every seed is within {worst:.1g} % of the theorem" in text
+    assert 20 < float(row["seconds"]) < 40 and "After 60 epochs, half a minute on one core" in text
+
+
 def test_the_times_on_a_gpu_follow_from_its_check():
     rate = {row["what"]: row["value"] for row in rows_of(ROOT / "results" / "check_gpu_cuda.csv")}
     minutes = 4000 * math.ceil(30_000 / 256) / float(rate["MLP, fp32, ours"]) / 60
