@@ -57,8 +57,8 @@ def main():
         args.precision = "fp32"
     set_precision(args.precision, device)
     data = read_data(args)
-    run.check_class_counts(data.class_counts)
-    model, data = to_device(make_model(args, data.num_classes), data, device)
+    run.check_data(data)
+    model, data = to_device(make_model(args, data.num_classes, data.shape), data, device)
     problems = run.config.get("problems")
     if problems is None:  # a folder of bare checkpoints
         problems = make_objective(args, data.class_counts, model.fc[0].in_features).problems()

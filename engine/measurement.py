@@ -199,12 +199,12 @@ def load_run(folder, epoch=None, data_dir=None):
     flags = SimpleNamespace(**run.flags | ({"data_dir": data_dir} if data_dir else {}))
     try:
         data = read_data(flags)
-        model = make_model(flags, data.num_classes)
+        model = make_model(flags, data.num_classes, data.shape)
     except AttributeError as error:
         if error.obj is not flags:
             raise
         raise UserError(f"{folder}/config.json: of another version of this code, without --{error.name}") from None
-    run.check_class_counts(data.class_counts)
+    run.check_data(data)
     load_weights(model, checkpoints[epoch])
     return run.config, data, model.eval()
 

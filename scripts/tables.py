@@ -20,11 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, run_script
+from utils import STOP_SIGNALS, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SWEEP = ROOT / "scripts" / "sweep.sh"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PYTHON = os.environ.get("PYTHON") or sys.executable  # of the commands
 
 
