@@ -60,9 +60,10 @@ def group(parser, title):
 
 
 def data_set(text):
-    """An argparse type: one of SOURCES, in upper or lower case, or the real path of a FILE.npz."""
+    """An argparse type: one of SOURCES, in upper or lower case, or a FILE.npz, its real path if it is there."""
     if text.endswith(".npz"):
-        return real_path(text)
+        path = real_path(text)
+        return path if Path(path).exists() else text  # else it is looked for in --data_dir
     try:
         return name_of(SOURCES)(text)
     except argparse.ArgumentTypeError as error:
@@ -92,8 +93,8 @@ def make_parser(doc=None):
         type=data_set,
         default="cifar10",
         metavar="NAME",
-        help=f"images to train on: {', '.join(SOURCES)}, or a FILE.npz with train_images, train_labels, test_images "
-        "and test_labels (with 2-D arrays: features, for the MLP)",
+        help=f"images to train on: {', '.join(SOURCES)}, or a FILE.npz, also in --data_dir, with train_images, "
+        "train_labels, test_images and test_labels (with 2-D arrays: features, for the MLP)",
     )
     add(
         "--data_dir",
@@ -666,7 +667,7 @@ def training_flags(args):
     """Return the flags that change the trained weights, with their values."""
     parser = make_parser()
     names = [name for name in flags_with(NAMES_RUN) if args.model == "MLP" or name not in flags_with(MLP_ONLY)]
-    if args.dataset == "imagefolder":
+    if source_of(args.dataset) in (SOURCES["imagefolder"], NPZ):
         names += ["data_dir"]  # it determines the images
     if args.decay_type == "cosine":
         names += ["epochs"]  # the learning rate of each epoch depends on how many there will be

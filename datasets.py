@@ -181,7 +181,8 @@ def read_npz(place):
     As MedMNIST is published: uint8 images (N, H, W) or (N, H, W, 3), which are resized to --image_size; or features
     (N, F), numbers of any type.
     """
-    path, arrays = place.dataset, []
+    path, arrays = Path(place.dataset), []
+    path = path if path.exists() else Path(place.data_dir) / path
     try:
         with np.load(path) as stored:
             for split in ("train", "test"):

@@ -55,6 +55,7 @@ COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "norms": ("norm_rel_err", percent),
     "train": ("train_acc1", "{:.4g} %".format),
     "test": ("test_acc1", "{:.1f} %".format),
+    "balanced": ("balanced_acc1", "{:.1f} %".format),
     "test, few": ("few_acc1", "{:.1f} %".format),
     "steps to 0.01": ("step_to_0.01", "{:,.0f}".format),
     "minutes": ("seconds", minutes),
