@@ -620,6 +620,11 @@ def test_bad_npz_files_are_named(tmp_path, changes, message):
         load_data(str(tmp_path / "x.npz"), "unused")
 
 
+def test_an_npz_file_is_also_looked_for_in_the_data_folder(tmp_path):
+    write_npz(tmp_path / "x.npz")
+    assert load_data("x.npz", tmp_path).class_counts == [3, 3, 3]
+
+
 @pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 half"])
 def test_damaged_npz_files_are_named(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
