@@ -7,6 +7,7 @@ that only the other needs.
 import argparse
 import hashlib
 import json
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from cli import (
     run_label,
     true_or_false,
 )
-from datasets import SOURCES
+from datasets import NPZ, SIZE, SOURCES, source_of
 from engine.optim import OPTIMIZERS
 from engine.tables import BN_SUFFIXES, THEORY_SUFFIXES
 from models import MODELS
@@ -45,6 +46,7 @@ RUNS_CODE = "may name a function in a Python file, which training runs"
 LOSS_VARIANT = "makes a variant of the cross entropy"
 PROFILE = "says how many images each class has"
 MEASURES_ONLY = "has no effect on training"
+LOCATION = "says where the images are; config.json has a hash of the images, which must agree instead"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -60,6 +62,17 @@ def group(parser, title):
         add_argument(*names, **options).roles = roles
 
     return add
+
+
+def data_set(text):
+    """An argparse type: one of SOURCES, in upper or lower case, or a FILE.npz, its real path if it is there."""
+    if text.endswith(".npz"):
+        path = real_path(text)
+        return path if Path(path).exists() else text  # else it is looked for in --data_dir
+    try:
+        return name_of(SOURCES)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor a FILE.npz") from None
 
 
 def make_parser(doc=None):
@@ -79,10 +92,18 @@ def make_parser(doc=None):
         return not_negative(text) or None
 
     add = group(parser, "data")
-    add("--dataset", roles=(NAMES_RUN,), choices=SOURCES, default="cifar10", help="images to train on")
+    add(
+        "--dataset",
+        roles=(NAMES_RUN,),
+        type=data_set,
+        default="cifar10",
+        metavar="NAME",
+        help=f"images to train on: {', '.join(SOURCES)}, or a FILE.npz, also in --data_dir, with train_images, "
+        "train_labels, test_images and test_labels (with 2-D arrays: features, for the MLP)",
+    )
     add(
         "--data_dir",
-        roles=(THIS_CALL,),
+        roles=(THIS_CALL, LOCATION),
         type=existing_or_new_dir,
         default=existing_or_new_dir("~/data"),
         help="folder of the data sets",
@@ -94,13 +115,30 @@ def make_parser(doc=None):
         default=True,
         help="download a missing data set into --data_dir (default: on)",
     )
+    for split in ("train", "test"):
+        add(
+            f"--{split}_list",
+            roles=(OFF_BY_DEFAULT, LOCATION),
+            type=real_path,
+            metavar="FILE",
+            help=f"{split} images of --dataset imagefolder: a line `path label` for each, with paths relative to "
+            "--data_dir (default: class folders)",
+        )
+    add(
+        "--image_size",
+        roles=(OFF_BY_DEFAULT,),
+        type=bounded(int, 8, high=1024),
+        default=SIZE,
+        metavar="S",
+        help="resize the images of imagefolder or FILE.npz to S x S pixels",
+    )
     add(
         "--imbalance",
         roles=(NAMES_RUN, PROFILE),
         type=imbalance_profile,
         metavar="PROFILE",
         help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
-        "(default: paper; for imagefolder, all images)",
+        "(default: paper; for imagefolder and FILE.npz, all images)",
     )
     add(
         "--n_max",
@@ -551,10 +589,12 @@ def merge_config(parser, defaults, typed, config, folder):
     flags_then, flags_now = (
         training_flags(args) | {name: getattr(args, name) for name in optional} for args in (then, now)
     )
+    if NPZ == source_of(then.dataset) == source_of(now.dataset):
+        flags_then["dataset"] = now.dataset  # the file may have been moved
     contradictions = [
         f"--{name} is {value}, in the run {flags_then.get(name)}"
         for name, value in flags_now.items()
-        if name != "data_dir" and value != flags_then.get(name)
+        if name not in flags_with(LOCATION) and value != flags_then.get(name)
     ]
     if contradictions:
         raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")
@@ -623,10 +663,18 @@ def contradiction(args, defaults):
         return "--stratified and --no_shuffle: give one of them"
     if args.decay_type == "cosine" and args.patience >= max(args.epochs, 2):
         return f"--decay_type cosine: --patience {args.patience} must be less than --epochs {args.epochs}"
-    expected = SOURCES[args.dataset].num_classes
+    if bool(args.train_list) != bool(args.test_list):
+        return "--train_list and --test_list: give both"
+    if args.train_list and args.dataset != "imagefolder":
+        return "--train_list: only with --dataset imagefolder, to whose --data_dir its paths are relative"
+    if args.image_size != SIZE and source_of(args.dataset) not in (SOURCES["imagefolder"], NPZ):
+        return f"--image_size: only with --dataset imagefolder or FILE.npz; {args.dataset} has {SIZE} x {SIZE} pixels"
+    if args.model.startswith("VGG") and not 32 <= args.image_size < 64:
+        return f"--image_size {args.image_size}: {args.model} halves the side five times, down to one pixel: 32 to 63"
+    expected = source_of(args.dataset).num_classes
     if args.class_counts and expected and len(args.class_counts) != expected:
         return f"--class_counts: {args.dataset} has {expected} classes, {len(args.class_counts)} counts were given"
-    if args.imbalance == "paper" and not SOURCES[args.dataset].paper_counts:
+    if args.imbalance == "paper" and not source_of(args.dataset).paper_counts:
         return f"--imbalance paper: the paper has no profile for {args.dataset}; give balanced, exp:R or step:R"
     return None
 
@@ -666,14 +714,14 @@ def training_flags(args):
     """Return the flags that change the trained weights, with their values."""
     parser = make_parser()
     names = [name for name in flags_with(NAMES_RUN) if args.model == "MLP" or name not in flags_with(MLP_ONLY)]
-    if args.dataset == "imagefolder":
+    if source_of(args.dataset) in (SOURCES["imagefolder"], NPZ):
         names += ["data_dir"]  # it determines the images
     if args.decay_type == "cosine":
         names += ["epochs"]  # the learning rate of each epoch depends on how many there will be
     names += [name for name in flags_with(OFF_BY_DEFAULT) if getattr(args, name) != parser.get_default(name)]
     flags = {name: getattr(args, name) for name in names}
     if not args.class_counts:
-        flags["imbalance"] = args.imbalance or ("paper" if SOURCES[args.dataset].paper_counts else "all")
+        flags["imbalance"] = args.imbalance or ("paper" if source_of(args.dataset).paper_counts else "all")
     for name in ("data_dir", "init_from"):
         if flags.get(name):
             flags[name] = str(Path(flags[name]).resolve())
@@ -713,9 +761,10 @@ def run_name(args):
     if args.run_name:
         return f"{args.run_name}_{digest}"
     model = f"MLP-relu{args.depth_relu}-width{args.width}" if args.model == "MLP" else args.model
+    dataset = re.sub(r"[^\w.-]+", "-", Path(args.dataset).stem)
     profile = "counts" if args.class_counts else flags["imbalance"].replace(":", "")
     rates = f"lr{args.lr:g}-wd{args.weight_decay:g}-fd{args.feature_decay_rate:g}"
-    return f"{model}_{args.dataset}-{profile}_{short_name(args.loss)}-{args.objective}_{rates}_seed{args.seed}_{digest}"
+    return f"{model}_{dataset}-{profile}_{short_name(args.loss)}-{args.objective}_{rates}_seed{args.seed}_{digest}"
 
 
 def run_folder(args):

@@ -167,12 +167,13 @@ def imbalance_profile(text):
         return text
     kind, _, ratio = text.partition(":")
     try:
-        valid = kind in ("exp", "step") and 1 <= float(ratio) < math.inf
+        ratio = float(ratio)
     except ValueError:
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not paper, balanced, exp:R or step:R with R >= 1")
-    return f"{kind}:{float(ratio):g}"
+        ratio = math.nan
+    if not (kind in ("exp", "step") and 1 <= ratio < math.inf):
+        hint = f"; R = n_max/n_min: write {kind}:{1 / ratio:g}" if kind in ("exp", "step") and 0 < ratio < 1 else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is not paper, balanced, exp:R or step:R with R >= 1{hint}")
+    return f"{kind}:{ratio:g}"
 
 
 def decay_type(text):

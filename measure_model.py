@@ -18,17 +18,16 @@ from pathlib import Path
 import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
 from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
 from cli import Parser, bounded
-from datasets import list_folder
 from engine.checkpoints import load_weights
 from engine.device import pick_device
 from engine.measurement import BATCH, load_run
 from engine.tables import write_table
+from image_files import list_folder, open_rgb
 from nc_layers import head_input, head_weight, layer_statistics, linear_layers
 from nc_metrics import nc_metrics
 from utils import UserError, atomic_write, message_of, run_script
@@ -112,7 +111,7 @@ def load_model_and_images(args):
     if transform is None:
         raise UserError(f"{args.model} has no transforms of its own: give --size")
     options = {"batch_size": args.batch_size, "num_workers": args.workers}
-    loaders = {name: DataLoader(Images(*split, transform), **options) for name, split in splits.items()}
+    loaders = {name: DataLoader(Images(split, transform), **options) for name, split in splits.items()}
     return model, loaders, len(classes)
 
 
@@ -148,20 +147,19 @@ def load_function(path, name):
 
 
 class Images(Dataset):
-    """Image files (N,) and labels (N,) as pairs (transformed image, label)."""
+    """`images.ImageFiles` as pairs (transformed image, label)."""
 
-    def __init__(self, files, labels, transform):
-        self.files, self.labels, self.transform = files, labels, transform
+    def __init__(self, files, transform):
+        self.files, self.labels, self.transform = files.paths, files.labels, transform
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
         try:
-            with Image.open(self.files[index]) as image:
-                return self.transform(image.convert("RGB")), self.labels[index]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.files[index]}: not a readable image ({message_of(error)})") from None
+            return self.transform(open_rgb(self.files[index])), self.labels[index]
+        except UserError as error:  # it could not leave a process of --workers
+            raise ValueError(error) from None
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ def prepare(argv, data, ranks):
     keep_freed_memory()
     data = data or read_data(args)
     if args.resume:
-        run.check_class_counts(data.class_counts)
+        run.check_data(data)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
-    model, data = to_device(make_model(args, data.num_classes), data, device)
+    model, data = to_device(make_model(args, data.num_classes, data.shape), data, device)
     return args, run, Training(args, data, model, device, ranks)
 
 
@@ -154,6 +154,8 @@ def facts(training, code):
     return {
         "class_counts": training.data.class_counts,
         "code": code,
+        "class_names": training.data.class_names,
+        "class_images": training.data.class_images,
         "num_test": len(training.data.test),
         "problems": objective.problems(),
         "data_column": objective.criterion.column,

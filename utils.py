@@ -22,13 +22,31 @@ class UserError(Exception):
     """An error that the user can fix. The message, one line, says what is wrong and how to fix it."""
 
     def __init__(self, message, status=BAD_INPUT):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(printable(" ".join(str(message).split())))
         self.status = status
 
 
 def message_of(error):
     """Return an exception's message on one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(text):
+    """Return a text with escapes such as \\xe9 for what cannot be printed, such as bytes of a name not in UTF-8."""
+    if text.isprintable():
+        return text
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return escaped.replace("\\udc", "\\x")  # how Python writes a byte that is not UTF-8
+
+
+def class_text(label, names):
+    """Return "class 3", or "class 3 (cat)" if the class has a name."""
+    return f"class {label}" if names[label] == str(label) else f"class {label} ({names[label]})"
+
+
+def shortened(text, width):
+    """Return a text of at most `width` characters, the last one of which is "…" if something was cut off."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def run_script(main, resume_hint="run the same command again", takes_ranks=False):
@@ -39,7 +57,7 @@ def run_script(main, resume_hint="run the same command again", takes_ranks=False
     name = Path(sys.argv[0]).name
     if not (takes_ranks or is_first_rank()):
         time.sleep(5)  # the first rank prints the error below, and torchrun then ends this one
-    for number in STOP_SIGNALS:
+    for number in stop_signals():
         signal.signal(number, raise_interrupted)
     try:
         if under_torchrun() and not takes_ranks:
@@ -73,7 +91,7 @@ def leave(status):
     if under_torchrun() and not multiprocessing.parent_process():
         sys.stdout.flush()
         os._exit(status)
-    for number in STOP_SIGNALS:  # the work is done: a signal from here on ends the process without a traceback
+    for number in stop_signals():  # the work is done: a signal from here on ends the process without a traceback
         signal.signal(number, signal.SIG_DFL)
     sys.exit(status)
 
@@ -163,11 +181,17 @@ def first_rank_only(method):
 # Signals
 # ---------------------------------------------------------------------------------------------------------
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# SIGHUP: the terminal has closed; SIGUSR1: a batch system's warning; SIGXCPU: a limit on the time of the processor.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
+
+def stop_signals():
+    """Return those of STOP_SIGNALS that stop this process: all, but under nohup not SIGHUP."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class Interrupted(BaseException):
-    """Raised on SIGTERM or SIGINT. It is no `Exception`, so that `except Exception` does not catch it."""
+    """Raised on one of STOP_SIGNALS. It is no `Exception`, so that `except Exception` does not catch it."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -176,17 +200,17 @@ class Interrupted(BaseException):
 
 def raise_interrupted(number, frame):
     """Handle the first signal by raising Interrupted; ignore later ones, so that the exit is not cut short."""
-    for other in STOP_SIGNALS:
+    for other in stop_signals():
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted(number)
 
 
 class StopFlag:
-    """Make SIGTERM and SIGINT only set a flag inside the `with` block; `check()` raises Interrupted if it is set."""
+    """Make STOP_SIGNALS only set a flag inside the `with` block; `check()` raises Interrupted if it is set."""
 
     def __enter__(self):
         self.number = None
-        self.previous = {number: signal.signal(number, self.set) for number in STOP_SIGNALS}
+        self.previous = {number: signal.signal(number, self.set) for number in stop_signals()}
         return self
 
     def __exit__(self, *error):

@@ -30,9 +30,10 @@ from engine.training import make_model, make_objective, read_data
 from models import to_device
 from nc_metrics import THEORY_COLUMNS
 from nc_theory import GAP_COLUMNS
-from utils import FAILED_WORK, Progress, UserError, run_script
+from utils import FAILED_WORK, Progress, UserError, run_script, shortened
 
 CLASSES_PRINTED = 100  # at most, evenly spaced
+NAME_WIDTH = 30  # largest number of characters of a class's name
 WATCH_SECONDS = 2  # between two looks at the folder with --watch
 
 
@@ -57,8 +58,8 @@ def main():
         args.precision = "fp32"
     set_precision(args.precision, device)
     data = read_data(args)
-    run.check_class_counts(data.class_counts)
-    model, data = to_device(make_model(args, data.num_classes), data, device)
+    run.check_data(data)
+    model, data = to_device(make_model(args, data.num_classes, data.shape), data, device)
     problems = run.config.get("problems")
     if problems is None:  # a folder of bare checkpoints
         problems = make_objective(args, data.class_counts, model.fc[0].in_features).problems()
@@ -132,6 +133,7 @@ def print_table(run):
     heads = ("margin", "theorem", "ratio", "|mu_k|^2", "theorem", "ratio")
     print(f"{'class':>5} {'n_k':>6}" + "".join(f" {head:>10}" for head in heads))
     every = -(-len(parts["class_counts"]) // CLASSES_PRINTED)
+    names = run.class_names or [""] * len(parts["class_counts"])
     for label, count in list(enumerate(parts["class_counts"]))[::every]:
         cells = []
         for name in ("margins", "mean_norms_sq"):
@@ -140,7 +142,7 @@ def print_table(run):
             cells += [f"{measured:10.4f}"]
             cells += [f"{expected:10.4f}" if expected is not None else f"{'-':>10}"]
             cells += [f"{measured / expected:10.4f}" if expected else f"{'-':>10}"]
-        print(f"{label:>5} {count:>6} " + " ".join(cells))
+        print(f"{label:>5} {count:>6} {' '.join(cells)}  {shortened(names[label], NAME_WIDTH)}".rstrip())
     print()
     for name, value in row.drop("epoch").items():
         print(f"{name:>20}  {'-' if math.isnan(value) else f'{value:.4g}'}")

@@ -32,7 +32,7 @@ from analysis.panels import (
 from analysis.settings import geometry_epochs, listed, make_settings, thinned
 from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH, style_of
 from engine.run import note_drawn
-from utils import atomic_write
+from utils import atomic_write, shortened
 
 FIGURES = {  # name: the figure of settings against x, or None if there are no data for it
     "nc_curves": lambda settings, x: curves(NC_PANELS, settings, x),
@@ -41,6 +41,7 @@ FIGURES = {  # name: the figure of settings against x, or None if there are no d
     "training": lambda settings, x: training(settings, x),
 }
 VECTOR_CLASSES = 30  # number of classes above which a PDF holds heatmaps as bitmaps instead of vector graphics
+NAMED_CLASSES = 12  # largest number of classes whose names are written beside axes and points
 FRAMES_PER_SECOND = 5  # of an animation
 
 
@@ -60,7 +61,8 @@ def draw_runs(runs, out, epoch=None, x="epoch", animate=False):
     for figure in figures.values() if runs[0].caption else []:
         figure.suptitle(runs[0].caption)
     for setting in measured:  # these have the caption in their titles
-        figures[f"heatmaps{setting.name}"] = heatmaps(setting.geometries[0], setting.epoch, setting.note)
+        names = setting.class_names
+        figures[f"heatmaps{setting.name}"] = heatmaps(setting.geometries[0], setting.epoch, setting.note, names=names)
 
     out.mkdir(parents=True, exist_ok=True)
     suffix, written = runs[0].suffix, []
@@ -147,8 +149,13 @@ def in_common(settings, *columns):
     """Return what columns of texts, one per setting, have in common, and each setting's label with its other texts."""
     shared = [texts[0] for texts in columns if len(set(texts)) == 1]
     others = [texts for texts in columns if len(set(texts)) > 1]
-    labels = [setting.label for setting in settings]
+    labels = [plain(setting.label) for setting in settings]
     return listed(*shared), [listed(*texts) for texts in zip(labels, *others, strict=True)]
+
+
+def plain(text):
+    """Return a text of the user's as Matplotlib shows it unchanged, also with dollar signs in it."""
+    return text.replace("$", r"\$")
 
 
 def legend_below(figure, handles, labels, title, **options):
@@ -221,6 +228,10 @@ def class_accuracy(settings):
         style = style_of(series.setting.index)
         draw_points(axis, series, style)
         axis.plot(*means_at_equal_counts(series), color=style["color"], alpha=0.5)
+    names = settings[0].class_names if len(settings) == 1 else None
+    if names and len(names) <= NAMED_CLASSES:
+        for name, x, y in zip(names, panel.series[0].x, panel.series[0].mean, strict=True):
+            axis.annotate(shortened(name, 16), (x, y), (3, 2), textcoords="offset points", fontsize=5, parse_math=False)
     shared, labels = in_common(settings, *measured_texts(settings))
     title = listed(shared, line if labels[0] else "")
     legend_below(figure, handles_of(settings), [label or line for label in labels], title)
@@ -248,15 +259,17 @@ def measured_texts(settings):
 
 
 @matplotlib.style.context(STYLE_FILE)
-def heatmaps(geometry, epoch, note="", limits=None):
+def heatmaps(geometry, epoch, note="", limits=None, names=None):
     """Return the figure of `Matrices` of a geometry. The norms of the differences are NC2_H, NC2_WWT and NC3_WH.
 
-    note: text for the title. limits: the ends of the two colour scales; default: `Matrices.limits`.
+    note: text for the title. limits: the ends of the two colour scales; default: `Matrices.limits`. names: of the
+    classes (K,), which are shown instead of their numbers if there are few.
     """
     matrices = Matrices.of(geometry)
     rows, limits = matrices.rows, limits or matrices.limits
     figure = Figure(figsize=(5.0, 0.9 + 1.35 * len(rows)))
-    figure.suptitle("\n".join([*textwrap.wrap(listed(f"epoch {epoch}", note), 80), "matrices / their Frobenius norms"]))
+    title = [*textwrap.wrap(listed(f"epoch {epoch}", plain(note)), 80), "matrices / their Frobenius norms"]
+    figure.suptitle("\n".join(title))
     axes = figure.subplots(len(rows), len(MATRICES), squeeze=False, sharex=True, sharey=True)
     for position, (title, row) in enumerate(rows.items()):
         difference = title == "difference"
@@ -268,6 +281,11 @@ def heatmaps(geometry, epoch, note="", limits=None):
     for top, bottom, symbol in zip(axes[0], axes[-1], MATRICES.values(), strict=True):
         top.set_title(symbol)
         bottom.set_xlabel("class")
+    if names and len(names) <= NAMED_CLASSES:
+        for axis in axes.ravel():
+            labels = {"labels": [shortened(name, 12) for name in names], "parse_math": False, "fontsize": 6}
+            axis.set_xticks(range(len(names)), **labels, rotation=90)
+            axis.set_yticks(range(len(names)), **labels)
     for axis, distance in zip(axes[-1], matrices.distances, strict=False):
         axis.set_title(f"distance {distance:.1e}")
     return figure
@@ -294,7 +312,8 @@ def write_animation(path, setting):
     limits = tuple(np.max([Matrices.of(run.geometry(epoch)).limits for epoch in epochs], axis=0))
     for epoch in epochs:
         frames.append(BytesIO())
-        heatmaps(run.geometry(epoch), epoch, setting.note, limits).savefig(frames[-1], format="png", dpi=110)
+        figure = heatmaps(run.geometry(epoch), epoch, setting.note, limits, setting.class_names)
+        figure.savefig(frames[-1], format="png", dpi=110)
     first, *others = [Image.open(frame).convert("RGB") for frame in frames]
     with atomic_write(path) as file:
         first.save(file, "gif", save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)

@@ -35,12 +35,13 @@ from analysis.panels import (
 from analysis.settings import flags_of_setting, geometry_epochs, listed, make_settings, require_columns, thinned
 from analysis.style import COLOURS
 from analysis.summary import COLLAPSE_NOTE, METRICS, METRICS_NOTE, not_counted, summarize, text_tables
-from utils import UserError, atomic_write
+from utils import UserError, atomic_write, shortened
 
 COLUMNS = [*METRICS, *NC_COLUMNS]  # required in the rows of every run
 POINTS = 400  # largest number of points of a curve
 MARKED = 30  # largest number of points at which a curve has markers
 ENTRIES = 1_400_000  # largest number of entries of all matrices together: 5 MB
+NAME_WIDTH = 40  # largest number of characters of a class's name; 12 beside a matrix
 CLASSES = 100  # largest number of classes whose rows and columns of the matrices are shown
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
@@ -142,8 +143,9 @@ def folded(what, items):
 def facts_of(run):
     """Return {name: text} of a run's flags, the FACTS and versions in its config, and a summary of the optimum."""
     facts = flags_of_setting(run) | {name: run.config[name] for name in FACTS if name in run.config}
+    facts |= {"class_names": run.class_names} if run.class_names else {}
     facts |= {"optimum": run.comparison.summary()} | run.config.get("versions", {})
-    texts = {list: lambda values: ", ".join(map(str, values)), float: "{:g}".format}
+    texts = {list: lambda values: ", ".join(shortened(str(each), NAME_WIDTH) for each in values), float: "{:g}".format}
     return {name: texts.get(type(value), str)(value) for name, value in facts.items()}
 
 
@@ -241,7 +243,10 @@ def points(series):
         "error_y": {"type": "data", "symmetric": False, "thickness": 1, "visible": bool(setting.seeds)} | ends,
         "text": ranges(setting, series.low, series.high),
     }
-    hover = "class %{pointNumber}, n<sub>k</sub> = %{x}: %{y:.4g}%{text}"
+    if setting.class_names:
+        options["customdata"] = [f" ({escape(shortened(name, NAME_WIDTH))})" for name in setting.class_names]
+    name = "%{customdata}" if setting.class_names else ""
+    hover = f"class %{{pointNumber}}{name}, " + "n<sub>k</sub> = %{x}: %{y:.4g}%{text}"
     return [*traces, trace(setting, series.x, series.mean, hover, **options)]
 
 
@@ -251,7 +256,7 @@ def heatmaps(setting, entries):
     A frame holds the differences from the theory's matrices if there is a theory, else the measured matrices. Of more
     than CLASSES classes, only some are shown; limit and distances are those of the whole matrices.
     """
-    run, count = setting.runs[0], len(setting.class_counts)
+    run, count, names = setting.runs[0], len(setting.class_counts), setting.class_names
     classes = thinned(range(count), CLASSES)
     epochs = thinned(geometry_epochs([run]), min(FRAMES, max(2, entries // (3 * len(classes) ** 2))))
     matrices = [Matrices.of(run.geometry(epoch)) for epoch in epochs]
@@ -263,6 +268,7 @@ def heatmaps(setting, entries):
     return {
         "label": label if len(classes) == count else f"{label}, {len(classes)} of {count} classes",
         "classes": classes,
+        "names": names and [escape(f"{label} {shortened(names[label], 12)}") for label in classes],
         "epochs": epochs,
         "limit": compact(max(each.limits[0] for each in matrices)),
         "theory": shown(matrices[-1].rows.get("theory", [])),

@@ -114,6 +114,11 @@ class Setting:
         return listed(self.label, run.caption, seed)
 
     @property
+    def class_names(self):
+        """The names of the classes (K,), or None if these are only their numbers."""
+        return self.runs[0].class_names
+
+    @property
     def class_counts(self):
         return self.geometries[0]["class_counts"]
 

@@ -107,7 +107,7 @@ class Measurement:
         parts = geometry(statistics.means, weight)
         if optimum:
             parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}
-        return row, parts, [*train.rows(self.data.class_counts), *test.rows(self.data.class_counts)]
+        return row, parts, [line for accuracy in (train, test) for line in accuracy.rows(self.data)]
 
     def note_negatives(self, share, optimum):
         """Print once that features are negative although the optimum is that of a ReLU."""
@@ -169,12 +169,13 @@ class ClassAccuracy:
         means = {f"{name}_acc1": part.nanmean().item() for name, part in thirds.items()}
         return {"balanced_acc1": accuracy.nanmean().item(), **means}
 
-    def rows(self, class_counts):
-        """Return a row of class_accuracy.csv for each class."""
-        accuracy = self.of_classes(len(class_counts)).tolist()
+    def rows(self, data):
+        """Return a row of class_accuracy.csv for each class of a `datasets.Data`."""
+        accuracy = self.of_classes(data.num_classes).tolist()
+        names = data.class_names or range(data.num_classes)
         return [
-            {"split": self.name, "class": label, "n_k": count, "accuracy": accuracy[label]}
-            for label, count in enumerate(class_counts)
+            {"split": self.name, "class": label, "name": name, "n_k": count, "accuracy": accuracy[label]}
+            for label, (name, count) in enumerate(zip(names, data.class_counts, strict=True))
         ]
 
 
@@ -199,12 +200,12 @@ def load_run(folder, epoch=None, data_dir=None):
     flags = SimpleNamespace(**run.flags | ({"data_dir": data_dir} if data_dir else {}))
     try:
         data = read_data(flags)
-        model = make_model(flags, data.num_classes)
+        model = make_model(flags, data.num_classes, data.shape)
     except AttributeError as error:
         if error.obj is not flags:
             raise
         raise UserError(f"{folder}/config.json: of another version of this code, without --{error.name}") from None
-    run.check_class_counts(data.class_counts)
+    run.check_data(data)
     load_weights(model, checkpoints[epoch])
     return run.config, data, model.eval()
 

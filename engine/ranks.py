@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from engine.batch_norm import synchronise_batch_norm
-from utils import FAILED_WORK, STOP_SIGNALS, Interrupted, StopFlag, UserError, leave, under_torchrun
+from utils import FAILED_WORK, Interrupted, StopFlag, UserError, leave, stop_signals, under_torchrun
 
 AGREE_SECONDS = 0.5  # time between two exchanges of signals among the ranks
 ENDING_SECONDS = 3  # after an error, time for which the other ranks wait until the first has printed it and ended
@@ -100,7 +100,7 @@ class Ranks(OneProcess):
             time.sleep(0.02)
 
     def __exit__(self, kind, error, trace):
-        for number in STOP_SIGNALS:
+        for number in stop_signals():
             signal.signal(number, signal.SIG_DFL if self.rank else signal.SIG_IGN)
         if not self.rank:
             self.store.set("ended", str(exit_status(error)))

@@ -22,7 +22,7 @@ import torch
 
 from engine.tables import BN_SUFFIXES, SUFFIXES, TrainLog, keep_until
 from nc_theory import UFM
-from utils import UserError, atomic_write, first_rank_only, is_first_rank, remove_temporaries, write_json
+from utils import UserError, atomic_write, class_text, first_rank_only, is_first_rank, remove_temporaries, write_json
 
 TENSORBOARD_FILES = "tensorboard/*/events.out.tfevents.*"
 DRAWN = ".drawn"  # file in figures/ that lists the figures that we have drawn there, one per line
@@ -72,13 +72,24 @@ class Run:
                 f"{self.folder} holds a run: give --resume to continue it, --force to delete it, or --save_path"
             )
 
-    def check_class_counts(self, class_counts):
-        """Raise UserError if the run was trained with other class counts."""
-        if self.config and self.config["class_counts"] != class_counts:
+    def check_data(self, data):
+        """Raise UserError if the run was trained on other classes or other images than a `datasets.Data`."""
+        if not self.config:
+            return
+        path, counts = f"{self.folder}/config.json", self.config["class_counts"]
+        if counts != data.class_counts:
             raise UserError(
-                f"{self.folder}/config.json: the run was trained on {self.config['class_counts']} images of its "
-                f"classes, --data_dir has {class_counts}"
+                f"{path}: the run was trained on {counts} images of its classes, --data_dir has {data.class_counts}"
             )
+        names, images = self.config.get("class_names"), self.config.get("class_images")
+        for label, name in enumerate(data.class_names or []):
+            if names and names[label] != name:
+                then = names[label]
+                raise UserError(f"{path}: class {label} was '{then}' in training, and is '{name}' in --data_dir")
+        for label, digest in enumerate(data.class_images or []):
+            if images and images[label] != digest:
+                text = class_text(label, data.class_names)
+                raise UserError(f"{path}: the run was trained on other images of {text} than --data_dir has")
 
     @contextlib.contextmanager
     def lock(self):
@@ -145,6 +156,10 @@ def read_config(path):
         dicts = (config["flags"], config["training_flags"], config["problems"])
         if not (all(isinstance(entry, dict) for entry in dicts) and isinstance(config["class_counts"], list)):
             raise TypeError
+        for name in ("class_names", "class_images"):
+            texts = config.get(name)
+            if texts is not None and [type(text) for text in texts] != [str] * len(config["class_counts"]):
+                raise TypeError
         for problem in config["problems"].values():
             if not isinstance(problem, str) and UFM(**problem).class_counts != tuple(config["class_counts"]):
                 raise ValueError

@@ -52,6 +52,12 @@ class MeasuredRun:
         self.report = self.folder / f"report{self.suffix}.html"
 
     @property
+    def class_names(self):
+        """The names of the classes (K,), or None if these are only their numbers."""
+        names = self.config.get("class_names")
+        return None if names is None or names == [str(label) for label in range(len(names))] else names
+
+    @property
     def caption(self):
         """The theory and the BatchNorm statistics of the rows as text, as far as they are not the default."""
         theory = f"theory {self.theory}" if self.theory != "objective" else ""
@@ -125,7 +131,7 @@ class MeasuredRun:
         with self.lock():  # training and validate --watch may both add rows
             with atomic_write(path) as file:
                 np.savez(file, **geometry)
-            if accuracies and epoch > last_epoch(self.accuracy_csv):
+            if accuracies and epoch > last_epoch(self.accuracy_csv) and has_columns(self.accuracy_csv, accuracies[0]):
                 append_rows(self.accuracy_csv, accuracies)
             elif accuracies:
                 replace_epoch(self.accuracy_csv, epoch, accuracies)
@@ -159,8 +165,8 @@ def read_rows(path):
         text = path.read_text()
         if len({len(cells) for cells in csv.reader(io.StringIO(text))}) > 1:
             raise ValueError  # pandas would fill a truncated row with empty cells
-        table = pd.read_csv(io.StringIO(text))
-        numbers = table.drop(columns="split", errors="ignore")
+        table = pd.read_csv(io.StringIO(text), converters={"name": str})  # a class may be called "nan"
+        numbers = table.drop(columns=["split", "name"], errors="ignore")
         numbers = numbers.astype({name: float for name in numbers if name not in ("epoch", "class", "n_k")})
         if table["epoch"].dtype != int:
             raise ValueError
@@ -200,6 +206,12 @@ def last_epoch(path):
         line = file.readlines()[-1]
         return int(line.split(b",")[0]) if line.endswith(b"\n") else math.inf
     return math.inf
+
+
+def has_columns(path, names):
+    """Return True if a CSV has the columns `names`, in that order: an earlier version may have written others."""
+    with open(path, newline="") as file:
+        return next(csv.reader(file), None) == list(names)
 
 
 def append_rows(path, rows):

@@ -1,5 +1,7 @@
 """The training of one run: what the flags describe, built once, and the optimizer step."""
 
+import math
+
 import torch
 
 from datasets import load_data, whiten
@@ -143,12 +145,19 @@ def read_data(args):
         n_max=args.n_max,
         class_counts=args.class_counts,
         download=args.download,
+        train_list=args.train_list,
+        test_list=args.test_list,
+        image_size=args.image_size,
     )
     return whiten(data, args.whiten) if args.whiten else data
 
 
-def make_model(args, num_classes):
-    """Return the model of the flags with fresh weights, on the CPU."""
+def make_model(args, num_classes, shape=(3, 32, 32)):
+    """Return the model of the flags with fresh weights, on the CPU. shape: of an image, or of features, (F,)."""
+    if len(shape) == 1 and args.model != "MLP":
+        raise UserError(f"--model {args.model}: {args.dataset} has features instead of images; give --model MLP")
+    if len(shape) == 1 and args.data_augmentation:
+        raise UserError(f"--data_augmentation: {args.dataset} has features instead of images")
     return build_model(
         args.model,
         num_classes,
@@ -156,6 +165,7 @@ def make_model(args, num_classes):
         depth_linear=args.depth_linear,
         depth_relu=args.depth_relu,
         width=args.width,
+        in_features=math.prod(shape),
         feature_relu=args.feature_relu,
         planes=args.planes,
         revive=args.revive,

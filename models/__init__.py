@@ -29,17 +29,18 @@ def build_model(
     depth_linear=1,
     depth_relu=6,
     width=1024,
+    in_features=3 * 32 * 32,
     feature_relu=True,
     planes=None,
     revive=False,
 ):
     """Return a model with fresh weights, by its name in MODELS; parameters are named as the flags that set them.
 
-    num_classes: K. bias, depth_linear: of the head. depth_relu, width, feature_relu: of the MLP. planes: channels of
-    the first stage of a convolutional model (a DenseNet: twice its growth rate); None is the model's own default.
+    num_classes: K. bias, depth_linear: of the head. depth_relu, width, in_features, feature_relu: of the MLP. planes:
+    channels of the first stage of a convolutional model (a DenseNet: twice its growth rate); None is its own default.
     """
     if model == "MLP":
-        own = {"depth_relu": depth_relu, "width": width, "feature_relu": feature_relu}
+        own = {"depth_relu": depth_relu, "width": width, "in_features": in_features, "feature_relu": feature_relu}
     else:
         own = {"planes": planes} if planes else {}
     return MODELS[model](num_classes=num_classes, bias=bias, depth_linear=depth_linear, revive=revive, **own)

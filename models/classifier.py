@@ -64,7 +64,7 @@ class FeatureReLU(RevivableReLU):
 
 
 class Classifier(nn.Module):
-    """A body `embed`, images (B, 3, 32, 32) -> features (B, d), and a head `fc`, features -> logits (B, K)."""
+    """A body `embed`, images (B, 3, S, S) -> features (B, d), and a head `fc`, features -> logits (B, K)."""
 
     fc: nn.Sequential
     memory_format = torch.channels_last  # fastest for convolutions

@@ -1,4 +1,4 @@
-"""Multilayer perceptron on flattened 32 x 32 RGB images."""
+"""Multilayer perceptron on flattened images, or on features."""
 
 import torch
 from torch import nn
@@ -9,15 +9,27 @@ from models.classifier import Classifier, FeatureReLU, HiddenReLU, linear_head
 class MLP(Classifier):
     """`depth_relu` ReLU layers, one more whose output is the features, and a linear head, all `width` wide.
 
-    feature_relu: without it, the last layer is linear and the features are free. revive: let a gradient raise features
-    at zero (`RevivingReLU`), and hidden layers that are zero for an image (`RevivingRowReLU`).
+    in_features: numbers in an image, or features. feature_relu: without it, the last layer is linear and the features
+    are free. revive: let a gradient raise features at zero (`RevivingReLU`), and hidden layers that are zero for an
+    image (`RevivingRowReLU`).
     """
 
     memory_format = torch.contiguous_format
 
-    def __init__(self, *, depth_relu, width, depth_linear, num_classes, bias, feature_relu=True, revive=False):
+    def __init__(
+        self,
+        *,
+        depth_relu,
+        width,
+        depth_linear,
+        num_classes,
+        bias,
+        in_features=3 * 32 * 32,
+        feature_relu=True,
+        revive=False,
+    ):
         super().__init__()
-        layers = [nn.Linear(3 * 32 * 32, width), HiddenReLU(revive)]
+        layers = [nn.Linear(in_features, width), HiddenReLU(revive)]
         for _ in range(depth_relu - 1):
             layers += [nn.Linear(width, width), HiddenReLU(revive)]
         self.layers = nn.Sequential(*layers)

@@ -5,7 +5,7 @@
 # CUDA_VISIBLE_DEVICES, else 1). --line N runs only the Nth; --count prints their number. Blank, comment and repeated
 # lines do not count. Each job sees one GPU of CUDA_VISIBLE_DEVICES (-j 4 puts two jobs on each of two GPUs);
 # on the CPU it gets its share of the cores unless OMP_NUM_THREADS is set. Job N appends its output to FILE.logs/N.log.
-# Ctrl-C and SIGTERM stop the jobs as well. If the commands have --resume, run the sweep again to continue.
+# Ctrl-C and SIGTERM stop the jobs as well, and so do SIGHUP, SIGUSR1 and SIGXCPU. If the commands have --resume, run the sweep again to continue.
 #
 # Exit status: 0 if every job succeeded, 1 if not, 2 for a wrong call. Needs GNU xargs, and flock from util-linux.
 set -euo pipefail
@@ -21,14 +21,14 @@ run_job() { # run_job N COMMAND: called by xargs in a process of its own; SLOT n
 }
 
 stop() { # stop SIGNAL: end the jobs and wait until they have gone; a second signal ends this script at once
-    trap - INT TERM HUP
+    trap - $stopping
     kill -TERM -- "-$xargs" 2>/dev/null || true
     flock -w 60 "$failures" true || true
     echo "sweep.sh: stopped; run it again to continue" >&2
     exit $((128 + $1))
 }
 
-jobs='' line='' count=''
+jobs='' line='' count='' stopping='HUP INT TERM USR1 XCPU'
 while [[ ${1:-} == -* ]]; do
     case $1 in
         -j | --line) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "$1: '${2:-}' is not a whole number >= 1" ;;&
@@ -56,7 +56,7 @@ jobs=${jobs:-$((${#gpus[@]} > 0 ? ${#gpus[@]} : 1))} cores=$(nproc)
 jobs=$((line ? 1 : jobs < ${#commands[@]} ? jobs : ${#commands[@]}))
 export logs failures OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 export -f run_job
-for number in 1 2 15; do trap "stop $number" $number; done
+for name in $stopping; do trap "stop $(kill -l "$name")" "$name"; done
 exec 9<"$failures" && flock 9 # jobs inherit this lock; it is free again when the last of their processes has ended
 set -m # puts xargs and the jobs into a process group of their own
 xargs -0 -n 2 -P "$jobs" --process-slot-var=SLOT bash -ec 'run_job "$@"' run_job \

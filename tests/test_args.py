@@ -37,12 +37,18 @@ def test_the_papers_command():
         ("--weight_decay -0.001", ["--weight_decay", "not a number >= 0"]),
         ("--seed -1", ["--seed", "not a whole number >= 0"]),
         ("--model LeNet", ["--model", "MLP", "ResNet18", "DenseNet121"]),
-        ("--dataset imagenet", ["--dataset", "cifar10", "digits", "imagefolder"]),
+        ("--dataset imagenet", ["--dataset", "cifar10", "digits", "imagefolder", "FILE.npz"]),
         ("--loss Hinge", ["--loss", "CrossEntropy", "MSE", "FILE.py:function"]),
         ("--loss my_losses:focal", ["--loss", "FILE.py:function"]),
         ("--wandb yes", ["--wandb", "True or False"]),
         ("--imbalance exp", ["--imbalance", "exp:R or step:R"]),
         ("--imbalance exp:0.5", ["--imbalance", "R >= 1"]),
+        ("--imbalance exp:0.01", ["--imbalance", "R = n_max/n_min: write exp:100"]),
+        ("--train_list a.txt --dataset imagefolder", ["--train_list and --test_list: give both"]),
+        ("--train_list a.txt --test_list b.txt", ["only with --dataset imagefolder"]),
+        ("--image_size 64", ["--image_size", "cifar10 has 32 x 32 pixels"]),
+        ("--image_size 64 --dataset a.npz --model VGG11", ["--image_size 64: VGG11", "32 to 63"]),
+        ("--imbalance paper --dataset a.npz", ["no profile for", "a.npz"]),
         ("--imbalance linear:3", ["--imbalance", "paper, balanced, exp:R or step:R"]),
         ("--decay_type cliff", ["--decay_type", "step_60_120"]),
         ("--decay_type step_", ["--decay_type", "step_60_120"]),
@@ -150,12 +156,16 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
         "class_weights": "1", "logit_adjustment": "1", "logit_scaling": "1", "ldam_margin": "1",
         "label_smoothing": "0.5", "class_weights_from": "5", "optimizer_args": "eps=1e-6",
         "head_init": "etf", "head_fixed": "", "whiten": "0.5",
+        "train_list": "a.txt", "test_list": "b.txt", "image_size": "64",
         "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
     }  # fmt: skip
     needed = {
         "planes": "--model VGG19 ",
         "penalty_start": "--penalty_fall_epochs 7 ",
         "class_weights_from": "--class_weights 2 ",
+        "train_list": "--dataset imagefolder --test_list c.txt ",
+        "test_list": "--dataset imagefolder --train_list c.txt ",
+        "image_size": "--dataset imagefolder ",
     }
     names = {run_name(parse())} | {run_name(parse(f"{needed.get(f, '')}--{f} {v}")) for f, v in values.items()}
     names |= {run_name(parse(flags)) for flags in ("--no-bias", "--no-feature_relu", "--imbalance exp:5 --n_max 50")}

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import datasets
+import image_files
 from datasets import Split, crop_and_flip, epoch_batches, epoch_order, load_data, profile_counts, random_shifts, whiten
 from tests.conftest import write_folder
 from utils import UserError
@@ -238,7 +239,7 @@ def test_imagefolder(tmp_path):
 def test_the_constants_of_digits_are_those_of_its_pixels():
     """Those of a data set without constants are computed from its grey images in the same way."""
     source = datasets.SOURCES["digits"]
-    mean, std = datasets.channel_statistics(source.read("digits", None, False)[0])
+    mean, std = datasets.channel_statistics(source.read(datasets.Place("digits", "unused")).train_images)
     assert mean == pytest.approx(source.mean, abs=3e-4) and std == pytest.approx(source.std, abs=3e-4)
 
 
@@ -257,11 +258,11 @@ def test_the_folder_of_cifar10_itself_is_recognised(tmp_path):
 def test_decoded_cache_is_used_and_renewed(tmp_path, monkeypatch):
     write_folder(tmp_path)
     first = load_data("imagefolder", tmp_path)
-    real = datasets.decode_file
-    monkeypatch.setattr(datasets, "decode_file", lambda path: pytest.fail(f"{path} was decoded again"))
+    real = image_files.decode_file
+    monkeypatch.setattr(image_files, "decode_file", lambda path, size: pytest.fail(f"{path} was decoded again"))
     again = load_data("imagefolder", tmp_path)
     assert torch.equal(first.train.images, again.train.images)
-    monkeypatch.setattr(datasets, "decode_file", real)
+    monkeypatch.setattr(image_files, "decode_file", real)
     changed = tmp_path / "train" / "ant" / "0000.png"
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(changed)
     os.utime(changed, ns=(1, 1))
@@ -276,7 +277,7 @@ def test_many_files_are_decoded_by_several_processes(tmp_path, monkeypatch):
     expected = load_data("imagefolder", tmp_path)
     for cache in tmp_path.glob(".decoded-*"):
         cache.unlink()
-    monkeypatch.setattr(datasets, "FILES_IN_ONE_PROCESS", 2)
+    monkeypatch.setattr(image_files, "FILES_IN_ONE_PROCESS", 2)
     assert torch.equal(load_data("imagefolder", tmp_path).train.pixels, expected.train.pixels)
     (tmp_path / "train" / "ant" / "0002.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"0002.png: not a readable image"):
@@ -308,7 +309,7 @@ def test_cifar10_image_folder(tmp_path):
     "damage, message",
     [
         (lambda root: (root / "test").rename(root / "away"), "test: no such folder"),
-        (lambda root: [path.unlink() for path in (root / "train" / "bee").iterdir()], "bee: no .png or .jpg file"),
+        (lambda root: [path.unlink() for path in (root / "train" / "bee").iterdir()], "bee: no image in it"),
         (lambda root: (root / "test" / "cow").rename(root / "test" / "dog"), "train and test have different classes"),
         (lambda root: (root / "train" / "ant" / "0001.png").write_bytes(b"junk"), "0001.png: not a readable image"),
         (lambda root: [(root / s).rename(root / s[:2]) for s in ("train", "test")], "train: no such folder"),
@@ -326,13 +327,309 @@ def test_bad_folders_are_named(tmp_path, damage, message):
 
 
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
-    def iterdir(path):
+    def scandir(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     write_folder(tmp_path)
-    monkeypatch.setattr(datasets.Path, "iterdir", iterdir)
+    monkeypatch.setattr(image_files.os, "scandir", scandir)
     with pytest.raises(UserError, match=r"train: cannot be read \(Permission denied\)"):
         load_data("imagefolder", tmp_path)
+
+
+def save(path, pixels, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels, mode).save(path)
+
+
+@pytest.mark.parametrize("kind", ["uint16", ">u2", "int32", "tif"])
+def test_16_bits_give_the_pixels_of_8_bits(tmp_path, kind):
+    """Levels of 16 bits that are 257 times those of 8 bits; in Pillow's modes I;16, I;16B and I."""
+    levels = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    levels[0, :2] = 0, 255
+    if kind == "int32":  # a PPM of more than 8 bits has mode I
+        path = tmp_path / "image.pgm"
+        path.write_bytes(b"P5 32 32 65535\n" + (257 * levels.astype(">u2")).tobytes())
+    else:
+        path = tmp_path / ("image.tif" if kind in ("tif", ">u2") else "image.png")
+        save(path, (257 * levels.astype(np.uint16)).astype(kind if kind != "tif" else "uint16"))
+    assert Image.open(path).mode == {"int32": "I", ">u2": "I;16B"}.get(kind, "I;16")
+    assert np.array_equal(image_files.decode_file(path, 32), np.repeat(levels[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("type_, mode", [(np.float32, "F"), (np.int32, "I")])
+def test_levels_of_unknown_range_are_refused(tmp_path, type_, mode):
+    write_folder(tmp_path)
+    save(tmp_path / "train" / "bee" / "x.tif", np.ones((32, 32), type_))
+    with pytest.raises(UserError, match=rf"bee/x.tif: .*mode {mode} has 32 bits a pixel, of no known range"):
+        load_data("imagefolder", tmp_path)
+
+
+def test_a_cache_of_an_older_decoder_is_not_read(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    expected = load_data("imagefolder", tmp_path).train.pixels
+    for cache in tmp_path.glob(".decoded-train*"):
+        np.save(cache, np.full_like(np.load(cache), 255))
+    assert load_data("imagefolder", tmp_path).train.pixels.min() == 255  # the cache is read
+    monkeypatch.setattr(image_files, "DECODER", image_files.DECODER + 1)
+    assert torch.equal(load_data("imagefolder", tmp_path).train.pixels, expected)
+    assert len(list(tmp_path.glob(".decoded-train*"))) == 1
+
+
+def test_equal_images_of_a_class_are_noted(tmp_path, capsys):
+    write_folder(tmp_path)
+    for path in (tmp_path / "train" / "bee").iterdir():
+        save(path, np.full((32, 32), 255, np.uint8))
+    load_data("imagefolder", tmp_path)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "equal" in line]
+    assert notes == ["note       all 4 training images of class 1 (bee) are equal"]
+
+
+def test_every_format_and_sub_folder_counts_and_the_rest_is_printed(tmp_path, capsys):
+    written = write_folder(tmp_path)
+    bee = tmp_path / "train" / "bee"
+    for position, suffix in enumerate(("webp", "bmp", "gif", "tif", "TIFF", "ppm")):
+        Image.fromarray(written["train", "bee", 0]).save(bee / f"x{position}.{suffix}")
+    Image.fromarray(written["train", "bee", 1]).save(bee / "0000.jpg")
+    for name in ("sub/b.png", "sub/a/c.png", "Sub/d.png"):
+        save(bee / name, np.full((32, 32, 3), ord(name[-5]), np.uint8))
+    (bee / "sub" / "again").symlink_to(bee)  # a loop
+    (bee / "._0000.png").write_bytes(b"macOS")
+    (tmp_path / "train" / ".DS_Store").write_bytes(b"macOS")
+    for name in ("read.me", "boxes.txt"):
+        (bee / name).write_text("no image")
+    data = load_data("imagefolder", tmp_path)
+    assert data.class_counts == [4, 4 + 7 + 3, 4]
+    bees = data.train.pixels[data.train.labels == 1]
+    assert bees[-3:, 0, 0, 0].tolist() == [ord(name) for name in "dbc"]  # after the class's own files
+    assert torch.equal(bees[0].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(bee / "0000.jpg"))))
+    out = capsys.readouterr().out
+    assert f"2 files in {tmp_path}/train are not images and are left out: train/bee/boxes.txt, train/bee/read.me" in out
+
+
+def test_class_folders_with_numbers_are_sorted_as_numbers(tmp_path):
+    write_folder(tmp_path, train=2, test=1, classes=[str(number) for number in range(12)])
+    data = load_data("imagefolder", tmp_path)
+    assert data.class_names == [str(number) for number in range(12)]
+    names = ["10", "9", "b", "a10", "a9", "007", "7"]
+    assert sorted(names, key=image_files.class_order) == ["007", "7", "9", "10", "a10", "a9", "b"]
+
+
+def test_hashes_tell_which_class_has_other_images(tmp_path):
+    """They depend on names and sizes of the first n_k files of a class, and not on where the folder is."""
+    write_folder(tmp_path / "one")
+    first = load_data("imagefolder", tmp_path / "one", class_counts=[2, 2, 2])
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert load_data("imagefolder", tmp_path / "two", class_counts=[2, 2, 2]).class_images == first.class_images
+    (tmp_path / "two" / "train" / "bee" / "0001.png").rename(tmp_path / "two" / "train" / "bee" / "0009.png")
+    second = load_data("imagefolder", tmp_path / "two", class_counts=[2, 2, 2])
+    differs = [a != b for a, b in zip(first.class_images, second.class_images, strict=True)]
+    assert differs == [False, True, False]
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    odd = os.fsdecode(b"b\xe9e")
+    write_folder(tmp_path, classes=["ant", odd])
+    (tmp_path / "train" / odd / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
+    with pytest.raises(UserError) as stop:
+        load_data("imagefolder", tmp_path)
+    assert r"b\xe9e/\xff.png: not a readable image" in str(stop.value)
+    (tmp_path / "train" / odd / os.fsdecode(b"\xff.png")).rename(tmp_path / "train" / odd / os.fsdecode(b"\xff.txt"))
+    data = load_data("imagefolder", tmp_path)
+    assert data.class_names == ["ant", r"b\xe9e"] and r"b\xe9e/\xff.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [9, 11])
+def test_cifar10_with_another_number_of_class_folders(tmp_path, count):
+    write_folder(tmp_path / "cifar10", classes=[f"class{k}" for k in range(count)])
+    with pytest.raises(UserError, match=f"{count} class folders; cifar10 has 10 classes"):
+        load_data("cifar10", tmp_path)
+
+
+def test_tiny_imagenet(tmp_path, capsys):
+    """train/<class>/images/*, and val/images/* with the classes in a file; test/images/* has none."""
+    write_folder(tmp_path / "flat", classes=("n01", "n02"))
+    for name in ("n01", "n02"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "flat" / "train" / name).rename(tmp_path / "train" / name / "images")
+        (tmp_path / "train" / name / f"{name}_boxes.txt").write_text("x")
+    save(tmp_path / "test" / "images" / "test_0.png", np.zeros((32, 32, 3), np.uint8))
+    for number in range(3):
+        save(tmp_path / "val" / "images" / f"val_{number}.png", np.full((32, 32, 3), number, np.uint8))
+    lines = "val_2.png\tn01\t0\t0\nval_0.png\tn02\t0\t0\nval_1.png\tn02\t0\t0\n"
+    (tmp_path / "val" / "val_annotations.txt").write_text(lines)
+    data = load_data("imagefolder", tmp_path)
+    assert data.class_counts == [4, 4] and data.class_names == ["n01", "n02"]
+    assert data.test.labels.tolist() == [0, 1, 1] and data.test.pixels[:, 0, 0, 0].tolist() == [2, 0, 1]
+    assert "val_annotations.txt gives the classes of the test set" in capsys.readouterr().out
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.png n01\n")
+    with pytest.raises(UserError, match=r"'val_0.png n01' is not a file and one of the classes"):
+        load_data("imagefolder", tmp_path)
+
+
+def test_val_where_test_is_missing(tmp_path, capsys):
+    write_folder(tmp_path)
+    (tmp_path / "test").rename(tmp_path / "val")
+    assert len(load_data("imagefolder", tmp_path).test) == 6
+    assert "has no folder test: val is the test set" in capsys.readouterr().out
+
+
+def test_packed_archives_that_are_incomplete_are_named(tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match=r"the archive cifar-10-python.tar.gz in .* is incomplete or damaged"):
+        load_data("cifar10", tmp_path, download=False)
+
+
+def test_an_archive_in_another_folder_is_found(cifar10_archive, capsys):
+    """One level too deep, or --data_dir is the archive itself."""
+    folder, _ = cifar10_archive
+    for below in ("cifar10", "cifar-10-python"):
+        (folder / below).mkdir()
+        (folder / "cifar-10-batches-py").rename(folder / below / "cifar-10-batches-py")
+        for data_dir in (folder, folder / below, folder / below / "cifar-10-batches-py"):
+            data = load_data("cifar10", data_dir, class_counts=COUNTS, download=False)
+            assert data.class_names == list("abcdefghij")
+        assert f"cifar10 is read from {folder / below}" in capsys.readouterr().out
+        (folder / below / "cifar-10-batches-py").rename(folder / "cifar-10-batches-py")
+        (folder / below).rmdir()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Lists of images, and FILE.npz
+# ---------------------------------------------------------------------------------------------------------
+
+
+def lists(folder, written, split):
+    """A list of the images of a folder, with the labels 2, 1, 0 instead of 0, 1, 2, in another order than they lie."""
+    lines = [
+        f"{split}/{name}/{index:04d}.png {2 - 'abc'.index(name[0])}" for part, name, index in written if part == split
+    ]
+    path = folder / f"My {split}.txt"
+    path.write_text("\n".join(lines[::-1]) + "\n\n")
+    return str(path)
+
+
+def test_lists(tmp_path, monkeypatch):
+    """The images of the list, in its order, from a cache the second time."""
+    written = write_folder(tmp_path)
+    flags = {f"{split}_list": lists(tmp_path, written, split) for split in ("train", "test")}
+    for _ in range(2):
+        data = load_data("imagefolder", tmp_path, class_counts=[1, 2, 4], **flags)
+        chosen = [written["train", *key] for key in [*(("cow", 3),), ("bee", 3), ("bee", 2)]]
+        chosen += [written["train", "ant", index] for index in (3, 2, 1, 0)]
+        assert np.array_equal(data.train.pixels.permute(0, 2, 3, 1), chosen)
+        assert data.train.labels.tolist() == [0, 1, 1, 2, 2, 2, 2] and len(data.test) == 6
+        assert data.class_names == ["cow", "bee", "ant"]
+        monkeypatch.setattr(image_files, "decode_file", lambda path, size: pytest.fail(f"{path} was decoded again"))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no line in it"),
+        ("train/ant/0000.png\n", "is not the path of an image and its label"),
+        ("train/ant/0000.png cat\n", "is not the path of an image and its label"),
+        ("train/ant/0000.png -1\n", "is not the path of an image and its label"),
+        (
+            "train/ant/0000.png 0\ntrain/ant/9999.png 1\n",
+            r"9999.png: cannot be read \(No such file.*relative to --data_dir",
+        ),
+        ("train/ant/0000.png 0\ntrain/ant/0001.png 2\n", "class 1 has no training images"),
+        ("train/ant/0000.png 0\n", r"b.txt: label 1; .*a.txt has 1 classes"),
+    ],
+)
+def test_bad_lists_are_named(tmp_path, text, message):
+    write_folder(tmp_path)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text("test/ant/0000.png 1\n")
+    with pytest.raises(UserError, match=message):
+        load_data("imagefolder", tmp_path, train_list=tmp_path / "a.txt", test_list=tmp_path / "b.txt")
+
+
+def test_image_size(tmp_path):
+    """As Pillow resizes; bytes on the device, and a cache for each size."""
+    written = write_folder(tmp_path, size=(60, 50))
+    for size in (48, 32, 48):
+        data = load_data("imagefolder", tmp_path, image_size=size)
+        image = Image.fromarray(written["train", "ant", 0]).resize((size, size), Image.Resampling.BILINEAR)
+        assert data.train.pixels.dtype == torch.uint8 and data.shape == (3, size, size)
+        assert np.array_equal(data.train.pixels[0].permute(1, 2, 0), image)
+    assert len(list(tmp_path.glob(".decoded-train*"))) == 2
+    shifts = random_shifts(12, epoch=1, seed=1)
+    assert crop_and_flip(data.train.images, shifts, data.train.black).shape == (12, 3, 48, 48)
+
+
+def write_npz(path, shape=(28, 28), dtype=np.uint8, **changes):
+    random = np.random.default_rng(5)
+    parts = {}
+    for split, count in (("train", 9), ("test", 4)):
+        parts[f"{split}_images"] = random.integers(0, 256, (count, *shape)).astype(dtype)
+        parts[f"{split}_labels"] = np.arange(count)[:, None] % 3
+    np.savez(path, **{name: part for name, part in (parts | changes).items() if part is not None})
+    return parts
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (40, 28, 3), (32, 32, 1)])
+def test_npz_of_images(tmp_path, shape):
+    """As MedMNIST: grey or RGB, labels in a column; bytes, resized as Pillow does, to one level."""
+    parts = write_npz(tmp_path / "x.npz", shape, class_names=np.array(["a", "b", "c"]))
+    data = load_data(str(tmp_path / "x.npz"), "unused", class_counts=[1, 2, 3])
+    assert data.class_names == ["a", "b", "c"] and data.train.pixels.dtype == torch.uint8
+    chosen, labels = expected_subset(parts["train_images"], parts["train_labels"][:, 0], [1, 2, 3])
+    assert data.train.labels.tolist() == labels.tolist() and len(data.test) == 4
+    for found, image in zip(data.train.pixels, chosen, strict=True):
+        resized = Image.fromarray(image.squeeze()).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+        assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - np.asarray(resized).astype(int)).max() <= 1
+
+
+def test_npz_of_features(tmp_path):
+    """Each feature gets mean 0 and deviation 1 over all training rows; a constant one is 0."""
+    parts = write_npz(tmp_path / "x.npz", (5,), np.int32)
+    parts["train_images"][:, 2] = 7
+    np.savez(tmp_path / "x.npz", **parts)
+    data = load_data(str(tmp_path / "x.npz"), "unused")
+    rows = data.train.images.numpy()
+    assert data.shape == (5,) and data.class_counts == [3, 3, 3]
+    np.testing.assert_allclose(rows.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(rows.std(0), [1, 1, 0, 1, 1], atol=1e-6)
+    mean, std = parts["train_images"].mean(0), parts["train_images"].std(0)
+    expected = (parts["test_images"][:, 0] - mean[0]) / std[0]
+    np.testing.assert_allclose(data.test.images[:, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train_labels": None}, "train_labels"),
+        ({"train_images": np.zeros((9, 28, 28))}, r"images of type float64 and shape \(9, 28, 28, 1\)"),
+        ({"train_images": np.zeros((9, 28, 28, 28), np.uint8)}, r"shape \(9, 28, 28, 28\)"),
+        ({"train_labels": np.zeros((9, 14), int)}, r"labels of type int64 and shape \(9, 14\)"),
+        ({"train_labels": np.arange(8)}, r"for 9 images"),
+        ({"train_labels": np.arange(9) - 1}, "labels of type int64"),
+        ({"train_labels": np.arange(9) % 3 * 1.0}, "labels of type float64"),
+        ({"train_labels": np.arange(9) % 2}, "label 2, train_labels 2 classes"),
+        ({"train_images": np.full((9, 4), np.nan)}, "a feature is not finite"),
+        ({"train_images": np.zeros((9, 4))}, "another shape"),
+        ({"train_images": np.array([None] * 9)}, "not a data set"),
+        ({"class_names": np.array(["a"])}, "class_names has the shape"),
+        ({"train_labels": np.array([0] * 8 + [2])}, "class 1 has no training images"),
+    ],
+)
+def test_bad_npz_files_are_named(tmp_path, changes, message):
+    write_npz(tmp_path / "x.npz", **changes)
+    with pytest.raises(UserError, match=rf"x.npz: .*{message}"):
+        load_data(str(tmp_path / "x.npz"), "unused")
+
+
+def test_an_npz_file_is_also_looked_for_in_the_data_folder(tmp_path):
+    write_npz(tmp_path / "x.npz")
+    assert load_data("x.npz", tmp_path).class_counts == [3, 3, 3]
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04 half"])
+def test_damaged_npz_files_are_named(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.npz: not a data set"):
+        load_data(str(tmp_path / "x.npz"), "unused")
 
 
 def test_truncated_image_is_named(tmp_path):
@@ -375,6 +672,12 @@ def test_whitening_is_zca():
     product = centred.T @ white_train
     np.testing.assert_allclose(product, product.T, rtol=0, atol=3072 * 2**-24 * np.abs(product).max())
     assert found.class_counts == data.class_counts and torch.equal(found.test.labels, data.test.labels)
+
+
+def test_images_too_large_to_whiten_are_refused():
+    large = Split(torch.zeros(1, 3, 65, 65, dtype=torch.uint8), torch.zeros(1), torch.zeros(3))
+    with pytest.raises(UserError, match="12675 values, more than 12288: lower --image_size"):
+        whiten(datasets.Data(large, large, [1]), 0.1)
 
 
 def test_a_class_with_too_few_images_is_named():

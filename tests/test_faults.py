@@ -177,9 +177,19 @@ def test_20_steps_of_a_convolutional_model_are_the_same_in_two_parts(monkeypatch
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("number, flags", [(signal.SIGTERM, []), (signal.SIGINT, ["--nc_every", 1])])
+def heed_hangups():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    "number, flags",
+    [
+        *[(number, []) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)],
+        (signal.SIGINT, ["--nc_every", 1]),
+    ],
+)
 def test_a_signal_saves_and_says_how_to_go_on(start, train, tmp_path, number, flags):
-    run = start(TRAIN, *LONG, *flags)
+    run = start(TRAIN, *LONG, *flags, before=heed_hangups)
     run.wait_for(lambda: len(epochs(tmp_path)) >= 2)
     run.signal(number)
     run.signal(number)  # a second signal is ignored
@@ -190,6 +200,20 @@ def test_a_signal_saves_and_says_how_to_go_on(start, train, tmp_path, number, fl
     train(*flags, "--save_path", "run", "--resume")
     train(*flags, "--save_path", "whole")
     assert same_runs(tmp_path / "run", tmp_path / "whole") and not temporaries(tmp_path)
+
+
+def ignore_hangups():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def test_under_nohup_a_hangup_is_ignored(start, tmp_path):
+    run = start(TRAIN, *LONG, before=ignore_hangups)
+    run.wait_for(lambda: len(epochs(tmp_path)) >= 1)
+    run.signal(signal.SIGHUP)
+    seen = len(epochs(tmp_path))
+    run.wait_for(lambda: len(epochs(tmp_path)) >= seen + 2)
+    run.signal(signal.SIGTERM)
+    run.wait(128 + signal.SIGTERM)
 
 
 def epochs(folder):

@@ -390,6 +390,34 @@ def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
     }
 
 
+ODD_NAMES = ["$x_1$", "a_b^2", "$", "<b>&", r"\alpha", "{}", "%", "n" * 200, "cat", "dog"]
+
+
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    """Beside the points and the matrices, without mathtext, and cut where they are long."""
+    folder = recorded(tmp_path / "run")
+    set_config(folder, class_names=ODD_NAMES)
+    write_accuracies(folder, np.arange(10.0))
+    (setting,) = settings_of(folder)
+    for figure, width in ((class_accuracy([setting]), 16), (heatmaps(geometry(80), 80, names=ODD_NAMES), 12)):
+        figure.savefig(tmp_path / "x.pdf")
+        named = {text.get_text(): text for text in texts(figure)}
+        for name in ODD_NAMES:
+            text = named[name if len(name) < width else name[: width - 1] + "…"]
+            assert not text.get_parse_math()
+    (numbers,) = settings_of(recorded(tmp_path / "unnamed"))
+    assert numbers.class_names is None
+
+
+def test_folders_with_dollar_signs_are_drawn_as_they_are(tmp_path):
+    folders = [recorded(tmp_path / "$x_1$" / name, seed=1, lr=lr) for name, lr in (("a$", 0.1), ("b", 0.2))]
+    for folder in folders:
+        (folder / "config.json").unlink()
+    figure = curves(NC_PANELS, settings_of(*folders))
+    figure.savefig(tmp_path / "x.pdf")
+    assert legend_of(figure)[0].replace(r"\$", "$") == "a$"
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Matrices
 # ---------------------------------------------------------------------------------------------------------

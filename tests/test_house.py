@@ -14,7 +14,7 @@ ENTRIES = set(
     "train_1st_order_unbalanced validate_NC_unbalanced measure_model solve_ufm plot_nc summarize report".split()
 )
 LIBRARY = {"nc_theory", "nc_metrics", "nc_layers", "nc_torchmetrics"}
-SCIENCE = LIBRARY | {"datasets", "models", "objective"}
+SCIENCE = LIBRARY | {"datasets", "image_files", "models", "objective"}
 OURS = ENTRIES | SCIENCE | {"args", "cli", "analysis", "engine", "utils"}
 
 
@@ -40,6 +40,7 @@ def files_of(name):
         ({"nc_theory"}, {"nc_theory"}),
         ({"nc_metrics"}, {"nc_theory"}),
         ({"nc_layers", "nc_torchmetrics"}, {"nc_theory", "nc_metrics"}),
+        ({"image_files"}, {"utils"}),
         ({"datasets", "models", "objective"}, SCIENCE | {"utils"}),
         ({"engine"}, SCIENCE | {"engine", "utils"}),
         ({"analysis"}, {"analysis", "engine", "nc_theory", "utils"}),
@@ -47,7 +48,19 @@ def files_of(name):
         ({"args"}, SCIENCE | {"cli", "engine", "utils"}),
         (ENTRIES, SCIENCE | {"args", "cli", "analysis", "engine", "utils"}),
     ],
-    ids=["utils", "nc_theory", "nc_metrics", "nc_layers", "science", "engine", "analysis", "cli", "args", "entries"],
+    ids=[
+        "utils",
+        "nc_theory",
+        "nc_metrics",
+        "nc_layers",
+        "image_files",
+        "science",
+        "engine",
+        "analysis",
+        "cli",
+        "args",
+        "entries",
+    ],
 )
 def test_imports_go_down_only(names, allowed):
     for path in (path for name in names for path in files_of(name)):
@@ -62,10 +75,10 @@ def test_every_module_belongs_to_a_layer():
     ("script", "absent"),
     [
         ("train_1st_order_unbalanced", "matplotlib torchvision"),
-        ("solve_ufm", "pandas torchvision datasets models engine"),
-        ("summarize", "matplotlib torchvision datasets models engine.training"),
-        ("plot_nc", "torchvision datasets models engine.training"),
-        ("report", "torchvision datasets models engine.training"),
+        ("solve_ufm", "pandas torchvision datasets image_files models engine"),
+        ("summarize", "matplotlib torchvision datasets image_files models engine.training"),
+        ("plot_nc", "torchvision datasets image_files models engine.training"),
+        ("report", "torchvision datasets image_files models engine.training"),
     ],
 )
 def test_scripts_load_only_what_they_need(script, absent):

@@ -263,6 +263,22 @@ def test_validate_writes_it_where_plotly_is_installed(train, validate, tmp_path)
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+ODD_NAMES = ["<b>bold</b>", "cat & dog", "%{x}", "$x_1$", "n" * 200, "a", "b", "c", "d", "e"]
+
+
+def test_names_of_classes_are_escaped_and_cut(tmp_path):
+    folder = recorded(tmp_path / "run")
+    set_config(folder, class_names=ODD_NAMES)
+    page, data = report_of(folder)
+    assert "<b>bold" not in page and "&lt;b&gt;bold&lt;/b&gt;, cat &amp; dog, %{x}, $x_1$, nnn" in page
+    assert "n" * 40 not in page
+    (points,) = (trace for trace in traces_of(data, "margin M<sub>k</sub>") if "customdata" in trace)
+    assert points["customdata"][:2] == [" (&lt;b&gt;bold&lt;/b&gt;)", " (cat &amp; dog)"]
+    assert points["hovertemplate"].startswith("class %{pointNumber}%{customdata}, ")
+    assert data["heatmaps"][0]["names"][:2] == ["0 &lt;b&gt;bold&lt;/b&gt;", "1 cat &amp; dog"]
+    assert data["heatmaps"][0]["names"][4] == f"4 {'n' * 11}…"
+
+
 # ---------------------------------------------------------------------------------------------------------
 # In a browser
 # ---------------------------------------------------------------------------------------------------------
@@ -339,6 +355,15 @@ def test_values_are_shown_under_the_mouse(page):
     page.wait_for("document.querySelector('.hoverlayer .hovertext')")
     text = page.evaluate("document.querySelector('.hoverlayer .hovertext').textContent")
     assert "1: lr 0.001" in text and "over the seeds" in text
+
+
+def test_names_of_classes_are_ticks_of_the_matrices(browser, tmp_path):
+    folder = recorded(tmp_path / "run")
+    set_config(folder, class_names=ODD_NAMES)
+    browser.open(write_report([read_measured_run(folder)], tmp_path / "report.html"))
+    browser.wait_for("!document.getElementById('wait')")
+    ticks = browser.evaluate("[...document.querySelectorAll('#heatmaps .ytick text')].map(tick => tick.textContent)")
+    assert {"0 <b>bold</b>", "1 cat & dog", "2 %{x}", "3 $x_1$"} & set(ticks) and f"4 {'n' * 11}…" in ticks
 
 
 @pytest.mark.parametrize("width", [1400, 700])

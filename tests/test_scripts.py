@@ -462,6 +462,77 @@ def test_other_images_are_refused(train, measure, tmp_path):
     assert "trained on [4, 4, 4] images" in error
 
 
+def test_other_images_of_a_class_and_renamed_classes_are_refused(train, measure, tmp_path):
+    """Validation and --resume say which; the same images elsewhere are accepted."""
+    write_folder(tmp_path / "a")
+    flags = ["--dataset", "imagefolder", "--width", 8, "--epochs", 1, "--save_path", "run", "--class_counts", "2,2,2"]
+    train(*flags, "--data_dir", "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    measure("--load_path", "run", "--data_dir", "b")
+    for change, message in (
+        (("bee/0000.png", "bee/0009.png"), "the run was trained on other images of class 1 (bee) than --data_dir has"),
+        (("cow", "dog"), "class 2 was 'cow' in training, and is 'dog' in --data_dir"),
+    ):
+        before, after = ([tmp_path / "b" / split / name for split in ("train", "test")] for name in change)
+        for old, new in zip(before, after, strict=True):
+            old.rename(new)
+        _, error = measure("--load_path", "run", "--data_dir", "b", status=2)
+        assert error.endswith(f"{message}\n")
+        _, error = train(*flags, "--data_dir", "b", "--resume", "--epochs", 2, status=2)
+        assert error.endswith(f"{message}\n")
+        for old, new in zip(before, after, strict=True):
+            new.rename(old)
+
+
+NAMES = ["$x_1$ a_b", "<b>&amp;", "n" * 200]
+
+
+def test_names_of_classes_stand_in_the_table_the_csv_and_the_config(train, validate, tmp_path):
+    write_folder(tmp_path / "images", classes=NAMES)
+    flags = ["--dataset", "imagefolder", "--data_dir", "images", "--width", 8, "--no-bias", "--sep_decay"]
+    train(*flags, "--epochs", 1, "--save_path", "run")
+    out, _ = validate("--load_path", "run")
+    order = sorted(NAMES)
+    lines = out[out.index("class    n_k") :].splitlines()[1:4]
+    assert [line[80:] for line in lines] == [name if len(name) < 31 else f"{name[:29]}…" for name in order]
+    assert [row["name"] for row in rows_of(tmp_path / "run" / "class_accuracy.csv")] == 2 * order
+    assert config_of(tmp_path / "run")["class_names"] == order
+
+
+@pytest.mark.parametrize("model", ["MLP", "ResNet18", "densenet_cifar"])
+def test_images_of_another_size(train, measure, tmp_path, model):
+    write_folder(tmp_path / "images", size=(20, 24))
+    flags = ["--dataset", "imagefolder", "--data_dir", "images", "--model", model, "--image_size", 20, "--width", 8]
+    flags += ["--planes", 8] if model != "MLP" else []
+    train(*flags, "--data_augmentation", "--epochs", 1, "--save_path", "run")
+    measure("--load_path", "run")
+    _, data, network = load_run(tmp_path / "run", data_dir=tmp_path / "images")
+    assert data.shape == (3, 20, 20)
+    if model == "MLP":
+        assert network.layers[0].in_features == 1200
+
+
+def test_a_table_of_features(train, measure, tmp_path):
+    """It trains the MLP alone, is found again after it has moved, and other rows of it are refused."""
+    random = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    parts = {"train_images": random.normal(size=(60, 5)) + 4 * labels[:, None], "train_labels": labels}
+    np.savez(tmp_path / "a.npz", **parts, test_images=parts["train_images"], test_labels=labels)
+    flags = ["--dataset", "a.npz", "--imbalance", "step:4", "--width", 16, "--depth_relu", 1, "--lr", 0.01, "--no-bias"]
+    train(*flags, "--sep_decay", "--epochs", 40, "--batch_size", 10, "--save_path", "run")
+    (tmp_path / "a.npz").rename(tmp_path / "b.npz")
+    measure("--load_path", "run", "--dataset", "b.npz")
+    assert float(rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]["train_acc1"]) > 95
+    parts["train_images"][0] += 1e-9
+    np.savez(tmp_path / "b.npz", **parts, test_images=parts["train_images"], test_labels=labels)
+    _, error = measure("--load_path", "run", "--dataset", "b.npz", status=2)
+    assert "trained on other images of class 0" in error
+    _, error = train(*flags, "--dataset", "b.npz", "--model", "VGG11", status=2)
+    assert "b.npz has features instead of images; give --model MLP" in error
+    _, error = train(*flags, "--dataset", "b.npz", "--data_augmentation", status=2)
+    assert "b.npz has features instead of images" in error
+
+
 def test_features_that_overflow_are_skipped(train, measure, tmp_path):
     train(*TINY, "--save_path", "run")
     path = tmp_path / "run" / "epoch_001.pth"
