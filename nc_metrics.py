@@ -31,6 +31,7 @@ __all__ = [
     "distance",
     "geometry",
     "nc1",
+    "nc1_trace",
     "nc_metrics",
     "other_geometries",
 ]
@@ -38,6 +39,7 @@ __all__ = [
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 BETWEEN = ("classes", "means", "samples")
 TILE = 2**24  # entries of a K x K matrix that are processed at a time
+CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
 SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
 
@@ -45,10 +47,12 @@ SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagre
 class ClassStatistics:
     """Counts, means and within-class scatter of features, class by class, on the device of the features.
 
-    Features may be tensors of any float type, on any device, or NumPy arrays. No autograd graph is kept.
+    Features may be tensors of any float type, on any device, or NumPy arrays. Those on Apple's MPS, which has no
+    float64, are moved to the CPU. No autograd graph is kept.
 
-    between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. Raises ValueError for
-    a name that is not in BETWEEN.
+    between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. device: that of the
+    features, which only a process without a batch must know, for `merge`. Raises ValueError for a name that is not in
+    BETWEEN.
 
     Example:
         >>> from nc_metrics import ClassStatistics
@@ -63,13 +67,14 @@ class ClassStatistics:
         tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, num_classes: int, between: str = "classes") -> None:
+    def __init__(self, num_classes: int, between: str = "classes", device: torch.device | str | None = None) -> None:
         if between not in BETWEEN:
             raise ValueError(f"between is {between!r}, wanted one of {', '.join(BETWEEN)}")
         self.num_classes, self.between = num_classes, between
 
+        @torch.inference_mode(False)  # otherwise they could not be changed outside inference mode
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.counts = zeros(num_classes)  # (K,) samples of each class
         self.sums = zeros(num_classes, 0)  # (K, d) sums of their features; d = 0 before the first batch
@@ -129,45 +134,42 @@ class ClassStatistics:
         statistics.negatives, statistics.hits, statistics.disagreements = scalars
         return statistics
 
+    @torch.inference_mode(False)
     def update(self, features: ArrayLike, labels: ArrayLike) -> None:
         """Add a batch to the first pass: features (B, d) of any float type, integer labels (B,) in 0..K-1.
 
-        Raises ValueError for other shapes and for labels out of range.
+        Raises ValueError for other shapes and types, and for labels out of range. Features that are not finite are an
+        error once the class means are needed.
         """
         h, y = self.validate_batch(features, labels)
         if not self.sums.shape[1]:
             self.sums = h.new_zeros(self.num_classes, h.shape[1], dtype=torch.float64)
             self.counts, self.negatives = self.counts.to(h.device), self.negatives.to(h.device)
-        self.sums.index_add_(0, y, h.double())
+        self.sums.index_add_(0, y, h)
         self.counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.negatives += (h < 0).sum()
 
+    @torch.inference_mode(False)
     def update_within(self, features: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None) -> None:
         """Add a batch to the second pass, over the same samples as the first (or see `for_other_samples`).
 
-        predictions: the classes (B,) that the head predicts, needed for NC4. Raises ValueError as `update`, and for
-        a class without samples in the first pass.
+        predictions: the classes (B,) that the head predicts, integers, needed for NC4. Raises ValueError as `update`,
+        and for class means that are unknown or not finite after the first pass.
         """
         h, y = self.validate_batch(features, labels)
+        predicted = None if predictions is None else validate_predictions(predictions, y)
         basis = self.set_centres(self.means) if self.basis is None else self.basis
-        h = h.double()
         centred = h - self.centres[y]
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
         self.projected_sum += (centred @ basis).square().sum()
-        nearest = (h @ self.centres.T - self.half_norms_sq).argmax(1)
+        nearest = nearest_class(h, self.centres)
         self.hits += (nearest == y).sum()
-        if predictions is not None:
-            predicted = torch.as_tensor(predictions, device=h.device)
-            if predicted.shape != y.shape:
-                raise ValueError(f"predictions have shape {tuple(predicted.shape)}, wanted {tuple(y.shape)}")
-            self.disagreements += (nearest != predicted).sum()
-        else:
-            self.disagreements += math.nan
+        self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
 
     def set_centres(self, centres: torch.Tensor) -> torch.Tensor:
         """Begin the second pass around class means (K, d), and return the basis for them."""
-        self.centres, self.half_norms_sq = centres, 0.5 * centres.square().sum(1)
+        self.centres = centres
         for name in SECOND_PASS:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
@@ -182,52 +184,124 @@ class ClassStatistics:
     def merge(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sum the results of a pass over processes that have each seen a part of the samples; call it after each pass.
 
-        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each process
-        must have seen a batch, which may be empty.
+        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. A process may
+        have seen no batch, if it knows the others' `device`. Raises ValueError if processes differ in d.
         """
-        for name in FIRST_PASS if self.basis is None else SECOND_PASS:
+        dim = self.sums.shape[1]
+        facts = [dim, dim * dim, dim > 0, self.basis is not None]
+        facts = sum_over_processes(torch.tensor(facts, dtype=torch.float64, device=self.counts.device)).tolist()
+        dims, squares, processes, second_pass = facts
+        if squares * processes != dims * dims:
+            raise ValueError(f"the processes have features of different dimensions d, here {dim}")
+        if second_pass and self.basis is None:
+            self.set_centres(self.means)
+        elif not dim and processes:
+            self.sums = self.sums.new_zeros(self.num_classes, int(dims / processes))
+        for name in SECOND_PASS if second_pass else FIRST_PASS:
             setattr(self, name, sum_over_processes(getattr(self, name)))
 
     def validate_batch(self, features: ArrayLike, labels: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch as detached tensors on the features' device; raise ValueError if it is wrong."""
-        h = torch.as_tensor(features).detach()
-        y = torch.as_tensor(labels, device=h.device).detach()
+        """Return a batch as detached tensors, float64 and int64, on one device; raise ValueError if it is wrong."""
+        h = as_tensor("features", features)
         if h.ndim != 2 or not h.is_floating_point():
             raise ValueError(f"features are {h.dtype} of shape {tuple(h.shape)}, wanted floats of shape (B, d)")
         if self.sums.shape[1] not in (0, h.shape[1]):
             raise ValueError(
                 f"features have shape {tuple(h.shape)}, wanted (B, {self.sums.shape[1]}) as in the first batch"
             )
-        if y.shape != h.shape[:1] or y.is_floating_point():
+        y = as_tensor("labels", labels, h.device)
+        if y.shape != h.shape[:1] or y.is_floating_point() or y.is_complex():
+            soft = "; soft or mixed labels (mixup) are no classes" if y.ndim == 2 else ""
             raise ValueError(
                 f"labels are {y.dtype} of shape {tuple(y.shape)}, wanted integers of shape ({len(h)},), one for each "
-                "row of the features"
+                f"row of the features{soft}"
             )
+        y = y.long()
         if len(y):
             low, high = torch.stack(y.aminmax()).tolist()
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
                     f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
                 )
-        return h, y.long()
+        return h.double(), y
 
     def require_samples(self) -> None:
         """Raise ValueError if a class has no samples."""
-        if empty := (self.counts == 0).nonzero().flatten().tolist():
-            raise ValueError(
-                f"every class needs a sample before its mean is known, found none of class {', '.join(map(str, empty))}"
-            )
+        if (empty := self.counts == 0).any():
+            raise ValueError(f"every class needs a sample before its mean is known, found none of {listed(empty)}")
 
     @property
     def means(self) -> torch.Tensor:
-        """Class means (K, d); ValueError if a class has no samples."""
+        """Class means (K, d); ValueError if a class has no samples, or features that are not finite."""
         self.require_samples()
+        if (wrong := ~self.sums.isfinite().all(1)).any():
+            raise ValueError(f"there are features that are not finite, of {listed(wrong)}")
         return self.sums / self.counts[:, None]
+
+    @property
+    def degeneracy(self) -> str | None:
+        """Why the class means have no geometry, as text: they are equal up to rounding. None if they differ.
+
+        The sum of n numbers has a relative error of up to n eps, which is what means may differ by.
+        """
+        means, within_sum = self.means, self.within_sums.sum()
+        size = (self.counts / self.counts.sum() @ means.square().sum(1) + within_sum / self.counts.sum()).sqrt()
+        rounding = torch.finfo(means.dtype).eps * (1 + self.counts) * size
+        if ((means - means.mean(0)).norm(dim=1) > rounding).any():
+            return None
+        if not means.any() and (self.negatives == 0 or (self.basis is not None and within_sum == 0)):
+            return "all features are zero (dead ReLUs)"
+        known = self.basis is not None and within_sum.sqrt() <= rounding.max() * self.counts.sum().sqrt()
+        return "all features are equal" if known else "the class means are equal"
 
     @property
     def negative_share(self) -> float:
         """Share of the features' entries that are below zero, NaN before the first batch."""
         return float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
+
+
+def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) -> torch.Tensor:
+    """Return numbers as a detached tensor, on the CPU instead of MPS; raise ValueError if they are no such thing."""
+    try:
+        tensor = torch.as_tensor(values, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} are a {type(values).__name__} that makes no tensor of numbers: {error}") from None
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def validate_predictions(predictions: ArrayLike, labels: torch.Tensor) -> torch.Tensor:
+    """Return predicted classes as a tensor (B,) on the device of the labels (B,); raise ValueError if they are none."""
+    predicted = as_tensor("predictions", predictions, labels.device)
+    if predicted.shape != labels.shape or predicted.is_floating_point() or predicted.is_complex():
+        raise ValueError(
+            f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
+            f"{tuple(labels.shape)}, such as logits.argmax(1)"
+        )
+    return predicted.long()
+
+
+def listed(classes: torch.Tensor) -> str:
+    """Return the classes that a bool tensor (K,) marks as text: the first ten, and how many more there are."""
+    marked = classes.nonzero().flatten().tolist()
+    return f"class {', '.join(map(str, marked[:10]))}" + (f" and {len(marked) - 10:,} more" if len(marked) > 10 else "")
+
+
+def nearest_class(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Return the class (B,) whose mean is nearest to each row of float64 features (B, d), of class means (K, d).
+
+    Both are centred first, since |h - mu|^2 = |h|^2 - 2 h . mu + |mu|^2 cancels far from the origin.
+    """
+    centre = means.mean(0)
+    shifted = means - centre
+    return ((features - centre) @ shifted.T - 0.5 * shifted.square().sum(1)).argmax(1)
+
+
+def between_class_root(means: torch.Tensor, counts: torch.Tensor, between: str) -> torch.Tensor:
+    """Return R (K, d) with Sigma_B = R^T R, the centred and weighted class means; see `between_class_basis`."""
+    shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
+    centred = means - (uniform if between == "means" else shares) @ means
+    weights = shares if between == "samples" else uniform
+    return weights.sqrt()[:, None] * centred
 
 
 def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str = "classes") -> torch.Tensor:
@@ -248,10 +322,7 @@ def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str 
         >>> between_class_basis(means, counts).shape
         torch.Size([8, 2])
     """
-    shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
-    centred = means - (uniform if between == "means" else shares) @ means
-    weights = shares if between == "samples" else uniform
-    _, singular, vectors = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False)
+    _, singular, vectors = torch.linalg.svd(between_class_root(means, counts, between), full_matrices=False)
     eigenvalues = singular.square()
     kept = eigenvalues > eigenvalues[0] * means.shape[1] * torch.finfo(torch.float64).eps
     return (vectors[kept] / singular[kept, None]).T
@@ -291,7 +362,7 @@ def geometry(means: ArrayLike, weight: ArrayLike) -> dict[str, torch.Tensor]:
         tensor([[ 2., -1.],
                 [-2.,  1.]], dtype=torch.float64)
     """
-    mu = torch.as_tensor(means).detach().double()
+    mu = as_tensor("means", means).double()
     w = validate_weight(weight, mu)
     logits = w @ mu.T
     gram = mu @ mu.T
@@ -307,7 +378,7 @@ def geometry(means: ArrayLike, weight: ArrayLike) -> dict[str, torch.Tensor]:
 
 def validate_weight(weight: ArrayLike, means: torch.Tensor) -> torch.Tensor:
     """Return a head's matrix in float64 on the device of the class means (K, d); raise ValueError for another shape."""
-    w = torch.as_tensor(weight).detach().double().to(means.device)
+    w = as_tensor("the weight", weight).to(means.device).double()
     if w.shape != means.shape:
         raise ValueError(f"weight has shape {tuple(w.shape)}, wanted (K, d) = {tuple(means.shape)}")
     return w
@@ -330,6 +401,7 @@ def nc_metrics(
     the classes that the optimum does not collapse.
 
     NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
+    NC1_trace       trace(Sigma_W) / trace(Sigma_B), see `nc1_trace`
     NC0             |sum_k w_k| / |W|, w_k the rows of W: zero at a stationary point of the cross entropy with weight
                     decay on W, because the gradient of the cross entropy sums to zero over the rows. This does not
                     hold for MSE, nor for a cross entropy whose logits are scaled class by class.
@@ -344,10 +416,12 @@ def nc_metrics(
 
     In Sigma_B of NC1 every class mean has weight 1/K and is centred at mu_G, the mean of all samples, in which it has
     weight n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
-    well, and between="means" centres them at the mean of the class means. No other column depends on this.
+    well, and between="means" centres them at the mean of the class means. Only NC1 and NC1_trace depend on this.
 
-    Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
-    class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
+    Raises ValueError for a class without samples, for features that are not finite, for W of another shape than (K, d),
+    and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
+    negative. If all class means are equal, such as those of features that are all zero, it warns, and what compares
+    them is NaN.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -360,14 +434,19 @@ def nc_metrics(
         {'NC1': '0.125', 'NC0': '0.000', 'CDNV': '0.125', 'NCM_acc1': '100.000'}
     """
     means, counts = statistics.means, statistics.counts
+    if (wrong := ~statistics.within_sums.isfinite()).any():
+        raise ValueError(f"there are features in the second pass that are not finite, of {listed(wrong)}")
     if optimum is not None:
         validate_optimum(optimum, statistics)
-    row = {"NC1": nc1(statistics)}
+    if reason := statistics.degeneracy:
+        warnings.warn(f"{reason}: what compares class means is NaN", stacklevel=2)
+    row = {"NC1": nc1(statistics), "NC1_trace": nc1_trace(statistics)}
     w = None if weight is None else validate_weight(weight, means)
     if w is not None:
         row["NC0"] = (w.sum(0).norm() / w.norm()).item()
     row |= distances_to_optimum(means, w, counts, optimum)
-    return row | other_geometries(means, w, counts) | classical_metrics(statistics, w)
+    differing = torch.zeros_like(means) if reason else means  # equal up to rounding, which is no geometry
+    return row | other_geometries(differing, w, counts) | classical_metrics(statistics, w)
 
 
 def distances_to_optimum(
@@ -410,7 +489,8 @@ def nc1(statistics: ClassStatistics) -> float:
     """Return trace(Sigma_W pinv(Sigma_B)) / K, with Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
 
     Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed from centred
-    features in the span of the centred class means, accurate and never negative. NaN without the second pass.
+    features in the span of the centred class means, accurate and never negative. NaN without the second pass, and for
+    class means that are all equal.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc1
@@ -421,9 +501,30 @@ def nc1(statistics: ClassStatistics) -> float:
         >>> f"{nc1(statistics):.3f}"
         '0.125'
     """
-    if statistics.basis is None:
+    if statistics.basis is None or statistics.degeneracy:
         return math.nan
     return float(statistics.projected_sum / statistics.within_counts.sum() / statistics.num_classes)
+
+
+def nc1_trace(statistics: ClassStatistics) -> float:
+    """Return trace(Sigma_W) / trace(Sigma_B), with the covariances of `nc1`; NaN where that is NaN.
+
+    Tirer and Bruna (2022, arXiv 2202.08087). Unlike `nc1`, it does not divide by the smallest directions of Sigma_B,
+    and so does not jump when classes merge.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, nc1_trace
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> f"{nc1_trace(statistics):.3f}"
+        '0.500'
+    """
+    if statistics.basis is None or statistics.degeneracy:
+        return math.nan
+    between = between_class_root(statistics.means, statistics.counts, statistics.between).square().sum()
+    return float(statistics.within_sums.sum() / statistics.within_counts.sum() / between)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -456,7 +557,7 @@ def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: t
 
 
 def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) -> dict[str, float]:
-    """Return the usual measures of neural collapse, {column: float}.
+    """Return the usual measures of neural collapse, {column: float}. If all class means are equal, most are NaN.
 
     cv_mean_norms        std / mean over classes of |mu_k - mu_G| (Papyan, Han, Donoho, 2020, figure 2)
     cv_classifier_norms  std / mean over classes of |w_k| (ibid.)
@@ -484,13 +585,17 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
         '0.125 100.0'
     """
     means, counts = statistics.means, statistics.counts
+    row = {"cv_mean_norms": math.nan}
+    if weight is not None:
+        row |= {"cv_classifier_norms": coefficient_of_variation(weight.norm(dim=1)), "self_duality": math.nan}
+    row |= dict.fromkeys(("NC4", "CDNV", "GNC2", "NCM_acc1"), math.nan)
+    if statistics.degeneracy:
+        return row
     centred = means - counts @ means / counts.sum()
     from_centre = means - means.mean(0)
-    row = {"cv_mean_norms": coefficient_of_variation(centred.norm(dim=1))}
+    row["cv_mean_norms"] = coefficient_of_variation(centred.norm(dim=1))
     if weight is not None:
-        row["cv_classifier_norms"] = coefficient_of_variation(weight.norm(dim=1))
         row["self_duality"] = distance(weight, centred)
-    row |= dict.fromkeys(("NC4", "CDNV", "GNC2", "NCM_acc1"), math.nan)
     directions = from_centre / from_centre.norm(dim=1, keepdim=True)
     row["GNC2"] = mean_over_pairs(directions, lambda distances_sq, rows: -distances_sq.log())
     if statistics.basis is not None:
@@ -511,7 +616,11 @@ def mean_over_pairs(points: torch.Tensor, measure: Callable[[torch.Tensor, slice
     norms_sq, total, step = points.square().sum(1), points.new_zeros(()), max(1, TILE // len(points))
     for start in range(0, len(points), step):
         rows = slice(start, start + step)
-        distances_sq = (norms_sq[rows, None] + norms_sq - 2 * (points[rows] @ points.T)).clamp(min=0)
+        sums = norms_sq[rows, None] + norms_sq
+        distances_sq = sums - 2 * (points[rows] @ points.T)
+        close = (distances_sq < CLOSE * sums).nonzero()  # where the sums cancel
+        for p, q in (pairs.T for pairs in close.split(max(1, TILE // points.shape[1]))):
+            distances_sq[p, q] = (points[start + p] - points[q]).square().sum(1)
         values = measure(distances_sq, rows)
         values[:, rows].fill_diagonal_(0)  # k = l
         total += values.sum()

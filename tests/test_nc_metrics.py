@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -430,6 +431,15 @@ def test_numpy_arrays_are_as_good_as_tensors():
         ),
         (torch.rand(4, 5), torch.tensor([0, 1]), r"labels are torch.int64 of shape \(2,\), wanted .* \(4,\)"),
         (torch.rand(4, 5), torch.rand(4), r"labels are torch.float32 of shape \(4,\), wanted integers"),
+        (torch.rand(4, 5), torch.eye(4, 3), r"labels are torch.float32 of shape \(4, 3\), .* soft or mixed labels"),
+        (torch.rand(4, 5), (LABELS, LABELS, 0.3), "labels are a tuple that makes no tensor of numbers"),
+        (torch.rand(4, 5), ["ant", "bee", "bee", "ant"], "labels are a list that makes no tensor of numbers"),
+        (torch.rand(4, 5), np.array(["ant", "bee", "bee", "ant"]), "labels are a ndarray that makes no tensor"),
+        (torch.rand(4, 5), [0, 1, None, 0], "labels are a list that makes no tensor of numbers"),
+        (torch.rand(4, 5), LABELS + 1j, "labels are torch.complex64 of shape"),
+        ([torch.rand(5)] * 4, LABELS, "features are a list that makes no tensor of numbers"),
+        (None, LABELS, "features are a NoneType that makes no tensor of numbers"),
+        (torch.rand(4, 5), np.array([0, 1, 3, 0], np.uint16), "labels go from 0 to 3, wanted 0 to 2"),
         (torch.rand(4, 5), torch.tensor([0, 1, 3, 0]), "labels go from 0 to 3, wanted 0 to 2 for 3 classes"),
         (torch.rand(4, 5), torch.tensor([0, 1, -1, 0]), "labels go from -1 to 1, wanted 0 to 2 for 3 classes"),
     ],
@@ -441,6 +451,190 @@ def test_batches_that_do_not_fit_are_an_error(features, labels, message):
         with pytest.raises(ValueError, match=message):
             method(features, labels)
     assert statistics.counts.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int8, np.int64, bool, list])
+def test_labels_and_predictions_of_any_integer_type(kind):
+    features, labels, _ = samples([5, 6], 8)
+    expected = nc_metrics(statistics_of(features, labels, 2))
+    labels = labels.tolist() if kind is list else labels.astype(kind)
+    statistics = ClassStatistics(2)
+    statistics.update(features, labels)
+    statistics.update_within(features, labels, labels)
+    assert nc_metrics(statistics) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def test_inference_mode_may_begin_and_end_anywhere():
+    features, labels, _ = samples([5, 6, 7], 8)
+    expected = nc_metrics(statistics_of(features, labels, 3))
+    for first, second in ((True, False), (False, True), (True, True)):
+        with torch.inference_mode():
+            statistics, batch = ClassStatistics(3), torch.from_numpy(features) + 0
+        for part, mode in ((slice(0, 9), first), (slice(9, 18), second)):
+            with torch.inference_mode(mode):
+                statistics.update(batch[part], labels[part])
+        for part, mode in ((slice(0, 9), second), (slice(9, 18), first)):
+            with torch.inference_mode(mode):
+                statistics.update_within(batch[part], labels[part], labels[part])
+        assert nc_metrics(statistics) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_an_error_that_names_the_class(value):
+    features, labels, _ = samples([5, 6, 7], 8)
+    wrong = features.copy()
+    wrong[np.flatnonzero(labels == 1)[2], 3] = value
+    statistics = ClassStatistics(3)
+    statistics.update(wrong, labels)
+    for function in (lambda: nc_metrics(statistics), lambda: statistics.update_within(wrong, labels)):
+        with pytest.raises(ValueError, match=r"there are features that are not finite, of class 1$"):
+            function()
+    statistics = statistics_of(features, labels, 3).for_other_samples()
+    statistics.update_within(wrong, labels)
+    with pytest.raises(ValueError, match=r"features in the second pass that are not finite, of class 1$"):
+        nc_metrics(statistics)
+
+
+def test_an_error_lists_ten_classes_at_most():
+    statistics = ClassStatistics(50_257)
+    statistics.update(torch.rand(1, 3), [7])
+    with pytest.raises(ValueError, match=r"found none of class 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 and 50,246 more$"):
+        _ = statistics.means
+
+
+def merged(statistics):
+    """Merge ClassStatistics of several processes, as an all-reduce does; return the ValueErrors."""
+    barrier, parts, errors = threading.Barrier(len(statistics), timeout=60), {}, []
+
+    def of_process(rank):
+        def total(tensor):
+            parts[rank] = tensor
+            barrier.wait()
+            shapes = {part.shape for part in parts.values()}
+            result = sum(parts.values()) if len(shapes) == 1 else None
+            barrier.wait()
+            return result
+
+        try:
+            statistics[rank].merge(total)
+        except ValueError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=of_process, args=(rank,)) for rank in range(len(statistics))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_processes_merge_of_which_one_has_no_batch():
+    features, labels, _ = samples([5, 16, 27], 8)
+    expected = nc_metrics(statistics_of(features, labels, 3))
+    processes, parts = [ClassStatistics(3) for _ in range(3)], (slice(0, 20), slice(20, 48))
+    for statistics, part in zip(processes, parts, strict=False):
+        statistics.update(features[part], labels[part])
+    assert not merged(processes)
+    for statistics, part in zip(processes, parts, strict=False):
+        statistics.update_within(features[part], labels[part], labels[part])
+    assert not merged(processes)
+    for statistics in processes:
+        assert nc_metrics(statistics) == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+    others = [ClassStatistics(2) for _ in range(3)]
+    for statistics, dim in zip(others, (3, 5), strict=False):
+        statistics.update(torch.rand(2, dim), [0, 1])
+    errors = merged(others)
+    assert [error[:-1] for error in errors] == ["the processes have features of different dimensions d, here "] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Degenerate features, and classes that merge
+# ---------------------------------------------------------------------------------------------------------
+
+COMPARING = {"NC1", "NC1_trace", "ETF_HTH", "SELI_HTH", "cv_mean_norms", "self_duality", "NC4", "CDNV", "GNC2"}
+
+
+@pytest.mark.parametrize(
+    ("features", "reason", "others"),
+    [
+        (np.zeros((12, 5)), r"all features are zero \(dead ReLUs\)", {"NC2_W"}),
+        (np.full((12, 5), 0.1), "all features are equal", set()),
+        (np.full((12, 5), 1e9 / 3), "all features are equal", set()),
+        (np.tile([[1.0], [-1.0], [0.3], [-0.3]], (3, 5)), "the class means are equal", set()),
+        (0.7 + np.tile([[1.0], [-1.0], [0.3], [-0.3]], (3, 5)), "the class means are equal", set()),
+    ],
+)
+def test_equal_class_means_are_no_collapse(features, reason, others):
+    """What compares the means is NaN, and one warning says why; rounding of the sums does not count as a difference."""
+    labels, weight = np.arange(3).repeat(4), samples([4, 4, 4], 5)[2]
+    for offset in (0, 1):  # the order of the samples, and so the rounding
+        order = np.roll(np.arange(12), offset)
+        statistics = statistics_of(features[order], labels[order], 3, batch=5)
+        with pytest.warns(UserWarning, match=f"^{reason}: what compares class means is NaN") as caught:
+            row = nc_metrics(statistics, weight)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        undefined = {name for name, value in row.items() if math.isnan(value)} - {*THEORY_COLUMNS}
+        assert COMPARING | {"NCM_acc1"} <= undefined <= COMPARING | {"NCM_acc1", "NC2_W"} and others <= undefined
+
+
+def test_features_far_from_the_origin(case):
+    """The nearest class mean, and all that compares class means, do not depend on an offset of 1e8."""
+    _, features, labels, predictions, *_ = case
+    near = nc_metrics(statistics_of(features, labels, 4, predictions))
+    far = nc_metrics(statistics_of(features + 1e8, labels, 4, predictions))
+    assert far == pytest.approx(near, rel=1e-5, nan_ok=True)
+    assert (far["NC4"], far["NCM_acc1"]) == (near["NC4"], near["NCM_acc1"])
+
+
+@pytest.mark.parametrize("residue", [1e-3, 1e-6, 1e-8, 1e-12])
+def test_merging_classes_keep_their_digits(residue):
+    """Two of four class means a distance of `residue` apart: CDNV, GNC2 and NC1_trace from their differences."""
+    random = np.random.default_rng(0)
+    means = random.standard_normal((4, 6))
+    means[1] = means[0] + residue * random.standard_normal(6)
+    noise = random.standard_normal((4, 2, 6))
+    noise[:2] *= 0.3 * residue
+    features = (means[:, None] + np.stack([noise[:, 0], -noise[:, 0]], 1)).reshape(8, 6)  # +n and -n: means are kept
+    row = nc_metrics(statistics_of(features, np.arange(4).repeat(2), 4))
+    exact = features.reshape(4, 2, 6).astype(np.longdouble)
+    centres = exact.mean(1)
+    variances = np.square(exact - centres[:, None]).sum(2).mean(1)
+    directions = centres - centres.mean(0)
+    directions /= np.sqrt(np.square(directions).sum(1, keepdims=True))
+    pairs = [(k, m) for k in range(4) for m in range(4) if k != m]
+    cdnv = np.mean([(variances[k] + variances[m]) / 2 / np.square(centres[k] - centres[m]).sum() for k, m in pairs])
+    gnc2 = np.mean([-np.log(np.square(directions[k] - directions[m]).sum()) for k, m in pairs])
+    trace = np.square(exact - centres[:, None]).sum() / 8 / (np.square(centres - centres.mean(0)).sum() / 4)
+    digits = max(1e-10, 20 * np.finfo(float).eps / residue)  # those that the class means have
+    assert row["CDNV"] == pytest.approx(float(cdnv), rel=digits)
+    assert row["GNC2"] == pytest.approx(float(gnc2), rel=digits)
+    assert row["NC1_trace"] == pytest.approx(float(trace), rel=1e-10)
+
+
+def test_nc1_trace_is_steady_where_nc1_jumps():
+    """The pseudo-inverse of NC1 drops the direction in which two classes differ, once they are close enough."""
+    rows = []
+    for residue in (1e-6, 1e-9):
+        random = np.random.default_rng(1)
+        means = random.standard_normal((3, 8))
+        means[1] = means[0] + residue * random.standard_normal(8)
+        labels = np.arange(3).repeat(40)
+        features = means[labels] + 0.3 * residue * random.standard_normal((120, 8))
+        rows.append(nc_metrics(statistics_of(features, labels, 3)))
+    assert rows[0]["NC1"] > 1e-2 and rows[1]["NC1"] < 1e-12
+    assert rows[1]["NC1_trace"] / rows[0]["NC1_trace"] == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("between", ["classes", "means", "samples"])
+def test_nc1_trace(between):
+    counts = [4, 9, 6, 33]
+    features, labels, _ = samples(counts, 7)
+    means = geometry_means(features, labels)
+    centre = means.mean(0) if between == "means" else features.mean(0)
+    shares = np.array(counts) / 52 if between == "samples" else np.full(4, 1 / 4)
+    expected = np.square(features - means[labels]).sum() / 52 / (shares @ np.square(means - centre).sum(1))
+    assert nc_metrics(statistics_of(features, labels, 4, between=between))["NC1_trace"] == pytest.approx(expected)
 
 
 def test_a_class_without_samples_is_an_error():
@@ -462,8 +656,12 @@ def test_heads_predictions_and_optima_that_do_not_fit_are_an_error():
             function(statistics, weight.T)
     with pytest.raises(ValueError, match=r"class counts \(5, 6, 8\), the features are of class counts \(5, 6, 7\)"):
         nc_metrics(statistics, weight, solve(UFM([5, 6, 8], 1e-2, 1e-3)))
-    with pytest.raises(ValueError, match=r"predictions have shape \(2,\), wanted \(18,\)"):
-        statistics.update_within(features, labels, labels[:2])
+    for predictions in (labels[:2], labels[:, None], np.eye(18)[0], [0.0] * 18, np.eye(18, 3)):  # not argmax(1)
+        with pytest.raises(ValueError, match=r"predictions are .*, wanted integers of shape \(18,\), such as logits"):
+            statistics.update_within(features, labels, predictions)
+    with pytest.raises(ValueError, match="predictions are a str that makes no tensor of numbers"):
+        statistics.update_within(features, labels, "ants")
+    assert statistics.within_counts.sum() == 18
 
 
 def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
