@@ -187,7 +187,8 @@ def measure(model, loaders, layers, num_classes):
             weight = None
         for split, of_split in statistics.items():
             rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})
-    return pd.DataFrame(rows).dropna(axis="columns", how="all")
+    table = pd.DataFrame(rows)
+    return table[[name for name in table if name in PANELS or table[name].notna().any()]]
 
 
 @style.context(STYLE_FILE)

@@ -33,6 +33,7 @@ __all__ = [
     "nc1",
     "nc1_trace",
     "nc_metrics",
+    "nearest_class",
     "other_geometries",
 ]
 
@@ -141,7 +142,7 @@ class ClassStatistics:
         Raises ValueError for other shapes and types, and for labels out of range. Features that are not finite are an
         error once the class means are needed.
         """
-        h, y = self.validate_batch(features, labels)
+        h, y, _ = self.validate_batch(features, labels)
         if not self.sums.shape[1]:
             self.sums = h.new_zeros(self.num_classes, h.shape[1], dtype=torch.float64)
             self.counts, self.negatives = self.counts.to(h.device), self.negatives.to(h.device)
@@ -156,8 +157,7 @@ class ClassStatistics:
         predictions: the classes (B,) that the head predicts, integers, needed for NC4. Raises ValueError as `update`,
         and for class means that are unknown or not finite after the first pass.
         """
-        h, y = self.validate_batch(features, labels)
-        predicted = None if predictions is None else validate_predictions(predictions, y)
+        h, y, predicted = self.validate_batch(features, labels, predictions)
         basis = self.set_centres(self.means) if self.basis is None else self.basis
         centred = h - self.centres[y]
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
@@ -200,8 +200,13 @@ class ClassStatistics:
         for name in SECOND_PASS if second_pass else FIRST_PASS:
             setattr(self, name, sum_over_processes(getattr(self, name)))
 
-    def validate_batch(self, features: ArrayLike, labels: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch as detached tensors, float64 and int64, on one device; raise ValueError if it is wrong."""
+    def validate_batch(
+        self, features: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return a batch as detached tensors on one device: float64 features, int64 labels, and predictions if given.
+
+        Raises ValueError if it is wrong.
+        """
         h = as_tensor("features", features)
         if h.ndim != 2 or not h.is_floating_point():
             raise ValueError(f"features are {h.dtype} of shape {tuple(h.shape)}, wanted floats of shape (B, d)")
@@ -223,7 +228,15 @@ class ClassStatistics:
                 raise ValueError(
                     f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
                 )
-        return h.double(), y
+        if predictions is None:
+            return h.double(), y, None
+        predicted = as_tensor("predictions", predictions, h.device)
+        if predicted.shape != y.shape or predicted.is_floating_point() or predicted.is_complex():
+            raise ValueError(
+                f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
+                f"{tuple(y.shape)}, such as logits.argmax(1)"
+            )
+        return h.double(), y, predicted.long()
 
     def require_samples(self) -> None:
         """Raise ValueError if a class has no samples."""
@@ -269,17 +282,6 @@ def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) 
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
-def validate_predictions(predictions: ArrayLike, labels: torch.Tensor) -> torch.Tensor:
-    """Return predicted classes as a tensor (B,) on the device of the labels (B,); raise ValueError if they are none."""
-    predicted = as_tensor("predictions", predictions, labels.device)
-    if predicted.shape != labels.shape or predicted.is_floating_point() or predicted.is_complex():
-        raise ValueError(
-            f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
-            f"{tuple(labels.shape)}, such as logits.argmax(1)"
-        )
-    return predicted.long()
-
-
 def listed(classes: torch.Tensor) -> str:
     """Return the classes that a bool tensor (K,) marks as text: the first ten, and how many more there are."""
     marked = classes.nonzero().flatten().tolist()
@@ -290,6 +292,13 @@ def nearest_class(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     """Return the class (B,) whose mean is nearest to each row of float64 features (B, d), of class means (K, d).
 
     Both are centred first, since |h - mu|^2 = |h|^2 - 2 h . mu + |mu|^2 cancels far from the origin.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import nearest_class
+        >>> means = torch.eye(2).double() + 1e8
+        >>> nearest_class(torch.tensor([[0.7, 0.1], [0.2, 0.5]]).double() + 1e8, means)
+        tensor([0, 1])
     """
     centre = means.mean(0)
     shifted = means - centre

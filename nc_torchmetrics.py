@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torchmetrics import Metric
 
-from nc_metrics import ClassStatistics, nc_metrics, nearest_class, validate_predictions
+from nc_metrics import ClassStatistics, nc_metrics, nearest_class
 from nc_theory import Optimum
 
 __all__ = ["COLUMNS", "OPTIMUM_COLUMNS", "REFERENCE_COLUMNS", "NeuralCollapse"]
@@ -90,8 +90,7 @@ class NeuralCollapse(Metric):
 
         Raises ValueError for other shapes and types, labels out of range, and features that are not finite.
         """
-        h, y = self.validate_batch(features, target)
-        predicted = None if predictions is None else validate_predictions(predictions, y)
+        h, y, predicted = self.validate_batch(features, target, predictions)
         if h.shape[1] != self.feature_dim or not h.isfinite().all():
             raise ValueError(f"features have shape {tuple(h.shape)}, wanted finite (B, {self.feature_dim})")
         self.moments = merge_moments(torch.stack([self.moments, batch_moments(h, y, self.num_classes)]))

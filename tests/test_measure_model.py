@@ -81,6 +81,17 @@ def test_a_model_from_a_file(run_script, images, tmp_path):
     assert picture.std() > 10 and (tmp_path / "out" / "layers.pdf").stat().st_size > 1000
 
 
+def test_metrics_that_are_nan_in_all_rows_keep_their_columns_in_the_table(run_script, images, tmp_path):
+    """Features that are all zero."""
+    (tmp_path / "own.py").write_text(
+        OWN.replace("Conv2d(3, 6, 3, 2)", "Threshold(1e9, 0), torch.nn.Conv2d(3, 6, 1, bias=False)")
+    )
+    flags = ["--model", "own.py:build", "--data_dir", images, "--size", 32, "--layers", "0"]
+    out, error = run_script(SCRIPT, *flags)
+    assert re.search(r"layer split +d +NC1 +CDNV +NCM_acc1\n +0 train +6 +NaN +NaN +NaN\n", out)
+    assert "all features are zero (dead ReLUs)" in error
+
+
 def test_torchvision_with_weights(run_script, images, tmp_path):
     model = torchvision.models.resnet18(num_classes=3)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
