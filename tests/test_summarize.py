@@ -62,7 +62,7 @@ def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
 
 
 def test_an_infinite_value_is_shown_as_one(tmp_path):
-    text = markdown(summarize([("x", [write_run(tmp_path / "a", distances=[2, math.inf])])]), [])
+    text = markdown(summarize([("x", [write_run(tmp_path / "a", distances=[2, 2, math.inf])])]), [])
     assert cells(text)[0][0]["NC1"] == "inf"
 
 
