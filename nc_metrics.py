@@ -560,9 +560,11 @@ def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: t
     etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
     row = {f"ETF_{name}": distance((a @ a.T).cpu(), etf) for name, a in rows.items()}
-    del etf  # frees a K x K matrix: SELI needs two more
-    seli_of = dict(zip(("HTH", "WWT"), seli(counts), strict=True))
-    return row | {f"SELI_{name}": distance((a @ a.T).cpu(), seli_of[name]) for name, a in rows.items()}
+    del etf  # frees a K x K matrix
+    for part, (name, a) in enumerate(rows.items()):
+        target = seli(counts)[part]  # solved twice, but two K x K matrices are not kept at the same time
+        row[f"SELI_{name}"] = distance((a @ a.T).cpu(), target)
+    return row
 
 
 def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) -> dict[str, float]:
