@@ -247,7 +247,7 @@ def test_bad_input_is_an_error():
 
 
 def test_it_has_every_column_that_needs_no_head():
-    """A new column of `nc_metrics` must be listed in nc_torchmetrics.py too."""
+    """A new column of `nc_metrics` must be listed in nc_torchmetrics too."""
     features, labels, _ = samples([4, 5, 6], 8)
     columns = set(nc_metrics(statistics_of(features, labels, 3)))
     assert columns == {*COLUMNS, *OPTIMUM_COLUMNS, *REFERENCE_COLUMNS}

@@ -471,8 +471,8 @@ def distances_to_optimum(
     duality = self_duality(counts.cpu()) if optimum is None else optimum.duality
     row["NC2_W"] = distance(weight, duality.to(means.device) @ means)
     if optimum is not None:
-        logits = (weight @ means.T).cpu()
         row["NC2_WWT"] = distance((weight @ weight.T).cpu(), optimum.WWT)
+        logits = (weight @ means.T).cpu()
         row["NC3_WH"] = distance(logits, optimum.WH)
         row["margin_rel_err"] = largest_relative_error(class_margins(logits), optimum.margins)
     return row
@@ -561,10 +561,16 @@ def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: t
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
     row = {f"ETF_{name}": distance((a @ a.T).cpu(), etf) for name, a in rows.items()}
     del etf  # frees a K x K matrix
-    for part, (name, a) in enumerate(rows.items()):
-        target = seli(counts)[part]  # solved twice, but two K x K matrices are not kept at the same time
-        row[f"SELI_{name}"] = distance((a @ a.T).cpu(), target)
-    return row
+    return row | {f"SELI_{name}": distance_to_seli(a, counts, part) for part, (name, a) in enumerate(rows.items())}
+
+
+def distance_to_seli(rows: torch.Tensor, counts: torch.Tensor, part: int) -> float:
+    """Return the distance of the Gram matrix of rows (K, d) to H^T H (part 0) or W W^T (part 1) of SELI.
+
+    SELI is solved for each part, which is fast, so that two K x K matrices are in memory at a time, and not three.
+    """
+    target = seli(counts)[part]
+    return distance((rows @ rows.T).cpu(), target)
 
 
 def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) -> dict[str, float]:
