@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from numpy.typing import ArrayLike
 
+from nc_metrics.regression import regression_collapse
 from nc_theory import Optimum, class_margins, self_duality, seli
 
 __all__ = [
@@ -27,19 +28,22 @@ __all__ = [
     "THEORY_COLUMNS",
     "ClassStatistics",
     "between_class_basis",
+    "class_alignment",
     "classical_metrics",
     "distance",
     "geometry",
     "nc1",
     "nc1_trace",
+    "nc5",
     "nc_metrics",
     "nearest_class",
     "other_geometries",
+    "regression_collapse",
 ]
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 BETWEEN = ("classes", "means", "samples")
-TILE = 2**24  # entries of a K x K matrix that are processed at a time
+TILE = 2**22  # entries of a K x K matrix that are processed at a time
 CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
 SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
@@ -578,7 +582,12 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
 
     cv_mean_norms        std / mean over classes of |mu_k - mu_G| (Papyan, Han, Donoho, 2020, figure 2)
     cv_classifier_norms  std / mean over classes of |w_k| (ibid.)
+    equiangularity_means       std over pairs k != l of cos(mu_k - mu_G, mu_l - mu_G) (ibid., figure 3). Their mean
+                         says nothing: at equal norms it is -1/(K-1), because the vectors sum to zero
+    equiangularity_classifier  std over pairs k != l of cos(w_k, w_l) (ibid.)
     self_duality         |W/|W| - M/|M||, rows of M: mu_k - mu_G (ibid., NC3)
+    UNC3                 std / mean over classes of cos(w_k, mu_k - mu_G), `class_alignment`: uniform duality
+                         (Wu and Papyan, 2024, arXiv 2405.17767)
     NC4                  share of samples whose nearest class mean is not the predicted class (ibid., NC4); NaN if no
                          predictions were given
     CDNV                 mean over pairs k != l of (v_k + v_l) / (2 |mu_k - mu_l|^2), v_k the mean of |h - mu_k|^2
@@ -602,17 +611,21 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
         '0.125 100.0'
     """
     means, counts = statistics.means, statistics.counts
-    row = {"cv_mean_norms": math.nan}
+    row = {"cv_mean_norms": math.nan, "equiangularity_means": math.nan}
     if weight is not None:
-        row |= {"cv_classifier_norms": coefficient_of_variation(weight.norm(dim=1)), "self_duality": math.nan}
+        row["cv_classifier_norms"] = coefficient_of_variation(weight.norm(dim=1))
+        row["equiangularity_classifier"] = equiangularity(weight)
+        row |= dict.fromkeys(("self_duality", "UNC3"), math.nan)
     row |= dict.fromkeys(("NC4", "CDNV", "GNC2", "NCM_acc1"), math.nan)
     if statistics.degeneracy:
         return row
     centred = means - counts @ means / counts.sum()
     from_centre = means - means.mean(0)
     row["cv_mean_norms"] = coefficient_of_variation(centred.norm(dim=1))
+    row["equiangularity_means"] = equiangularity(centred)
     if weight is not None:
         row["self_duality"] = distance(weight, centred)
+        row["UNC3"] = coefficient_of_variation(torch.cosine_similarity(weight, centred, eps=0))
     directions = from_centre / from_centre.norm(dim=1, keepdim=True)
     row["GNC2"] = mean_over_pairs(directions, lambda distances_sq, rows: -distances_sq.log())
     if statistics.basis is not None:
@@ -623,6 +636,48 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
             from_centre, lambda distances_sq, rows: (variances[rows, None] + variances) / (2 * distances_sq)
         )
     return row
+
+
+def class_alignment(means: ArrayLike, weight: ArrayLike, counts: ArrayLike) -> torch.Tensor:
+    """Return cos(w_k, mu_k - mu_G) of each class (K,), of class means (K, d), a head W (K, d) and class counts (K,).
+
+    One in perfect self-duality (Papyan, Han, Donoho, 2020, NC3). With imbalanced classes it tells which of them are not
+    aligned. Raises ValueError for W of another shape than the means.
+
+    Example:
+        >>> from nc_metrics import class_alignment
+        >>> class_alignment(means=[[3.0, 0.0], [1.0, 0.0]], weight=[[2.0, 0.0], [-1.0, 1.0]], counts=[5, 5])
+        tensor([1.0000, 0.7071], dtype=torch.float64)
+    """
+    mu = as_tensor("means", means).double()
+    n = as_tensor("counts", counts, mu.device).double()
+    return torch.cosine_similarity(validate_weight(weight, mu), mu - n @ mu / n.sum(), eps=0)
+
+
+def nc5(means: ArrayLike, ood_features: ArrayLike) -> float:
+    """Return the mean over classes of |cos(mu_k, m)|, m the mean of out-of-distribution features (B, d).
+
+    Zero where these are orthogonal to all class means (K, d): NC5 of Ammar, Belkhir, Popescu, Manzanera, Franchi (2024,
+    arXiv 2310.06823), equation 5. Nothing is centred. Raises ValueError for features of another dimension.
+
+    Example:
+        >>> from nc_metrics import nc5
+        >>> f"{nc5(means=[[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], ood_features=[[3.0, 0.0, 4.0]]):.3f}"
+        '0.300'
+    """
+    mu = as_tensor("means", means).double()
+    h = as_tensor("ood_features", ood_features, mu.device).double()
+    if h.ndim != 2 or h.shape[1] != mu.shape[1]:
+        raise ValueError(f"ood_features have shape {tuple(h.shape)}, wanted (B, {mu.shape[1]}) as the class means")
+    return torch.cosine_similarity(mu, h.mean(0, keepdim=True), eps=0).abs().mean().item()
+
+
+def equiangularity(rows: torch.Tensor) -> float:
+    """Return the standard deviation over pairs k != l of the cosines between rows (K, d)."""
+    directions, count = rows / rows.norm(dim=1, keepdim=True), len(rows)
+    mean = (directions.sum(0).square().sum() - count) / (count * (count - 1))
+    squares = mean_over_pairs(directions, lambda distances_sq, _: (1 - distances_sq / 2 - mean).square())
+    return math.sqrt(squares)
 
 
 def mean_over_pairs(points: torch.Tensor, measure: Callable[[torch.Tensor, slice], torch.Tensor]) -> float:

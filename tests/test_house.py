@@ -44,7 +44,7 @@ def files_of(name):
     [
         ({"utils"}, set()),
         ({"nc_theory"}, {"nc_theory"}),
-        ({"nc_metrics"}, {"nc_theory"}),
+        ({"nc_metrics"}, {"nc_metrics", "nc_theory"}),
         ({"nc_layers", "nc_torchmetrics"}, {"nc_theory", "nc_metrics"}),
         ({"datasets", "models", "objective"}, SCIENCE | {"utils"}),
         ({"engine"}, SCIENCE | {"engine", "utils"}),

@@ -12,8 +12,16 @@ import pytest
 import scipy.linalg
 import torch
 
-from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
-from nc_theory import LOSSES, UFM, self_duality, seli, solve
+from nc_metrics import (
+    THEORY_COLUMNS,
+    ClassStatistics,
+    class_alignment,
+    geometry,
+    nc5,
+    nc_metrics,
+    regression_collapse,
+)
+from nc_theory import LOSSES, UFM, self_duality, seli, simplex_etf, solve
 from tests.conftest import documented, full_nc1, samples, statistics_of
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +186,18 @@ def test_classical_columns(case):
     assert row["CDNV"] == pytest.approx(cdnv, rel=1e-10)
     assert row["NCM_acc1"] == pytest.approx(100 * np.mean(np.array(nearest) == labels), rel=1e-12)
 
+    def cosine(a, b):
+        return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+    def spread(rows):
+        return np.std([cosine(rows[k], rows[m]) for k, m in pairs])
+
+    assert row["equiangularity_means"] == pytest.approx(spread(centred), rel=1e-10)
+    assert row["equiangularity_classifier"] == pytest.approx(spread(weight), rel=1e-10)
+    alignment = [cosine(w, m) for w, m in zip(weight, centred, strict=True)]
+    assert class_alignment(means, weight, counts).tolist() == pytest.approx(alignment, rel=1e-10)
+    assert row["UNC3"] == pytest.approx(np.std(alignment) / np.mean(alignment), rel=1e-10)
+
     average = [sum(m[j] for m in means) / 4 for j in range(7)]
     directions = [[x - y for x, y in zip(m, average, strict=True)] for m in means]
     directions = [[x / math.sqrt(dot(u, u)) for x in u] for u in directions]
@@ -291,6 +311,70 @@ def test_without_a_head_its_columns_are_absent(case):
     assert headless.items() <= row.items()
     other = nc_metrics(statistics_of(features, labels, 4, predictions), weight[::-1].copy() + 1, optimum)
     assert row.keys() - headless.keys() == {name for name in row if other[name] != row[name]}
+
+
+def test_of_an_etf_the_angles_are_equal_to_the_last_digit():
+    etf = simplex_etf(7, 20).numpy()
+    row = nc_metrics(statistics_of(etf.repeat(3, 0) * 5 + 2, np.arange(7).repeat(3), 7), etf)
+    columns = ("cv_mean_norms", "equiangularity_means", "cv_classifier_norms", "equiangularity_classifier", "UNC3")
+    assert max(abs(row[name]) for name in columns) < 1e-13
+
+
+def test_the_mean_cosine_of_centred_vectors_of_equal_norms_says_nothing():
+    """It is -1 / (K - 1) of any directions that sum to zero, here of two opposite pairs; the spread tells."""
+    means = np.array([[1, 0], [-1, 0], [0.6, 0.8], [-0.6, -0.8]])
+    cosines = (means @ means.T)[~np.eye(4, dtype=bool)]
+    row = nc_metrics(statistics_of(means.repeat(2, 0), np.arange(4).repeat(2), 4))
+    assert cosines.mean() == pytest.approx(-1 / 3) and row["equiangularity_means"] == pytest.approx(cosines.std())
+
+
+def test_nc5(case):
+    *_, means, _, _, _ = case
+    ood = np.random.default_rng(3).standard_normal((9, 7))
+    m = ood.mean(0)
+    expected = np.mean([abs(dot(mu, m)) / math.sqrt(dot(mu, mu) * dot(m, m)) for mu in means])
+    assert nc5(np.array(means), ood.astype(np.float32)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"ood_features have shape \(9, 3\), wanted \(B, 7\)"):
+        nc5(np.array(means), ood[:, :3])
+
+
+@pytest.mark.parametrize("targets", [1, 2, 4])
+def test_regression_collapse(targets):
+    """By projections with SciPy's pinv and orth, and a fine grid of c."""
+    random = np.random.default_rng(targets)
+    y = random.standard_normal((60, targets)) @ random.standard_normal((targets, targets))
+    weight = random.standard_normal((targets, 8))
+    features = y @ weight + 0.3 * random.standard_normal((60, 8)) + 5
+    centred = features - features.mean(0)
+    directions = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    spans = {"NRC1": vectors[:, -targets:], "NRC2": scipy.linalg.orth(weight.T)}
+    row = regression_collapse(features, y, weight)
+    for name, span in spans.items():
+        residual = directions - directions @ span @ scipy.linalg.pinv(span)
+        assert row[name] == pytest.approx(np.square(residual).sum(1).mean(), rel=1e-9, abs=1e-14)
+    sigma = np.cov(y.T, bias=True).reshape(targets, targets)
+    root = np.real(scipy.linalg.sqrtm(sigma))
+    gram = weight @ weight.T
+    grid = np.linspace(0, math.sqrt(np.linalg.eigvalsh(sigma)[0]), 10_001)
+    with np.errstate(invalid="ignore"):
+        shifted = [b / np.linalg.norm(b) for c in grid if np.linalg.norm(b := root - c * np.eye(targets)) > 1e-9]
+    least = min(np.square(gram / np.linalg.norm(gram) - b).sum() for b in shifted)
+    assert row["NRC3"] <= least + 1e-12 and row["NRC3"] == pytest.approx(least, rel=1e-3, abs=1e-12)
+
+
+def test_regression_that_has_collapsed_scores_zero():
+    random = np.random.default_rng(0)
+    y = random.standard_normal((40, 3))
+    root = np.real(scipy.linalg.sqrtm(np.cov(y.T, bias=True)))
+    c = 0.5 * math.sqrt(np.linalg.eigvalsh(root @ root)[0])
+    weight = np.real(scipy.linalg.sqrtm(root - c * np.eye(3))) @ np.eye(3, 7)
+    row = regression_collapse(y @ weight, y, weight)
+    assert max(row.values()) < 1e-12
+    with pytest.raises(ValueError, match=r"have shapes \(\(40, 7\), \(40, 3\), \(7, 3\)\), wanted"):
+        regression_collapse(y @ weight, y, weight.T)
+    with pytest.raises(ValueError, match="are not finite"):
+        regression_collapse(y @ weight * np.nan, y, weight)
 
 
 def test_gnc2_is_least_for_the_etf():
@@ -552,7 +636,9 @@ def test_processes_merge_of_which_one_has_no_batch():
 # Degenerate features, and classes that merge
 # ---------------------------------------------------------------------------------------------------------
 
-COMPARING = {"NC1", "NC1_trace", "ETF_HTH", "SELI_HTH", "cv_mean_norms", "self_duality", "NC4", "CDNV", "GNC2"}
+COMPARING = set(
+    "NC1 NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4 CDNV GNC2".split()
+)
 
 
 @pytest.mark.parametrize(
