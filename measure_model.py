@@ -4,11 +4,12 @@
     python measure_model.py --model timm:vit_tiny_patch16_224 --weights FILE --data_dir DIR --layers blocks.5,norm,head
     python measure_model.py --model my_models.py:build --size 32 --data_dir DIR --layers body.2,head
     python measure_model.py --run model_weights/RUN --layers layer3,layer4,head
+    python measure_model.py --run model_weights/RUN --layers layer3,layer4,head --epochs all
 
 Writes layers.csv, layers.pdf and layers.png into --out, and prints a table. The columns are those of
 `nc_metrics`, in a row for each layer and split. Test features are measured against the training means, so that only
 NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules()`; `head` is the classifier,
-measured at its input.
+measured at its input. With --epochs there is a row for each epoch, too, and the figure has curves over the epochs.
 """
 
 import importlib.util
@@ -28,6 +29,7 @@ from datasets import list_folder
 from engine.checkpoints import load_weights
 from engine.device import pick_device
 from engine.measurement import BATCH, load_run
+from engine.run import Run
 from engine.tables import write_table
 from nc_layers import head_input, head_weight, layer_statistics, linear_layers
 from nc_metrics import nc_metrics
@@ -40,18 +42,21 @@ LABELS = {"NC1": "NC1", "CDNV": "CDNV", "NCM_acc1": "nearest class mean, accurac
 def main():
     args = make_parser().parse_args()
     device = pick_device(args.device, 0)
-    if args.run:
-        model, loaders, num_classes = load_trained_run(args)
-    else:
-        model, loaders, num_classes = load_model_and_images(args)
+    if args.epochs and not args.run:
+        raise UserError("--epochs are those of a --run")
     try:
-        table = measure(model.to(device), loaders, args.layers, num_classes)
+        if args.run:
+            table = pd.concat(measure_run(args, device), ignore_index=True)
+        else:
+            model, loaders, num_classes = load_model_and_images(args)
+            table = measure(model.to(device), loaders, args.layers, num_classes)
     except ValueError as error:
         raise UserError(error) from None
     args.out.mkdir(parents=True, exist_ok=True)
     write_table(args.out / "layers.csv", table)
     draw(table, args.out)
-    print(table[["layer", "split", "d", *PANELS]].to_string(index=False, float_format="{:.4g}".format))
+    keys = table.columns.intersection(["epoch", "layer", "split", "d"]).tolist()
+    print(table[[*keys, *PANELS]].to_string(index=False, float_format="{:.4g}".format))
     print(f"all columns in {args.out / 'layers.csv'}, figure in {args.out / 'layers.pdf'} and .png")
 
 
@@ -67,6 +72,12 @@ def make_parser():
         type=lambda text: text.split(","),
         metavar="L,L,...",
         help="names of the layers, in order of depth",
+    )
+    add(
+        "--epochs",
+        type=epochs_of_text,
+        metavar="all|E,E,...",
+        help="checkpoints of --run to measure (default: the last)",
     )
     add("--weights", type=Path, metavar="FILE", help="state dict of --model (default: random weights)")
     add(
@@ -87,12 +98,30 @@ def make_parser():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_trained_run(args):
-    """Return (model, {split: loader}, K) of --run."""
+def epochs_of_text(text):
+    """Return "all" or a list of epochs, as an argparse type."""
+    return text if text == "all" else [bounded(int, 1)(word) for word in text.split(",")]
+
+
+def measure_run(args, device):
+    """Yield the rows of --run at its last checkpoint, or at each of --epochs, with the epoch in the first column."""
     _, data, model = load_run(args.run, data_dir=args.data_dir)
     splits = {"train": data.train, "test": data.test}
     loaders = {name: [*zip(s.images.split(BATCH), s.labels.split(BATCH), strict=True)] for name, s in splits.items()}
-    return model, loaders, data.num_classes
+    if not args.epochs:
+        yield measure(model.to(device), loaders, args.layers, data.num_classes)
+        return
+    checkpoints = Run(args.run).checkpoints()
+    epochs = [*checkpoints] if args.epochs == "all" else args.epochs
+    if missing := [str(epoch) for epoch in epochs if epoch not in checkpoints]:
+        raise UserError(
+            f"{args.run}: no checkpoint of epoch {missing[0]}, there are {', '.join(map(str, checkpoints))}"
+        )
+    for epoch in epochs:
+        load_weights(model, checkpoints[epoch])
+        table = measure(model.to(device), loaders, args.layers, data.num_classes, quiet=epoch != epochs[0])
+        table.insert(0, "epoch", epoch)
+        yield table
 
 
 def load_model_and_images(args):
@@ -169,11 +198,12 @@ class Images(Dataset):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def measure(model, loaders, layers, num_classes):
+def measure(model, loaders, layers, num_classes, quiet=False):
     """Return a row of metrics for each layer and split, as a DataFrame; raise ValueError as `layer_statistics`."""
     if "head" in layers:
         head = head_input(model, next(iter(loaders["train"]))[0])
-        print(f"head: the input of {head}")
+        if not quiet:
+            print(f"head: the input of {head}")
         layers = list(dict.fromkeys(head if name == "head" else name for name in layers))
     train = layer_statistics(model, loaders["train"], layers, num_classes)
     statistics = {"train": train}
@@ -193,13 +223,19 @@ def measure(model, loaders, layers, num_classes):
 
 @style.context(STYLE_FILE)
 def draw(table, folder):
-    """Draw NC1, CDNV and nearest-class-mean accuracy against depth as layers.pdf and layers.png in `folder`."""
+    """Draw NC1, CDNV and nearest-class-mean accuracy against depth as layers.pdf and layers.png in `folder`.
+
+    Of several epochs, they are drawn against the epoch: a colour for each layer, a marker for each split.
+    """
+    x, curves = ("epoch", ["layer", "split"]) if "epoch" in table else ("layer", ["split"])
     figure = Figure(figsize=(TEXT_WIDTH, 2.4))
     for axis, (column, scale) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for (split, rows), colour, marker in zip(table.groupby("split", sort=False), COLOURS, "os", strict=False):
-            axis.plot(rows["layer"], rows[column], color=colour, marker=marker, label=split)
-        axis.set(yscale=scale, title=LABELS[column])
-        axis.tick_params("x", rotation=45)
+        for key, rows in table.groupby(curves, sort=False):
+            first = [table[name].unique().tolist().index(part) for name, part in zip(curves, key, strict=True)]
+            style_of_curve = {"color": COLOURS[first[0] % len(COLOURS)], "marker": "os"[first[-1]]}
+            axis.plot(rows[x], rows[column], label=", ".join(key), **style_of_curve)
+        axis.set(yscale=scale, title=LABELS[column], xlabel="epoch" if x == "epoch" else "")
+        axis.tick_params("x", rotation=45 if x == "layer" else 0)
     axis.legend()
     for kind in ("pdf", "png"):
         with atomic_write(folder / f"layers.{kind}") as file:

@@ -135,6 +135,25 @@ def test_a_run_of_ours(train, measure, run_script, tmp_path):
     assert ("layers.1", "test") in rows
 
 
+def test_layers_over_the_epochs_of_a_run(train, measure, run_script, tmp_path):
+    train(*TINY, "--save_every", 1, "--save_path", "run")
+    measure("--load_path", "run")
+    flags = ["--run", "run", "--layers", "layers.1,head"]
+    out, _ = run_script(SCRIPT, *flags, "--epochs", "all", "--out", "all")
+    assert out.count("head: the input of fc") == 1
+    rows = rows_of(tmp_path / "all" / "layers.csv")
+    keys = [(row["epoch"], row["layer"], row["split"]) for row in rows]
+    assert keys == [(e, name, split) for e in "12" for name in ("layers.1", "fc") for split in ("train", "test")]
+    for measured in rows_of(tmp_path / "run" / "nc_metrics.csv"):
+        (row,) = (r for r in rows if (r["epoch"], r["layer"], r["split"]) == (measured["epoch"], "fc", "train"))
+        for name in ("NC1", "NC0", "CDNV", "NC4"):
+            assert float(row[name]) == pytest.approx(float(measured[name]), rel=1e-5), name
+    run_script(SCRIPT, *flags, "--epochs", 2, "--out", "second")
+    assert rows_of(tmp_path / "second" / "layers.csv") == rows[4:]
+    _, error = run_script(SCRIPT, *flags, "--epochs", 7, status=2)
+    assert "no checkpoint of epoch 7, there are 1, 2" in error
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -153,6 +172,9 @@ def test_a_run_of_ours(train, measure, run_script, tmp_path):
             "--model own.py:build --data_dir IMAGES --size 9 --weights other.pth --layers 0",
             "size mismatch for 3.weight",
         ),
+        ("--model own.py:build --data_dir IMAGES --size 9 --layers 0 --epochs all", "--epochs are those of a --run"),
+        ("--run nowhere --layers 0 --epochs all", "nowhere: no config.json with epoch_*.pth files beside it"),
+        ("--run nowhere --layers 0 --epochs 1,x", "'x' is not a whole number >= 1"),
         ("--run nowhere --layers 0", "nowhere: no config.json with epoch_*.pth files beside it"),
     ],
 )
