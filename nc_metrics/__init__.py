@@ -36,7 +36,6 @@ __all__ = [
     "nc1_trace",
     "nc5",
     "nc_metrics",
-    "nearest_class",
     "other_geometries",
     "regression_collapse",
 ]
@@ -167,13 +166,15 @@ class ClassStatistics:
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
         self.projected_sum += (centred @ basis).square().sum()
-        nearest = nearest_class(h, self.centres)
+        nearest = ((h - self.centre) @ self.shifted.T - self.half_norms_sq).argmax(1)
         self.hits += (nearest == y).sum()
         self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
 
     def set_centres(self, centres: torch.Tensor) -> torch.Tensor:
         """Begin the second pass around class means (K, d), and return the basis for them."""
-        self.centres = centres
+        self.centres, self.centre = centres, centres.mean(0)
+        self.shifted = centres - self.centre  # |h|^2 - 2 h . mu + |mu|^2 would cancel far from the origin
+        self.half_norms_sq = 0.5 * self.shifted.square().sum(1)
         for name in SECOND_PASS:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
@@ -290,23 +291,6 @@ def listed(classes: torch.Tensor) -> str:
     """Return the classes that a bool tensor (K,) marks as text: the first ten, and how many more there are."""
     marked = classes.nonzero().flatten().tolist()
     return f"class {', '.join(map(str, marked[:10]))}" + (f" and {len(marked) - 10:,} more" if len(marked) > 10 else "")
-
-
-def nearest_class(features: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """Return the class (B,) whose mean is nearest to each row of float64 features (B, d), of class means (K, d).
-
-    Both are centred first, since |h - mu|^2 = |h|^2 - 2 h . mu + |mu|^2 cancels far from the origin.
-
-    Example:
-        >>> import torch
-        >>> from nc_metrics import nearest_class
-        >>> means = torch.eye(2).double() + 1e8
-        >>> nearest_class(torch.tensor([[0.7, 0.1], [0.2, 0.5]]).double() + 1e8, means)
-        tensor([0, 1])
-    """
-    centre = means.mean(0)
-    shifted = means - centre
-    return ((features - centre) @ shifted.T - 0.5 * shifted.square().sum(1)).argmax(1)
 
 
 def between_class_root(means: torch.Tensor, counts: torch.Tensor, between: str) -> torch.Tensor:
