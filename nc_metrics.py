@@ -79,6 +79,7 @@ class ClassStatistics:
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
+        self.at_head = False  # the features are the input of a head (`nc_layers`)
         self.basis: torch.Tensor | None = None  # (d, r) B with pinv(Sigma_B) = B B^T; None before the second pass
 
     @classmethod
