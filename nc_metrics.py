@@ -348,7 +348,8 @@ def nc_metrics(
     well, and between="means" centres them at the mean of the class means. No other column depends on this.
 
     Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
-    class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
+    class counts. Warns if the optimum is of a problem with ReLU and some features are negative, or if it needs more
+    features than d.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -392,12 +393,20 @@ def distances_to_optimum(
 
 
 def validate_optimum(optimum: Optimum, statistics: ClassStatistics) -> None:
-    """Raise ValueError for an optimum of other class counts; warn if its ReLU contradicts the features."""
+    """Raise ValueError for an optimum of other class counts; warn if these features cannot reach it."""
     counts = statistics.counts.cpu()
     if not torch.equal(optimum.class_counts, counts):
         raise ValueError(
             f"the optimum is of class counts {optimum.problem.class_counts}, the features are of class counts "
             f"{tuple(counts.int().tolist())}"
+        )
+    dim, needed = statistics.sums.shape[1], int((~optimum.collapsed).sum())
+    if optimum.factors is not None:  # features that share directions
+        needed = int(torch.linalg.matrix_rank(optimum.factors[1]))
+    if dim < needed:
+        warnings.warn(
+            f"the optimum needs {needed} directions, and the features have {dim}: no network with d = {dim} reaches it",
+            stacklevel=3,
         )
     if optimum.problem.relu and statistics.negative_share > 0:
         warnings.warn(

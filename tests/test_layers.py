@@ -1,5 +1,6 @@
 """Statistics of layers against features collected by hand, and models that are left as they were."""
 
+import warnings
 import weakref
 
 import numpy as np
@@ -105,6 +106,35 @@ def test_samples_against_the_means_of_others():
     assert nc_metrics(test)["NC1"] != nc_metrics(train["tokens"])["NC1"]
     with pytest.raises(ValueError, match="the reference has no layer out: it has tokens"):
         layer_statistics(model, LOADER, ["tokens", "out"], 3, reference=train)
+
+
+@pytest.mark.parametrize("per_class", [2, 5])
+def test_random_augmentation_between_the_passes_is_noticed(per_class):
+    """NC1 of images with fresh noise in each pass, over that of the same noise in both: large for few images."""
+    labels = torch.arange(3).repeat_interleave(per_class)
+
+    class Augmented(list):
+        def __iter__(self):
+            return iter([(4 * torch.eye(3, 40)[labels] + torch.randn(len(labels), 40), labels)])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), nn.Linear(40, 3))
+    with pytest.warns(UserWarning, match="layer '1': the two passes over the loader had different features"):
+        layer_statistics(model, Augmented(), ["1"], 3)
+    ratios = []
+    for _ in range(100):
+        with warnings.catch_warnings(action="ignore"):
+            once = layer_statistics(model, [*Augmented()], ["1"], 3)["1"]
+            ratios.append(
+                once.within_sums.sum() / layer_statistics(model, Augmented(), ["1"], 3)["1"].within_sums.sum()
+            )
+    assert 1 / np.mean(ratios) == pytest.approx((per_class + 1) / (per_class - 1), rel=0.1)
+
+
+def test_the_order_of_the_batches_may_change_between_the_passes():
+    shuffled = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=7, shuffle=True)
+    with warnings.catch_warnings(action="error"):
+        layer_statistics(small(), shuffled, ["tokens", "out"], 3)
 
 
 def test_memory_does_not_grow_with_the_loader():
@@ -410,6 +440,99 @@ def test_a_language_model_keeps_nc4():
     expected = (torch.cdist(h, means).argmin(1) != model.score(h).argmax(1)).double().mean().item()
     for of_layer in found.values():
         assert nc_metrics(of_layer)["NC4"] == pytest.approx(expected)
+
+
+def test_outputs_and_inputs_of_all_kinds():
+    """No output at all; arrays of float64, lists of views, and dicts with None and text, as inputs."""
+    model = rotation(lambda h, made: None)
+    with pytest.warns(UserWarning, match=r"NC4 is NaN: the model returns no logits of shape \(B, 3\)"):
+        found = layer_statistics(model, LOADER, ["rotation", "body"], 3)
+    assert found["rotation"].at_head and not found["body"].at_head
+    expected = nc_metrics(layer_statistics(rotation(lambda h, made: made["fc"]), LOADER, ["fc"], 3)["fc"])
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = rotation(lambda h, made: made["fc"])
+
+        def forward(self, views, text=None, nothing=None):
+            assert text in (None, "a cat") and nothing is None
+            return {"out": self.model(views[0] if isinstance(views, list) else views)}
+
+    for inputs in (
+        lambda x: x.double().numpy(),
+        lambda x: [x, x + 1],
+        lambda x: [x.numpy()],
+        lambda x: {"views": x, "text": "a cat", "nothing": None},
+    ):
+        loader = [(inputs(x), y) for x, y in LOADER]
+        row = nc_metrics(layer_statistics(Views(), loader, ["model.fc"], 3)["model.fc"])
+        assert row == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "inside"])
+def test_compiled_models_are_measured_as_they_are(way):
+    expected = nc_metrics(layer_statistics(rotation(lambda h, made: made["fc"]), LOADER, ["body", "fc"], 3)["fc"])
+    model = rotation(lambda h, made: made["fc"])
+    if way == "wrapped":
+        model = torch.compile(model, backend="eager")
+    elif way == "in place":
+        model.compile(backend="eager")
+    else:
+        model.body = torch.compile(model.body, backend="eager")
+    with torch.no_grad():
+        model(IMAGES)
+    found = layer_statistics(model, LOADER, ["body", head_input(model)], 3)
+    assert list(found) == ["body", "fc"] and nc_metrics(found["fc"]) == expected
+
+
+def test_the_fast_path_of_a_transformer_is_left_out_and_then_restored():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embed, self.encoder, self.fc = nn.Embedding(20, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, ids, mask):
+            return self.fc(self.encoder(self.embed(ids), src_key_padding_mask=~mask)[:, 0])
+
+    found = layer_statistics(Encoder(), TEXT, ["encoder.layers.0", "fc"], 3)
+    assert found["fc"].at_head and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_layer_that_is_called_several_times_is_said_with_the_call():
+    class Twice(Body):
+        def forward(self, images):
+            h = self.features(images)
+            logits = self.fc(h)
+            self.fc(h + 1), self.body(images.flatten(1) + 1)
+            return logits
+
+    model = Twice(fc=nn.Linear(8, 3)).eval()
+    with pytest.warns(UserWarning) as caught:
+        found = layer_statistics(model, LOADER, ["fc", "body"], 3)
+    assert [str(of.message) for of in caught] == [
+        "layer 'fc' is called 2 times in a batch: measured at call 1, which makes the logits",
+        "layer 'body' is called 2 times in a batch: measured at the last one",
+    ]
+    assert nc_metrics(found["fc"])["NC1"] == pytest.approx(by_hand(model.features())[0], rel=1e-4)
+
+
+def test_buffers_made_by_expand_and_those_behind_them_are_restored():
+    class Counting(Body):
+        def __init__(self):
+            super().__init__(fc=nn.Linear(8, 3))
+            self.register_buffer("positions", torch.arange(3.0)[:, None].expand(3, 5))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, images):
+            self.calls += 1
+            return super().forward(images)
+
+    model = Counting()
+    layer_statistics(model, LOADER, ["fc"], 3)
+    assert model.calls == 0 and torch.equal(model.positions, torch.arange(3.0)[:, None].expand(3, 5))
 
 
 @pytest.mark.parametrize(
