@@ -238,8 +238,9 @@ class Body(nn.Module):
         return self.join(h, {name: getattr(self, name)(h) for name in self.heads})
 
 
-def rotation(join, fc=3):
-    return Body(join, fc=nn.Linear(8, fc), rotation=nn.Linear(8, 4)).eval()
+def rotation(join):
+    torch.manual_seed(1)
+    return Body(join, fc=nn.Linear(8, 3), rotation=nn.Linear(8, 4)).eval()
 
 
 @pytest.mark.parametrize(
@@ -483,7 +484,7 @@ def test_compiled_models_are_measured_as_they_are(way):
     with torch.no_grad():
         model(IMAGES)
     found = layer_statistics(model, LOADER, ["body", head_input(model)], 3)
-    assert list(found) == ["body", "fc"] and nc_metrics(found["fc"]) == expected
+    assert list(found) == ["body", "fc"] and nc_metrics(found["fc"]) == pytest.approx(expected, nan_ok=True)
 
 
 def test_the_fast_path_of_a_transformer_is_left_out_and_then_restored():
