@@ -14,12 +14,14 @@ measured at its input. With --epochs there is a row for each epoch, too, and the
 
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 
 import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
@@ -31,7 +33,7 @@ from engine.device import pick_device
 from engine.measurement import BATCH, load_run
 from engine.run import Run
 from engine.tables import write_table
-from nc_layers import head_input, head_weight, layer_statistics, linear_layers
+from nc_layers import head_input, head_weight, layer_statistics
 from nc_metrics import nc_metrics
 from utils import UserError, atomic_write, message_of, run_script
 
@@ -161,19 +163,48 @@ def build(name, num_classes):
         raise UserError(f"--model {name}: {message_of(error)}") from None
     function = load_function(source, name_in_source)
     takes_classes = "num_classes" in inspect.signature(function).parameters
-    return (function(num_classes=num_classes) if takes_classes else function()), None
+    model = function(num_classes=num_classes) if takes_classes else function()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {name}: the function returns a {type(model).__name__}, wanted a torch.nn.Module")
+    return model, None
 
 
 def load_function(path, name):
-    """Return a function of a Python file; raise UserError if there is no such file or function."""
+    """Return a function of a Python file, which is imported as Python imports it from its own folder.
+
+    The modules of this repository are hidden from then on, so that its neighbours and installed packages of the same
+    names, such as `models` or `datasets`, are found. Raises UserError if there is no such file or function.
+    """
     if not (path.endswith(".py") and Path(path).is_file()):
         raise UserError(f"--model {path}:{name}: wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION of a file")
+    folder, ours = Path(path).resolve().parent, Path(__file__).resolve().parent
+    hide_modules(ours, folder)
+    sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules.setdefault(spec.name, module)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"--model {path}: {type(error).__name__}: {message_of(error)}") from None
     if not hasattr(module, name):
         raise UserError(f"--model {path}:{name}: the file has no function {name}")
-    return getattr(module, name)
+    function = getattr(module, name)
+    if not callable(function) or isinstance(function, nn.Module):
+        raise UserError(f"--model {path}:{name}: a {type(function).__name__}, wanted a function that returns a model")
+    return function
+
+
+def hide_modules(ours, folder):
+    """Forget the imported modules in `ours`, except the installed nc_*, and where to find them from another folder."""
+    if folder == ours:
+        return
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/").resolve()
+        inner = file.relative_to(ours).parts if file.is_relative_to(ours) else ()
+        if inner and "site-packages" not in inner and not name.startswith(("__", "nc_")):
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ours]
 
 
 class Images(Dataset):
@@ -211,14 +242,14 @@ def measure(model, loaders, layers, num_classes, quiet=False):
         statistics["test"] = layer_statistics(model, loaders["test"], layers, num_classes, reference=train)
     rows = []
     for layer in layers:
-        module, means = model.get_submodule(layer), train[layer].means
-        weight = head_weight(module) if linear_layers(module) else None
-        if weight is not None and weight.shape != means.shape:  # a hidden layer, or a head for other classes
+        means = train[layer].means
+        weight = head_weight(model.get_submodule(layer)) if train[layer].at_head else None
+        if weight is not None and weight.shape != means.shape:  # a head for other classes
             weight = None
         for split, of_split in statistics.items():
             rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})
     table = pd.DataFrame(rows)
-    return table[[name for name in table if name in PANELS or table[name].notna().any()]]
+    return table.drop(columns=[column for column in table if column not in PANELS and table[column].isna().all()])
 
 
 @style.context(STYLE_FILE)

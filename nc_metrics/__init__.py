@@ -88,6 +88,7 @@ class ClassStatistics:
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
+        self.at_head = False  # the features are the input of a head (`nc_layers`)
         self.basis: torch.Tensor | None = None  # (d, r) B with pinv(Sigma_B) = B B^T; None before the second pass
 
     @classmethod
@@ -417,8 +418,8 @@ def nc_metrics(
 
     Raises ValueError for a class without samples, for features that are not finite, for W of another shape than (K, d),
     and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
-    negative. If all class means are equal, such as those of features that are all zero, it warns, and what compares
-    them is NaN.
+    negative, or if it needs more features than d. If all class means are equal, such as those of features that are all
+    zero, it warns, and what compares them is NaN.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -467,12 +468,20 @@ def distances_to_optimum(
 
 
 def validate_optimum(optimum: Optimum, statistics: ClassStatistics) -> None:
-    """Raise ValueError for an optimum of other class counts; warn if its ReLU contradicts the features."""
+    """Raise ValueError for an optimum of other class counts; warn if these features cannot reach it."""
     counts = statistics.counts.cpu()
     if not torch.equal(optimum.class_counts, counts):
         raise ValueError(
             f"the optimum is of class counts {optimum.problem.class_counts}, the features are of class counts "
             f"{tuple(counts.int().tolist())}"
+        )
+    dim, needed = statistics.sums.shape[1], int((~optimum.collapsed).sum())
+    if optimum.factors is not None:  # features that share directions
+        needed = int(torch.linalg.matrix_rank(optimum.factors[1]))
+    if dim < needed:
+        warnings.warn(
+            f"the optimum needs {needed} directions, and the features have {dim}: no network with d = {dim} reaches it",
+            stacklevel=3,
         )
     if optimum.problem.relu and statistics.negative_share > 0:
         warnings.warn(

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -775,3 +776,15 @@ def test_it_runs_outside_the_checkout(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
     assert not {"utils", "args", "engine", "matplotlib", "pandas"} & set(out.stdout.decode().split())
+
+
+def test_an_optimum_that_needs_more_features_than_there_are_is_said():
+    optimum = solve(UFM([20, 30, 50], lambda_w=5e-3, lambda_h=5e-5))
+    for dim in (2, 3):
+        features, labels, _ = samples([20, 30, 50], dim)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            nc_metrics(statistics_of(features, labels, 3), optimum=optimum)
+        assert [str(of.message) for of in caught] == (dim < 3) * [
+            "the optimum needs 3 directions, and the features have 2: no network with d = 2 reaches it"
+        ]
