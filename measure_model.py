@@ -4,20 +4,23 @@
     python measure_model.py --model timm:vit_tiny_patch16_224 --weights FILE --data_dir DIR --layers blocks.5,norm,head
     python measure_model.py --model my_models.py:build --size 32 --data_dir DIR --layers body.2,head
     python measure_model.py --run model_weights/RUN --layers layer3,layer4,head
+    python measure_model.py --run model_weights/RUN --layers layer3,layer4,head --epochs all
 
 Writes layers.csv, layers.pdf and layers.png into --out, and prints a table. The columns are those of
 `nc_metrics`, in a row for each layer and split. Test features are measured against the training means, so that only
 NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules()`; `head` is the classifier,
-measured at its input.
+measured at its input. With --epochs there is a row for each epoch, too, and the figure has curves over the epochs.
 """
 
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 
 import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
@@ -26,9 +29,10 @@ from cli import Parser, bounded
 from engine.checkpoints import load_weights
 from engine.device import pick_device
 from engine.measurement import BATCH, load_run
+from engine.run import Run
 from engine.tables import write_table
 from image_files import list_folder, open_rgb
-from nc_layers import head_input, head_weight, layer_statistics, linear_layers
+from nc_layers import head_input, head_weight, layer_statistics
 from nc_metrics import nc_metrics
 from utils import UserError, atomic_write, message_of, run_script
 
@@ -39,18 +43,21 @@ LABELS = {"NC1": "NC1", "CDNV": "CDNV", "NCM_acc1": "nearest class mean, accurac
 def main():
     args = make_parser().parse_args()
     device = pick_device(args.device, 0)
-    if args.run:
-        model, loaders, num_classes = load_trained_run(args)
-    else:
-        model, loaders, num_classes = load_model_and_images(args)
+    if args.epochs and not args.run:
+        raise UserError("--epochs are those of a --run")
     try:
-        table = measure(model.to(device), loaders, args.layers, num_classes)
+        if args.run:
+            table = pd.concat(measure_run(args, device), ignore_index=True)
+        else:
+            model, loaders, num_classes = load_model_and_images(args)
+            table = measure(model.to(device), loaders, args.layers, num_classes)
     except ValueError as error:
         raise UserError(error) from None
     args.out.mkdir(parents=True, exist_ok=True)
     write_table(args.out / "layers.csv", table)
     draw(table, args.out)
-    print(table[["layer", "split", "d", *PANELS]].to_string(index=False, float_format="{:.4g}".format))
+    keys = table.columns.intersection(["epoch", "layer", "split", "d"]).tolist()
+    print(table[[*keys, *PANELS]].to_string(index=False, float_format="{:.4g}".format))
     print(f"all columns in {args.out / 'layers.csv'}, figure in {args.out / 'layers.pdf'} and .png")
 
 
@@ -66,6 +73,12 @@ def make_parser():
         type=lambda text: text.split(","),
         metavar="L,L,...",
         help="names of the layers, in order of depth",
+    )
+    add(
+        "--epochs",
+        type=epochs_of_text,
+        metavar="all|E,E,...",
+        help="checkpoints of --run to measure (default: the last)",
     )
     add("--weights", type=Path, metavar="FILE", help="state dict of --model (default: random weights)")
     add(
@@ -86,12 +99,30 @@ def make_parser():
 # ---------------------------------------------------------------------------------------------------------
 
 
-def load_trained_run(args):
-    """Return (model, {split: loader}, K) of --run."""
+def epochs_of_text(text):
+    """Return "all" or a list of epochs, as an argparse type."""
+    return text if text == "all" else [bounded(int, 1)(word) for word in text.split(",")]
+
+
+def measure_run(args, device):
+    """Yield the rows of --run at its last checkpoint, or at each of --epochs, with the epoch in the first column."""
     _, data, model = load_run(args.run, data_dir=args.data_dir)
     splits = {"train": data.train, "test": data.test}
     loaders = {name: [*zip(s.images.split(BATCH), s.labels.split(BATCH), strict=True)] for name, s in splits.items()}
-    return model, loaders, data.num_classes
+    if not args.epochs:
+        yield measure(model.to(device), loaders, args.layers, data.num_classes)
+        return
+    checkpoints = Run(args.run).checkpoints()
+    epochs = [*checkpoints] if args.epochs == "all" else args.epochs
+    if missing := [str(epoch) for epoch in epochs if epoch not in checkpoints]:
+        raise UserError(
+            f"{args.run}: no checkpoint of epoch {missing[0]}, there are {', '.join(map(str, checkpoints))}"
+        )
+    for epoch in epochs:
+        load_weights(model, checkpoints[epoch])
+        table = measure(model.to(device), loaders, args.layers, data.num_classes, quiet=epoch != epochs[0])
+        table.insert(0, "epoch", epoch)
+        yield table
 
 
 def load_model_and_images(args):
@@ -131,19 +162,48 @@ def build(name, num_classes):
         raise UserError(f"--model {name}: {message_of(error)}") from None
     function = load_function(source, name_in_source)
     takes_classes = "num_classes" in inspect.signature(function).parameters
-    return (function(num_classes=num_classes) if takes_classes else function()), None
+    model = function(num_classes=num_classes) if takes_classes else function()
+    if not isinstance(model, nn.Module):
+        raise UserError(f"--model {name}: the function returns a {type(model).__name__}, wanted a torch.nn.Module")
+    return model, None
 
 
 def load_function(path, name):
-    """Return a function of a Python file; raise UserError if there is no such file or function."""
+    """Return a function of a Python file, which is imported as Python imports it from its own folder.
+
+    The modules of this repository are hidden from then on, so that its neighbours and installed packages of the same
+    names, such as `models` or `datasets`, are found. Raises UserError if there is no such file or function.
+    """
     if not (path.endswith(".py") and Path(path).is_file()):
         raise UserError(f"--model {path}:{name}: wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION of a file")
+    folder, ours = Path(path).resolve().parent, Path(__file__).resolve().parent
+    hide_modules(ours, folder)
+    sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules.setdefault(spec.name, module)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"--model {path}: {type(error).__name__}: {message_of(error)}") from None
     if not hasattr(module, name):
         raise UserError(f"--model {path}:{name}: the file has no function {name}")
-    return getattr(module, name)
+    function = getattr(module, name)
+    if not callable(function) or isinstance(function, nn.Module):
+        raise UserError(f"--model {path}:{name}: a {type(function).__name__}, wanted a function that returns a model")
+    return function
+
+
+def hide_modules(ours, folder):
+    """Forget the imported modules in `ours`, except the installed nc_*, and where to find them from another folder."""
+    if folder == ours:
+        return
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "/").resolve()
+        inner = file.relative_to(ours).parts if file.is_relative_to(ours) else ()
+        if inner and "site-packages" not in inner and not name.startswith(("__", "nc_")):
+            del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ours]
 
 
 class Images(Dataset):
@@ -167,11 +227,12 @@ class Images(Dataset):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def measure(model, loaders, layers, num_classes):
+def measure(model, loaders, layers, num_classes, quiet=False):
     """Return a row of metrics for each layer and split, as a DataFrame; raise ValueError as `layer_statistics`."""
     if "head" in layers:
         head = head_input(model, next(iter(loaders["train"]))[0])
-        print(f"head: the input of {head}")
+        if not quiet:
+            print(f"head: the input of {head}")
         layers = list(dict.fromkeys(head if name == "head" else name for name in layers))
     train = layer_statistics(model, loaders["train"], layers, num_classes)
     statistics = {"train": train}
@@ -179,24 +240,31 @@ def measure(model, loaders, layers, num_classes):
         statistics["test"] = layer_statistics(model, loaders["test"], layers, num_classes, reference=train)
     rows = []
     for layer in layers:
-        module, means = model.get_submodule(layer), train[layer].means
-        weight = head_weight(module) if linear_layers(module) else None
-        if weight is not None and weight.shape != means.shape:  # a hidden layer, or a head for other classes
+        means = train[layer].means
+        weight = head_weight(model.get_submodule(layer)) if train[layer].at_head else None
+        if weight is not None and weight.shape != means.shape:  # a head for other classes
             weight = None
         for split, of_split in statistics.items():
             rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})
-    return pd.DataFrame(rows).dropna(axis="columns", how="all")
+    table = pd.DataFrame(rows)
+    return table.drop(columns=[column for column in table if column not in PANELS and table[column].isna().all()])
 
 
 @style.context(STYLE_FILE)
 def draw(table, folder):
-    """Draw NC1, CDNV and nearest-class-mean accuracy against depth as layers.pdf and layers.png in `folder`."""
+    """Draw NC1, CDNV and nearest-class-mean accuracy against depth as layers.pdf and layers.png in `folder`.
+
+    Of several epochs, they are drawn against the epoch: a colour for each layer, a marker for each split.
+    """
+    x, curves = ("epoch", ["layer", "split"]) if "epoch" in table else ("layer", ["split"])
     figure = Figure(figsize=(TEXT_WIDTH, 2.4))
     for axis, (column, scale) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for (split, rows), colour, marker in zip(table.groupby("split", sort=False), COLOURS, "os", strict=False):
-            axis.plot(rows["layer"], rows[column], color=colour, marker=marker, label=split)
-        axis.set(yscale=scale, title=LABELS[column])
-        axis.tick_params("x", rotation=45)
+        for key, rows in table.groupby(curves, sort=False):
+            first = [table[name].unique().tolist().index(part) for name, part in zip(curves, key, strict=True)]
+            style_of_curve = {"color": COLOURS[first[0] % len(COLOURS)], "marker": "os"[first[-1]]}
+            axis.plot(rows[x], rows[column], label=", ".join(key), **style_of_curve)
+        axis.set(yscale=scale, title=LABELS[column], xlabel="epoch" if x == "epoch" else "")
+        axis.tick_params("x", rotation=45 if x == "layer" else 0)
     axis.legend()
     for kind in ("pdf", "png"):
         with atomic_write(folder / f"layers.{kind}") as file:

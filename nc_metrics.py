@@ -27,17 +27,22 @@ __all__ = [
     "THEORY_COLUMNS",
     "ClassStatistics",
     "between_class_basis",
+    "class_alignment",
     "classical_metrics",
     "distance",
     "geometry",
     "nc1",
+    "nc1_trace",
+    "nc5",
     "nc_metrics",
     "other_geometries",
+    "regression_collapse",
 ]
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
 BETWEEN = ("classes", "means", "samples")
-TILE = 2**24  # entries of a K x K matrix that are processed at a time
+TILE = 2**22  # entries of a K x K matrix that are processed at a time
+CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
 SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
 
@@ -45,10 +50,12 @@ SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagre
 class ClassStatistics:
     """Counts, means and within-class scatter of features, class by class, on the device of the features.
 
-    Features may be tensors of any float type, on any device, or NumPy arrays. No autograd graph is kept.
+    Features may be tensors of any float type, on any device, or NumPy arrays. Those on Apple's MPS, which has no
+    float64, are moved to the CPU. No autograd graph is kept.
 
-    between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. Raises ValueError for
-    a name that is not in BETWEEN.
+    between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. device: that of the
+    features, which only a process without a batch must know, for `merge`. Raises ValueError for a name that is not in
+    BETWEEN.
 
     Example:
         >>> from nc_metrics import ClassStatistics
@@ -63,13 +70,14 @@ class ClassStatistics:
         tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, num_classes: int, between: str = "classes") -> None:
+    def __init__(self, num_classes: int, between: str = "classes", device: torch.device | str | None = None) -> None:
         if between not in BETWEEN:
             raise ValueError(f"between is {between!r}, wanted one of {', '.join(BETWEEN)}")
         self.num_classes, self.between = num_classes, between
 
+        @torch.inference_mode(False)  # otherwise they could not be changed outside inference mode
         def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.counts = zeros(num_classes)  # (K,) samples of each class
         self.sums = zeros(num_classes, 0)  # (K, d) sums of their features; d = 0 before the first batch
@@ -79,6 +87,7 @@ class ClassStatistics:
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
+        self.at_head = False  # the features are the input of a head (`nc_layers`)
         self.basis: torch.Tensor | None = None  # (d, r) B with pinv(Sigma_B) = B B^T; None before the second pass
 
     @classmethod
@@ -129,45 +138,43 @@ class ClassStatistics:
         statistics.negatives, statistics.hits, statistics.disagreements = scalars
         return statistics
 
+    @torch.inference_mode(False)
     def update(self, features: ArrayLike, labels: ArrayLike) -> None:
         """Add a batch to the first pass: features (B, d) of any float type, integer labels (B,) in 0..K-1.
 
-        Raises ValueError for other shapes and for labels out of range.
+        Raises ValueError for other shapes and types, and for labels out of range. Features that are not finite are an
+        error once the class means are needed.
         """
-        h, y = self.validate_batch(features, labels)
+        h, y, _ = self.validate_batch(features, labels)
         if not self.sums.shape[1]:
             self.sums = h.new_zeros(self.num_classes, h.shape[1], dtype=torch.float64)
             self.counts, self.negatives = self.counts.to(h.device), self.negatives.to(h.device)
-        self.sums.index_add_(0, y, h.double())
+        self.sums.index_add_(0, y, h)
         self.counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.negatives += (h < 0).sum()
 
+    @torch.inference_mode(False)
     def update_within(self, features: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None) -> None:
         """Add a batch to the second pass, over the same samples as the first (or see `for_other_samples`).
 
-        predictions: the classes (B,) that the head predicts, needed for NC4. Raises ValueError as `update`, and for
-        a class without samples in the first pass.
+        predictions: the classes (B,) that the head predicts, integers, needed for NC4. Raises ValueError as `update`,
+        and for class means that are unknown or not finite after the first pass.
         """
-        h, y = self.validate_batch(features, labels)
+        h, y, predicted = self.validate_batch(features, labels, predictions)
         basis = self.set_centres(self.means) if self.basis is None else self.basis
-        h = h.double()
         centred = h - self.centres[y]
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
         self.projected_sum += (centred @ basis).square().sum()
-        nearest = (h @ self.centres.T - self.half_norms_sq).argmax(1)
+        nearest = ((h - self.centre) @ self.shifted.T - self.half_norms_sq).argmax(1)
         self.hits += (nearest == y).sum()
-        if predictions is not None:
-            predicted = torch.as_tensor(predictions, device=h.device)
-            if predicted.shape != y.shape:
-                raise ValueError(f"predictions have shape {tuple(predicted.shape)}, wanted {tuple(y.shape)}")
-            self.disagreements += (nearest != predicted).sum()
-        else:
-            self.disagreements += math.nan
+        self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
 
     def set_centres(self, centres: torch.Tensor) -> torch.Tensor:
         """Begin the second pass around class means (K, d), and return the basis for them."""
-        self.centres, self.half_norms_sq = centres, 0.5 * centres.square().sum(1)
+        self.centres, self.centre = centres, centres.mean(0)
+        self.shifted = centres - self.centre  # |h|^2 - 2 h . mu + |mu|^2 would cancel far from the origin
+        self.half_norms_sq = 0.5 * self.shifted.square().sum(1)
         for name in SECOND_PASS:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
@@ -182,52 +189,116 @@ class ClassStatistics:
     def merge(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Sum the results of a pass over processes that have each seen a part of the samples; call it after each pass.
 
-        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. Each process
-        must have seen a batch, which may be empty.
+        sum_over_processes(tensor): returns the sum of a tensor over the processes, such as an all_reduce. A process may
+        have seen no batch, if it knows the others' `device`. Raises ValueError if processes differ in d.
         """
-        for name in FIRST_PASS if self.basis is None else SECOND_PASS:
+        dim = self.sums.shape[1]
+        facts = [dim, dim * dim, dim > 0, self.basis is not None]
+        facts = sum_over_processes(torch.tensor(facts, dtype=torch.float64, device=self.counts.device)).tolist()
+        dims, squares, processes, second_pass = facts
+        if squares * processes != dims * dims:
+            raise ValueError(f"the processes have features of different dimensions d, here {dim}")
+        if second_pass and self.basis is None:
+            self.set_centres(self.means)
+        elif not dim and processes:
+            self.sums = self.sums.new_zeros(self.num_classes, int(dims / processes))
+        for name in SECOND_PASS if second_pass else FIRST_PASS:
             setattr(self, name, sum_over_processes(getattr(self, name)))
 
-    def validate_batch(self, features: ArrayLike, labels: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a batch as detached tensors on the features' device; raise ValueError if it is wrong."""
-        h = torch.as_tensor(features).detach()
-        y = torch.as_tensor(labels, device=h.device).detach()
+    def validate_batch(
+        self, features: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return a batch as detached tensors on one device: float64 features, int64 labels, and predictions if given.
+
+        Raises ValueError if it is wrong.
+        """
+        h = as_tensor("features", features)
         if h.ndim != 2 or not h.is_floating_point():
             raise ValueError(f"features are {h.dtype} of shape {tuple(h.shape)}, wanted floats of shape (B, d)")
         if self.sums.shape[1] not in (0, h.shape[1]):
             raise ValueError(
                 f"features have shape {tuple(h.shape)}, wanted (B, {self.sums.shape[1]}) as in the first batch"
             )
-        if y.shape != h.shape[:1] or y.is_floating_point():
+        y = as_tensor("labels", labels, h.device)
+        if y.shape != h.shape[:1] or y.is_floating_point() or y.is_complex():
+            soft = "; soft or mixed labels (mixup) are no classes" if y.ndim == 2 else ""
             raise ValueError(
                 f"labels are {y.dtype} of shape {tuple(y.shape)}, wanted integers of shape ({len(h)},), one for each "
-                "row of the features"
+                f"row of the features{soft}"
             )
+        y = y.long()
         if len(y):
             low, high = torch.stack(y.aminmax()).tolist()
             if low < 0 or high >= self.num_classes:
                 raise ValueError(
                     f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
                 )
-        return h, y.long()
+        if predictions is None:
+            return h.double(), y, None
+        predicted = as_tensor("predictions", predictions, h.device)
+        if predicted.shape != y.shape or predicted.is_floating_point() or predicted.is_complex():
+            raise ValueError(
+                f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
+                f"{tuple(y.shape)}, such as logits.argmax(1)"
+            )
+        return h.double(), y, predicted.long()
 
     def require_samples(self) -> None:
         """Raise ValueError if a class has no samples."""
-        if empty := (self.counts == 0).nonzero().flatten().tolist():
-            raise ValueError(
-                f"every class needs a sample before its mean is known, found none of class {', '.join(map(str, empty))}"
-            )
+        if (empty := self.counts == 0).any():
+            raise ValueError(f"every class needs a sample before its mean is known, found none of {listed(empty)}")
 
     @property
     def means(self) -> torch.Tensor:
-        """Class means (K, d); ValueError if a class has no samples."""
+        """Class means (K, d); ValueError if a class has no samples, or features that are not finite."""
         self.require_samples()
+        if (wrong := ~self.sums.isfinite().all(1)).any():
+            raise ValueError(f"there are features that are not finite, of {listed(wrong)}")
         return self.sums / self.counts[:, None]
+
+    @property
+    def degeneracy(self) -> str | None:
+        """Why the class means have no geometry, as text: they are equal up to rounding. None if they differ.
+
+        The sum of n numbers has a relative error of up to n eps, which is what means may differ by.
+        """
+        means, within_sum = self.means, self.within_sums.sum()
+        size = (self.counts / self.counts.sum() @ means.square().sum(1) + within_sum / self.counts.sum()).sqrt()
+        rounding = torch.finfo(means.dtype).eps * (1 + self.counts) * size
+        if ((means - means.mean(0)).norm(dim=1) > rounding).any():
+            return None
+        if not means.any() and (self.negatives == 0 or (self.basis is not None and within_sum == 0)):
+            return "all features are zero (dead ReLUs)"
+        known = self.basis is not None and within_sum.sqrt() <= rounding.max() * self.counts.sum().sqrt()
+        return "all features are equal" if known else "the class means are equal"
 
     @property
     def negative_share(self) -> float:
         """Share of the features' entries that are below zero, NaN before the first batch."""
         return float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
+
+
+def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) -> torch.Tensor:
+    """Return numbers as a detached tensor, on the CPU instead of MPS; raise ValueError if they are no such thing."""
+    try:
+        tensor = torch.as_tensor(values, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} are a {type(values).__name__} that makes no tensor of numbers: {error}") from None
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def listed(classes: torch.Tensor) -> str:
+    """Return the classes that a bool tensor (K,) marks as text: the first ten, and how many more there are."""
+    marked = classes.nonzero().flatten().tolist()
+    return f"class {', '.join(map(str, marked[:10]))}" + (f" and {len(marked) - 10:,} more" if len(marked) > 10 else "")
+
+
+def between_class_root(means: torch.Tensor, counts: torch.Tensor, between: str) -> torch.Tensor:
+    """Return R (K, d) with Sigma_B = R^T R, the centred and weighted class means; see `between_class_basis`."""
+    shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
+    centred = means - (uniform if between == "means" else shares) @ means
+    weights = shares if between == "samples" else uniform
+    return weights.sqrt()[:, None] * centred
 
 
 def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str = "classes") -> torch.Tensor:
@@ -248,10 +319,7 @@ def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str 
         >>> between_class_basis(means, counts).shape
         torch.Size([8, 2])
     """
-    shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
-    centred = means - (uniform if between == "means" else shares) @ means
-    weights = shares if between == "samples" else uniform
-    _, singular, vectors = torch.linalg.svd(weights.sqrt()[:, None] * centred, full_matrices=False)
+    _, singular, vectors = torch.linalg.svd(between_class_root(means, counts, between), full_matrices=False)
     eigenvalues = singular.square()
     kept = eigenvalues > eigenvalues[0] * means.shape[1] * torch.finfo(torch.float64).eps
     return (vectors[kept] / singular[kept, None]).T
@@ -291,7 +359,7 @@ def geometry(means: ArrayLike, weight: ArrayLike) -> dict[str, torch.Tensor]:
         tensor([[ 2., -1.],
                 [-2.,  1.]], dtype=torch.float64)
     """
-    mu = torch.as_tensor(means).detach().double()
+    mu = as_tensor("means", means).double()
     w = validate_weight(weight, mu)
     logits = w @ mu.T
     gram = mu @ mu.T
@@ -307,7 +375,7 @@ def geometry(means: ArrayLike, weight: ArrayLike) -> dict[str, torch.Tensor]:
 
 def validate_weight(weight: ArrayLike, means: torch.Tensor) -> torch.Tensor:
     """Return a head's matrix in float64 on the device of the class means (K, d); raise ValueError for another shape."""
-    w = torch.as_tensor(weight).detach().double().to(means.device)
+    w = as_tensor("the weight", weight).to(means.device).double()
     if w.shape != means.shape:
         raise ValueError(f"weight has shape {tuple(w.shape)}, wanted (K, d) = {tuple(means.shape)}")
     return w
@@ -330,6 +398,7 @@ def nc_metrics(
     the classes that the optimum does not collapse.
 
     NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
+    NC1_trace       trace(Sigma_W) / trace(Sigma_B), see `nc1_trace`
     NC0             |sum_k w_k| / |W|, w_k the rows of W: zero at a stationary point of the cross entropy with weight
                     decay on W, because the gradient of the cross entropy sums to zero over the rows. This does not
                     hold for MSE, nor for a cross entropy whose logits are scaled class by class.
@@ -344,10 +413,12 @@ def nc_metrics(
 
     In Sigma_B of NC1 every class mean has weight 1/K and is centred at mu_G, the mean of all samples, in which it has
     weight n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
-    well, and between="means" centres them at the mean of the class means. No other column depends on this.
+    well, and between="means" centres them at the mean of the class means. Only NC1 and NC1_trace depend on this.
 
-    Raises ValueError for a class without samples, for W of another shape than (K, d), and for an optimum of other
-    class counts. Warns if the optimum is of a problem with ReLU and some features are negative.
+    Raises ValueError for a class without samples, for features that are not finite, for W of another shape than (K, d),
+    and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
+    negative, or if it needs more features than d. If all class means are equal, such as those of features that are all
+    zero, it warns, and what compares them is NaN.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -360,14 +431,19 @@ def nc_metrics(
         {'NC1': '0.125', 'NC0': '0.000', 'CDNV': '0.125', 'NCM_acc1': '100.000'}
     """
     means, counts = statistics.means, statistics.counts
+    if (wrong := ~statistics.within_sums.isfinite()).any():
+        raise ValueError(f"there are features in the second pass that are not finite, of {listed(wrong)}")
     if optimum is not None:
         validate_optimum(optimum, statistics)
-    row = {"NC1": nc1(statistics)}
+    if reason := statistics.degeneracy:
+        warnings.warn(f"{reason}: what compares class means is NaN", stacklevel=2)
+    row = {"NC1": nc1(statistics), "NC1_trace": nc1_trace(statistics)}
     w = None if weight is None else validate_weight(weight, means)
     if w is not None:
         row["NC0"] = (w.sum(0).norm() / w.norm()).item()
     row |= distances_to_optimum(means, w, counts, optimum)
-    return row | other_geometries(means, w, counts) | classical_metrics(statistics, w)
+    differing = torch.zeros_like(means) if reason else means  # equal up to rounding, which is no geometry
+    return row | other_geometries(differing, w, counts) | classical_metrics(statistics, w)
 
 
 def distances_to_optimum(
@@ -383,20 +459,28 @@ def distances_to_optimum(
     duality = self_duality(counts.cpu()) if optimum is None else optimum.duality
     row["NC2_W"] = distance(weight, duality.to(means.device) @ means)
     if optimum is not None:
-        logits = (weight @ means.T).cpu()
         row["NC2_WWT"] = distance((weight @ weight.T).cpu(), optimum.WWT)
+        logits = (weight @ means.T).cpu()
         row["NC3_WH"] = distance(logits, optimum.WH)
         row["margin_rel_err"] = largest_relative_error(class_margins(logits), optimum.margins)
     return row
 
 
 def validate_optimum(optimum: Optimum, statistics: ClassStatistics) -> None:
-    """Raise ValueError for an optimum of other class counts; warn if its ReLU contradicts the features."""
+    """Raise ValueError for an optimum of other class counts; warn if these features cannot reach it."""
     counts = statistics.counts.cpu()
     if not torch.equal(optimum.class_counts, counts):
         raise ValueError(
             f"the optimum is of class counts {optimum.problem.class_counts}, the features are of class counts "
             f"{tuple(counts.int().tolist())}"
+        )
+    dim, needed = statistics.sums.shape[1], int((~optimum.collapsed).sum())
+    if optimum.factors is not None:  # features that share directions
+        needed = int(torch.linalg.matrix_rank(optimum.factors[1]))
+    if dim < needed:
+        warnings.warn(
+            f"the optimum needs {needed} directions, and the features have {dim}: no network with d = {dim} reaches it",
+            stacklevel=3,
         )
     if optimum.problem.relu and statistics.negative_share > 0:
         warnings.warn(
@@ -410,7 +494,8 @@ def nc1(statistics: ClassStatistics) -> float:
     """Return trace(Sigma_W pinv(Sigma_B)) / K, with Sigma_W = (1/N) sum_i (h_i - mu_{y_i})(h_i - mu_{y_i})^T.
 
     Papyan, Han and Donoho (2020), section 2; `between_class_basis` defines Sigma_B. It is computed from centred
-    features in the span of the centred class means, accurate and never negative. NaN without the second pass.
+    features in the span of the centred class means, accurate and never negative. NaN without the second pass, and for
+    class means that are all equal.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc1
@@ -421,9 +506,30 @@ def nc1(statistics: ClassStatistics) -> float:
         >>> f"{nc1(statistics):.3f}"
         '0.125'
     """
-    if statistics.basis is None:
+    if statistics.basis is None or statistics.degeneracy:
         return math.nan
     return float(statistics.projected_sum / statistics.within_counts.sum() / statistics.num_classes)
+
+
+def nc1_trace(statistics: ClassStatistics) -> float:
+    """Return trace(Sigma_W) / trace(Sigma_B), with the covariances of `nc1`; NaN where that is NaN.
+
+    Tirer and Bruna (2022, arXiv 2202.08087). Unlike `nc1`, it does not divide by the smallest directions of Sigma_B,
+    and so does not jump when classes merge.
+
+    Example:
+        >>> from nc_metrics import ClassStatistics, nc1_trace
+        >>> batch = [[3.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 3.0]], [0, 0, 1, 1]
+        >>> statistics = ClassStatistics(num_classes=2)
+        >>> statistics.update(*batch)
+        >>> statistics.update_within(*batch)
+        >>> f"{nc1_trace(statistics):.3f}"
+        '0.500'
+    """
+    if statistics.basis is None or statistics.degeneracy:
+        return math.nan
+    between = between_class_root(statistics.means, statistics.counts, statistics.between).square().sum()
+    return float(statistics.within_sums.sum() / statistics.within_counts.sum() / between)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -450,17 +556,30 @@ def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: t
     etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
     row = {f"ETF_{name}": distance((a @ a.T).cpu(), etf) for name, a in rows.items()}
-    del etf  # frees a K x K matrix: SELI needs two more
-    seli_of = dict(zip(("HTH", "WWT"), seli(counts), strict=True))
-    return row | {f"SELI_{name}": distance((a @ a.T).cpu(), seli_of[name]) for name, a in rows.items()}
+    del etf  # frees a K x K matrix
+    return row | {f"SELI_{name}": distance_to_seli(a, counts, part) for part, (name, a) in enumerate(rows.items())}
+
+
+def distance_to_seli(rows: torch.Tensor, counts: torch.Tensor, part: int) -> float:
+    """Return the distance of the Gram matrix of rows (K, d) to H^T H (part 0) or W W^T (part 1) of SELI.
+
+    SELI is solved for each part, which is fast, so that two K x K matrices are in memory at a time, and not three.
+    """
+    target = seli(counts)[part]
+    return distance((rows @ rows.T).cpu(), target)
 
 
 def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) -> dict[str, float]:
-    """Return the usual measures of neural collapse, {column: float}.
+    """Return the usual measures of neural collapse, {column: float}. If all class means are equal, most are NaN.
 
     cv_mean_norms        std / mean over classes of |mu_k - mu_G| (Papyan, Han, Donoho, 2020, figure 2)
     cv_classifier_norms  std / mean over classes of |w_k| (ibid.)
+    equiangularity_means       std over pairs k != l of cos(mu_k - mu_G, mu_l - mu_G) (ibid., figure 3). Their mean
+                         says nothing: at equal norms it is -1/(K-1), because the vectors sum to zero
+    equiangularity_classifier  std over pairs k != l of cos(w_k, w_l) (ibid.)
     self_duality         |W/|W| - M/|M||, rows of M: mu_k - mu_G (ibid., NC3)
+    UNC3                 std / mean over classes of cos(w_k, mu_k - mu_G), `class_alignment`: uniform duality
+                         (Wu and Papyan, 2024, arXiv 2405.17767)
     NC4                  share of samples whose nearest class mean is not the predicted class (ibid., NC4); NaN if no
                          predictions were given
     CDNV                 mean over pairs k != l of (v_k + v_l) / (2 |mu_k - mu_l|^2), v_k the mean of |h - mu_k|^2
@@ -484,13 +603,21 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
         '0.125 100.0'
     """
     means, counts = statistics.means, statistics.counts
-    centred = means - counts @ means / counts.sum()
-    from_centre = means - means.mean(0)
-    row = {"cv_mean_norms": coefficient_of_variation(centred.norm(dim=1))}
+    row = {"cv_mean_norms": math.nan, "equiangularity_means": math.nan}
     if weight is not None:
         row["cv_classifier_norms"] = coefficient_of_variation(weight.norm(dim=1))
-        row["self_duality"] = distance(weight, centred)
+        row["equiangularity_classifier"] = equiangularity(weight)
+        row |= dict.fromkeys(("self_duality", "UNC3"), math.nan)
     row |= dict.fromkeys(("NC4", "CDNV", "GNC2", "NCM_acc1"), math.nan)
+    if statistics.degeneracy:
+        return row
+    centred = means - counts @ means / counts.sum()
+    from_centre = means - means.mean(0)
+    row["cv_mean_norms"] = coefficient_of_variation(centred.norm(dim=1))
+    row["equiangularity_means"] = equiangularity(centred)
+    if weight is not None:
+        row["self_duality"] = distance(weight, centred)
+        row["UNC3"] = coefficient_of_variation(torch.cosine_similarity(weight, centred, eps=0))
     directions = from_centre / from_centre.norm(dim=1, keepdim=True)
     row["GNC2"] = mean_over_pairs(directions, lambda distances_sq, rows: -distances_sq.log())
     if statistics.basis is not None:
@@ -503,6 +630,48 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
     return row
 
 
+def class_alignment(means: ArrayLike, weight: ArrayLike, counts: ArrayLike) -> torch.Tensor:
+    """Return cos(w_k, mu_k - mu_G) of each class (K,), of class means (K, d), a head W (K, d) and class counts (K,).
+
+    One in perfect self-duality (Papyan, Han, Donoho, 2020, NC3). With imbalanced classes it tells which of them are not
+    aligned. Raises ValueError for W of another shape than the means.
+
+    Example:
+        >>> from nc_metrics import class_alignment
+        >>> class_alignment(means=[[3.0, 0.0], [1.0, 0.0]], weight=[[2.0, 0.0], [-1.0, 1.0]], counts=[5, 5])
+        tensor([1.0000, 0.7071], dtype=torch.float64)
+    """
+    mu = as_tensor("means", means).double()
+    n = as_tensor("counts", counts, mu.device).double()
+    return torch.cosine_similarity(validate_weight(weight, mu), mu - n @ mu / n.sum(), eps=0)
+
+
+def nc5(means: ArrayLike, ood_features: ArrayLike) -> float:
+    """Return the mean over classes of |cos(mu_k, m)|, m the mean of out-of-distribution features (B, d).
+
+    Zero where these are orthogonal to all class means (K, d): NC5 of Ammar, Belkhir, Popescu, Manzanera, Franchi (2024,
+    arXiv 2310.06823), equation 5. Nothing is centred. Raises ValueError for features of another dimension.
+
+    Example:
+        >>> from nc_metrics import nc5
+        >>> f"{nc5(means=[[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]], ood_features=[[3.0, 0.0, 4.0]]):.3f}"
+        '0.300'
+    """
+    mu = as_tensor("means", means).double()
+    h = as_tensor("ood_features", ood_features, mu.device).double()
+    if h.ndim != 2 or h.shape[1] != mu.shape[1]:
+        raise ValueError(f"ood_features have shape {tuple(h.shape)}, wanted (B, {mu.shape[1]}) as the class means")
+    return torch.cosine_similarity(mu, h.mean(0, keepdim=True), eps=0).abs().mean().item()
+
+
+def equiangularity(rows: torch.Tensor) -> float:
+    """Return the standard deviation over pairs k != l of the cosines between rows (K, d)."""
+    directions, count = rows / rows.norm(dim=1, keepdim=True), len(rows)
+    mean = (directions.sum(0).square().sum() - count) / (count * (count - 1))
+    squares = mean_over_pairs(directions, lambda distances_sq, _: (1 - distances_sq / 2 - mean).square())
+    return math.sqrt(squares)
+
+
 def mean_over_pairs(points: torch.Tensor, measure: Callable[[torch.Tensor, slice], torch.Tensor]) -> float:
     """Return the mean over pairs k != l of measure(|p_k - p_l|^2, rows), of points (K, d) around the origin.
 
@@ -511,7 +680,11 @@ def mean_over_pairs(points: torch.Tensor, measure: Callable[[torch.Tensor, slice
     norms_sq, total, step = points.square().sum(1), points.new_zeros(()), max(1, TILE // len(points))
     for start in range(0, len(points), step):
         rows = slice(start, start + step)
-        distances_sq = (norms_sq[rows, None] + norms_sq - 2 * (points[rows] @ points.T)).clamp(min=0)
+        sums = norms_sq[rows, None] + norms_sq
+        distances_sq = sums - 2 * (points[rows] @ points.T)
+        close = (distances_sq < CLOSE * sums).nonzero()  # where the sums cancel
+        for p, q in (pairs.T for pairs in close.split(max(1, TILE // points.shape[1]))):
+            distances_sq[p, q] = (points[start + p] - points[q]).square().sum(1)
         values = measure(distances_sq, rows)
         values[:, rows].fill_diagonal_(0)  # k = l
         total += values.sum()
@@ -521,3 +694,62 @@ def mean_over_pairs(points: torch.Tensor, measure: Callable[[torch.Tensor, slice
 def coefficient_of_variation(values: torch.Tensor) -> float:
     """Return the standard deviation of `values`, without Bessel's correction, over their mean."""
     return (values.std(correction=0) / values.mean()).item()
+
+
+def regression_collapse(features: ArrayLike, targets: ArrayLike, weight: ArrayLike) -> dict[str, float]:
+    """Return NRC1, NRC2, NRC3 of features (N, d), targets (N, n) and a head W (n, d), {column: float}; n < d, n < N.
+
+    Andriopoulos, Dong, Guo, Zhao, Ross (2024, arXiv 2409.04180), section 3. All are zero in collapse. With the features
+    centred at their mean and divided by their norms,
+
+    NRC1  mean squared distance of a feature from the span of the first n principal components of the centred features
+    NRC2  mean squared distance of a feature from the span of W's rows
+    NRC3  |A/|A| - B/|B||^2, A = W W^T, B = Sigma^(1/2) - c I, Sigma the covariance of the targets, with the c from 0 to
+          the root of its smallest eigenvalue for which this is least
+
+    Features that equal their mean have no direction and are left out; NaN if all do. Raises ValueError for other shapes
+    and for numbers that are not finite.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import regression_collapse
+        >>> targets = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)).double()
+        >>> weight = torch.eye(2, 5).double()
+        >>> row = regression_collapse(targets @ weight, targets, weight)  # features in the span of W
+        >>> f"{row['NRC1']:.3f} {row['NRC2']:.3f}"
+        '0.000 0.000'
+    """
+    h, y, w = (torch.as_tensor(part).detach().cpu().double() for part in (features, targets, weight))
+    shapes = tuple(tuple(part.shape) for part in (h, y, w))
+    if h.ndim != 2 or shapes[1:] != ((len(h), w.shape[0]), (w.shape[0], h.shape[1])) or w.shape[0] >= min(h.shape):
+        raise ValueError(
+            f"features, targets and weight have shapes {shapes}, wanted (N, d), (N, n), (n, d), n < d, n < N"
+        )
+    if not all(part.isfinite().all() for part in (h, y, w)):
+        raise ValueError("the features, targets or weight are not finite")
+    centred = h - h.mean(0)
+    norms = centred.norm(dim=1)
+    rounding = torch.finfo(h.dtype).eps * len(h) * h.norm(dim=1).max()
+    directions = centred[norms > rounding] / norms[norms > rounding, None]
+    principal = torch.linalg.svd(centred, full_matrices=False).Vh[: len(w)]
+    own = torch.linalg.svd(w, full_matrices=False)
+    rows = own.Vh[own.S[0] * max(w.shape) * torch.finfo(h.dtype).eps < own.S]
+    residuals = [directions - directions @ basis.T @ basis for basis in (principal, rows)]
+    nrc1, nrc2 = (residual.square().sum(1).mean().item() for residual in residuals)
+    return {"NRC1": nrc1, "NRC2": nrc2, "NRC3": nrc3(w @ w.T, y)}
+
+
+def nrc3(gram: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return NRC3 of W W^T (n, n) and targets (N, n), with the best c in closed form.
+
+    The cosine of A and S - c I, S = Sigma^(1/2), has one stationary point in c; the best c is there or at an end.
+    """
+    values, vectors = torch.linalg.eigh(torch.cov(targets.T, correction=0).reshape(gram.shape))
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    eye = torch.eye(len(root), dtype=root.dtype)
+    product, trace = (gram * root).sum(), gram.trace()
+    stationary = (trace * root.square().sum() - product * root.trace()) / (trace * root.trace() - len(root) * product)
+    most = values[0].clamp(min=0).sqrt()
+    candidates = [root - c * eye for c in (0.0, most, stationary.nan_to_num(0.0).clamp(0.0, most))]
+    normalised = gram / gram.norm()
+    return min(((normalised - b / b.norm()).square().sum().item() for b in candidates if b.any()), default=float("nan"))

@@ -21,7 +21,7 @@ from nc_theory import Optimum
 
 __all__ = ["COLUMNS", "OPTIMUM_COLUMNS", "REFERENCE_COLUMNS", "NeuralCollapse"]
 
-COLUMNS = ("NC1", "CDNV", "GNC2", "ETF_HTH", "SELI_HTH", "cv_mean_norms")
+COLUMNS = ("NC1", "NC1_trace", "CDNV", "GNC2", "ETF_HTH", "SELI_HTH", "cv_mean_norms", "equiangularity_means")
 OPTIMUM_COLUMNS = ("NC2_H", "norm_rel_err")
 REFERENCE_COLUMNS = ("NC4", "NCM_acc1")
 
@@ -88,22 +88,25 @@ class NeuralCollapse(Metric):
     def update(self, features: ArrayLike, target: ArrayLike, predictions: ArrayLike | None = None) -> None:
         """Add a batch: features (B, d), integer labels (B,) and, for NC4, the classes (B,) that the head predicts.
 
-        Raises ValueError for other shapes, labels out of range, and features that are not finite.
+        Raises ValueError for other shapes and types, labels out of range, and features that are not finite.
         """
-        h, y = self.validate_batch(features, target)
+        h, y, predicted = self.validate_batch(features, target, predictions)
         if h.shape[1] != self.feature_dim or not h.isfinite().all():
             raise ValueError(f"features have shape {tuple(h.shape)}, wanted finite (B, {self.feature_dim})")
-        h = h.double()
         self.moments = merge_moments(torch.stack([self.moments, batch_moments(h, y, self.num_classes)]))
-        self.negatives += (h < 0).sum()
+        self.negatives = self.negatives + (h < 0).sum()
         if self.reference_means is not None:
             means = self.reference_means.double()
-            nearest = (h @ means.T - 0.5 * means.square().sum(1)).argmax(1)
-            self.hits += (nearest == y).sum()
-            if predictions is None:
-                self.disagreements += math.nan
-            else:
-                self.disagreements += (nearest != torch.as_tensor(predictions, device=h.device)).sum()
+            centre = means.mean(0)  # without it, |h|^2 - 2 h . mu + |mu|^2 would cancel far from the origin
+            shifted = means - centre
+            nearest = ((h - centre) @ shifted.T - 0.5 * shifted.square().sum(1)).argmax(1)
+            self.hits = self.hits + (nearest == y).sum()
+            self.disagreements = self.disagreements + (math.nan if predicted is None else (nearest != predicted).sum())
+
+    def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
+        """Add the state of another metric, and have `compute` compute again, which torchmetrics 1.9 does not."""
+        super().merge_state(incoming_state)
+        self._computed = None
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return {column: float64 scalar}; all are NaN, with a warning, as long as a class has no samples."""

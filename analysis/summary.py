@@ -170,7 +170,7 @@ def written(name, value, digits=2):
         return f"{value:,.0f}"
     if name.endswith("_acc1"):
         return f"{value:.2f}"
-    if value == 0 or 0.01 <= abs(value) < 100:
+    if value in (0, math.inf) or 0.01 <= abs(value) < 100:
         return f"{value:.{digits}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa}e{int(exponent)}"

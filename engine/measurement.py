@@ -35,7 +35,7 @@ class Measurement:
     def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None):
         self.run, self.model, self.data, self.precision = run, model, data, precision
         self.device, self.after_batch, self.ranks = data.train.labels.device, after_batch, ranks or OneProcess()
-        self.negatives_noted = False
+        self.notes = set()
 
     def record(self, epoch, loggers=()):
         """Measure the model, add the row to the run and the loggers, and return the row."""
@@ -78,7 +78,7 @@ class Measurement:
             statistics.update(features, labels)
             train.update(logits, labels)
         statistics.merge(self.ranks.sum)
-        if not statistics.means.isfinite().all():
+        if not statistics.sums.isfinite().all():
             raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
         for logits, features, labels in passes if isinstance(passes, list) else self.forward(self.data.train):
             statistics.update_within(features, labels, logits.argmax(1))
@@ -91,9 +91,15 @@ class Measurement:
         for accuracy in (train, test):
             accuracy.merge(self.ranks.sum)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* entries are negative")  # noted once instead, below
+            warnings.filterwarnings("ignore", ".* entries are negative|.* class means is NaN")  # noted once instead
             metrics = nc_metrics(statistics, weight, optimum)
-        self.note_negatives(statistics.negative_share, optimum)
+        if optimum and optimum.problem.relu and (share := statistics.negative_share) > 0:
+            self.note(
+                "negative",
+                f"{share:.2%} of the features' entries are negative, but the optimum is that of ReLU features",
+            )
+        if reason := statistics.degeneracy:
+            self.note(reason, f"{reason}: what compares class means is empty")
         row = {
             "train_acc1": train.overall(),
             "test_acc1": test.overall(),
@@ -109,12 +115,11 @@ class Measurement:
             parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}
         return row, parts, [line for accuracy in (train, test) for line in accuracy.rows(self.data)]
 
-    def note_negatives(self, share, optimum):
-        """Print once that features are negative although the optimum is that of a ReLU."""
-        if optimum and optimum.problem.relu and share > 0 and not self.negatives_noted and is_first_rank():
-            note = f"{share:.2%} of the features' entries are negative, but the optimum is that of ReLU features"
-            print(f"note: {note}", file=sys.stderr)
-            self.negatives_noted = True
+    def note(self, kind, text):
+        """Print a note, the first of its kind only."""
+        if kind not in self.notes and is_first_rank():
+            print(f"note: {text}", file=sys.stderr)
+        self.notes.add(kind)
 
     def forward(self, split):
         """Yield (logits, features, labels) of this rank's rows of each batch of a split, in order."""

@@ -10,7 +10,13 @@ import pytest
 from tests.conftest import ROOT
 
 NEEDS_TORCHMETRICS = pytest.mark.skipif(not importlib.util.find_spec("torchmetrics"), reason="needs torchmetrics")
-MODULES = ["nc_theory", "nc_metrics", "nc_layers", pytest.param("nc_torchmetrics", marks=NEEDS_TORCHMETRICS)]
+MODULES = [
+    "nc_theory",
+    "nc_metrics",
+    "nc_layers",
+    "nc_measure",
+    pytest.param("nc_torchmetrics", marks=NEEDS_TORCHMETRICS),
+]
 
 
 def examples_of(module):

@@ -1,5 +1,6 @@
 """Statistics of layers against features collected by hand, and models that are left as they were."""
 
+import warnings
 import weakref
 
 import numpy as np
@@ -107,6 +108,35 @@ def test_samples_against_the_means_of_others():
         layer_statistics(model, LOADER, ["tokens", "out"], 3, reference=train)
 
 
+@pytest.mark.parametrize("per_class", [2, 5])
+def test_random_augmentation_between_the_passes_is_noticed(per_class):
+    """NC1 of images with fresh noise in each pass, over that of the same noise in both: large for few images."""
+    labels = torch.arange(3).repeat_interleave(per_class)
+
+    class Augmented(list):
+        def __iter__(self):
+            return iter([(4 * torch.eye(3, 40)[labels] + torch.randn(len(labels), 40), labels)])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Identity(), nn.Linear(40, 3))
+    with pytest.warns(UserWarning, match="layer '1': the two passes over the loader had different features"):
+        layer_statistics(model, Augmented(), ["1"], 3)
+    ratios = []
+    for _ in range(100):
+        with warnings.catch_warnings(action="ignore"):
+            once = layer_statistics(model, [*Augmented()], ["1"], 3)["1"]
+            ratios.append(
+                once.within_sums.sum() / layer_statistics(model, Augmented(), ["1"], 3)["1"].within_sums.sum()
+            )
+    assert 1 / np.mean(ratios) == pytest.approx((per_class + 1) / (per_class - 1), rel=0.1)
+
+
+def test_the_order_of_the_batches_may_change_between_the_passes():
+    shuffled = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=7, shuffle=True)
+    with warnings.catch_warnings(action="error"):
+        layer_statistics(small(), shuffled, ["tokens", "out"], 3)
+
+
 def test_memory_does_not_grow_with_the_loader():
     """The feature maps of a batch are freed once the batch after the next is read."""
     alive = []
@@ -183,10 +213,327 @@ def test_other_heads_are_the_linear_layer_that_is_called_last():
     assert head_input(model, IMAGES[:2]) == "out" and model.training and model.calls == 0
     with pytest.raises(ValueError, match=r"Small has no Linear layer under fc, .* give a batch of inputs"):
         head_input(model)
-    with pytest.raises(ValueError, match="the head is a Conv2d, wanted a Linear layer"):
-        head_weight(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="the head is a Conv2d, wanted a linear map"):
+        head_weight(nn.Conv2d(3, 4, 2))
     with pytest.raises(ValueError, match="Conv2d has no Linear layer"):
-        head_input(nn.Conv2d(3, 3, 1), IMAGES[:2])
+        head_input(nn.Conv2d(3, 3, 2), IMAGES[:2])
+
+
+class Body(nn.Module):
+    """Any heads {name: module} on 8 features; `join` makes the output of the features and a dict of their outputs."""
+
+    def __init__(self, join=lambda h, made: made["fc"], **heads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(3 * 32 * 32, 8)
+        for name, head in heads.items():
+            self.add_module(name, head)
+        self.heads, self.join = list(heads), join
+
+    def features(self, images=IMAGES):
+        return self.body(images.flatten(1)).relu()
+
+    def forward(self, images):
+        h = self.features(images)
+        return self.join(h, {name: getattr(self, name)(h) for name in self.heads})
+
+
+def rotation(join):
+    torch.manual_seed(1)
+    return Body(join, fc=nn.Linear(8, 3), rotation=nn.Linear(8, 4)).eval()
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda h, made: (made["fc"], made["rotation"]),
+        lambda h, made: (made["rotation"], {"aux": [made["fc"]]}),
+        lambda h, made: {"aux": made["rotation"], "logits": made["fc"]},
+        lambda h, made: made["fc"],
+        lambda h, made: made["fc"].softmax(1),
+        lambda h, made: (None, made["fc"].log_softmax(1)),
+    ],
+)
+def test_a_head_is_the_layer_that_makes_the_logits_whatever_is_called_later(join):
+    model = rotation(join)
+    found = layer_statistics(model, LOADER, ["body", "fc"], 3)
+    nc1, _, nearest = by_hand(model.features())
+    assert found["fc"].means.shape == (3, 8) and found["fc"].at_head and not found["body"].at_head
+    row, predicted = nc_metrics(found["fc"], head_weight(model.fc)), model.fc(model.features()).argmax(1).numpy()
+    assert row["NC1"] == pytest.approx(nc1, rel=1e-4) and row["NC4"] == pytest.approx(np.mean(nearest != predicted))
+    assert head_input(model) == head_input(model, IMAGES) == "fc"
+    if "rotation" in str(join.__code__.co_consts):
+        parallel = layer_statistics(model, [(IMAGES, LABELS)], ["rotation"], 3)["rotation"]
+        assert parallel.at_head and parallel.means.shape == (3, 8)
+
+
+@pytest.mark.parametrize(
+    "join, message",
+    [
+        (lambda h, made: (made["fc"] + made["other"]) / 2, r"layer 'fc', a Linear, is no head .* \(7, 3\) is not what"),
+        (lambda h, made: 2 * made["fc"], "layer 'fc', a Linear, is no head that can be measured"),
+        (lambda h, made: h, r"layer 'fc', .* its output \(7, 3\) is not what the model returns, \(7, 8\)"),
+    ],
+    ids=["distilled", "scaled", "features"],
+)
+def test_a_head_that_does_not_make_the_logits_is_refused(join, message):
+    model = Body(join, fc=nn.Linear(8, 3), other=nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=message):
+        layer_statistics(model, LOADER, ["fc"], 3)
+    with pytest.raises(ValueError, match="Body has no Linear layer, or the like, that is its head: layer 'fc'"):
+        head_input(model, IMAGES)
+
+
+def test_an_encoder_without_a_head_has_none():
+    model = torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 16, num_classes=3).eval()
+    model.heads = nn.Identity()
+    with pytest.raises(ValueError, match="none makes what the model returns"):
+        head_input(model, IMAGES)
+    inner = "encoder.layers.encoder_layer_0.mlp.3"
+    with pytest.warns(UserWarning, match="NC4 is NaN"):
+        found = layer_statistics(model, LOADER, [inner, "encoder", "heads"], 3)
+    assert not any(of_layer.at_head for of_layer in found.values())
+    assert nc_metrics(found["heads"])["NC1"] == pytest.approx(by_hand(model(IMAGES))[0], rel=1e-4)
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter around a Linear layer, with the names of PEFT."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features, self.base_layer = 8, 3, nn.Linear(8, 3)
+        self.lora_A, self.lora_B = (nn.ModuleDict({"default": nn.Linear(*s, bias=False)}) for s in ((8, 2), (2, 3)))
+
+    def forward(self, h):
+        return self.base_layer(h) + 3 * self.lora_B["default"](self.lora_A["default"](h))
+
+
+def quantised():
+    return torch.ao.nn.quantized.dynamic.Linear.from_float(calibrated(nn.Linear(8, 3)))
+
+
+def calibrated(layer):
+    layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return layer
+
+
+def expected_weight(head):
+    """W by single unit vectors."""
+    with torch.no_grad():
+        return torch.stack([head(row[None]) - head(torch.zeros(1, 8)) for row in torch.eye(8)], 2)[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(8, 3).bfloat16().float(),
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
+        lambda: nn.utils.parametrizations.orthogonal(nn.Linear(8, 3)),
+        lambda: nn.utils.weight_norm(nn.Linear(8, 3)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3)),
+        Adapted,
+        quantised,
+        lambda: nn.Sequential(nn.Dropout(), nn.Linear(8, 5), nn.Linear(5, 3)),
+        lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)),
+        lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1), nn.Flatten()),
+    ],
+    ids="linear weight_norm orthogonal weight_norm_hook spectral_norm lora quantised chain batch_norm conv".split(),
+)
+@pytest.mark.filterwarnings("ignore")
+def test_heads_that_are_no_plain_linear_layer(make):
+    model = Body(fc=make()).eval()
+    found = layer_statistics(model, LOADER, ["fc"], 3)["fc"]
+    assert found.at_head and nc_metrics(found)["NC1"] == pytest.approx(by_hand(model.features())[0], rel=1e-4)
+    torch.testing.assert_close(head_weight(model.fc).float(), expected_weight(model.fc), rtol=2e-2, atol=1e-4)
+    assert layer_statistics(model, LOADER, [head_input(model, IMAGES)], 3).popitem()[1].at_head
+
+
+def test_parallel_heads_are_no_chain():
+    model = Body(lambda h, made: made["fc"], fc=nn.Linear(8, 3))
+    model.classifier = nn.ModuleDict({"a": nn.Linear(8, 3), "b": nn.Linear(8, 3)})
+    model.fc = None
+    model.heads, model.join = [], lambda h, made: {"a": model.classifier["a"](h), "b": model.classifier["b"](h)}
+    with pytest.raises(ValueError, match=r"Body has several heads: classifier.a, classifier.b; name one"):
+        head_input(model)
+    assert head_input(model, IMAGES) == "classifier.a"
+    found = layer_statistics(model, LOADER, ["classifier.a", "classifier.b"], 3)
+    assert all(of_layer.at_head and of_layer.means.shape == (3, 8) for of_layer in found.values())
+    with pytest.raises(ValueError, match="the head is a ModuleDict of Linear, wanted a linear map"):
+        head_weight(model.classifier)
+
+
+def test_convolutions_of_one_pixel():
+    class Pooled(nn.Module):
+        def __init__(self, relu):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.fc, self.relu = nn.Conv2d(3, 8, 5, 5), nn.Conv2d(8, 3, 1), relu
+
+        def forward(self, images):
+            maps = self.fc(self.conv(images).relu().mean((2, 3), keepdim=True))
+            return (maps.relu() if self.relu else maps).flatten(1)
+
+    model = Pooled(relu=False).eval()
+    found = layer_statistics(model, LOADER, ["fc"], 3)["fc"]
+    expected = by_hand(model.conv(IMAGES).relu().mean((2, 3)))[0]
+    assert found.at_head and nc_metrics(found)["NC1"] == pytest.approx(expected, rel=1e-4)
+    assert head_weight(model.fc).shape == (3, 8) and head_input(model, IMAGES) == "fc"
+    with pytest.raises(ValueError, match="layer 'fc'"):
+        layer_statistics(Pooled(relu=True), LOADER, ["fc"], 3)
+
+
+def test_what_holds_the_head_names_it():
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 3)))
+    with pytest.raises(ValueError, match=r"layer '1', .* makes the logits, .* name the linear layer in it, '1\.2'"):
+        layer_statistics(model, LOADER, ["1"], 3)
+
+
+class Decoder(nn.Module):
+    """Tokens of padded sequences, and the logits of the last token that is none, or of all tokens, or their mean."""
+
+    def __init__(self, pick):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.score, self.pick = nn.Embedding(20, 8), nn.Linear(8, 3, bias=False), pick
+
+    def forward(self, ids, mask):
+        logits = self.score(self.embed(ids))
+        last = mask.sum(1) - 1
+        return {"last": logits[torch.arange(len(ids)), last], "mean": logits.mean(1), "all": logits}[self.pick]
+
+
+IDS = torch.randint(20, (18, 6), generator=torch.Generator().manual_seed(2))
+MASK = torch.arange(6) < torch.randint(1, 6, (18, 1), generator=torch.Generator().manual_seed(3))
+TEXT = [({"ids": IDS[i : i + 7], "mask": MASK[i : i + 7]}, LABELS[i : i + 7]) for i in range(0, 18, 7)]
+
+
+def test_a_head_of_tokens_is_measured_at_the_token_that_the_model_picks():
+    model = Decoder("last")
+    h = model.embed(IDS)
+    picked = h[torch.arange(18), MASK.sum(1) - 1]
+    found = layer_statistics(model, TEXT, ["score"], 3)["score"]
+    assert nc_metrics(found)["NC1"] == pytest.approx(by_hand(picked)[0], rel=1e-4)
+    assert nc_metrics(found)["NC1"] != pytest.approx(by_hand(h.mean(1))[0], rel=0.1)
+    assert nc_metrics(found)["NC4"] == np.mean(by_hand(picked)[2] != model.score(picked).argmax(1).numpy())
+    found = layer_statistics(Decoder("mean"), TEXT, ["score"], 3)["score"]
+    assert nc_metrics(found)["NC1"] == pytest.approx(by_hand(h.mean(1))[0], rel=1e-4)
+
+
+def test_features_may_depend_on_the_inputs_such_as_a_mask():
+    def without_padding(tokens, inputs):
+        mask = inputs["mask"][..., None]
+        return (tokens * mask).sum(1) / mask.sum(1)
+
+    model = Decoder("last")
+    found = layer_statistics(model, TEXT, ["embed", "score"], 3, features=without_padding)
+    expected = by_hand(without_padding(model.embed(IDS), {"mask": MASK}))[0]
+    assert nc_metrics(found["embed"])["NC1"] == pytest.approx(expected, rel=1e-4)
+    assert found["score"].at_head
+
+
+def test_a_language_model_keeps_nc4():
+    """Every token is a sample; its label is a class."""
+    model, labels = Decoder("all"), IDS % 3
+    loader = [(inputs, labels[7 * i : 7 * i + 7].flatten()) for i, (inputs, _) in enumerate(TEXT)]
+    found = layer_statistics(model, loader, ["embed", "score"], 3, features=lambda h: h.flatten(0, 1))
+    h = model.embed(IDS).flatten(0, 1)
+    means = torch.stack([h[labels.flatten() == k].mean(0) for k in range(3)])
+    expected = (torch.cdist(h, means).argmin(1) != model.score(h).argmax(1)).double().mean().item()
+    for of_layer in found.values():
+        assert nc_metrics(of_layer)["NC4"] == pytest.approx(expected)
+
+
+def test_outputs_and_inputs_of_all_kinds():
+    """No output at all; arrays of float64, lists of views, and dicts with None and text, as inputs."""
+    model = rotation(lambda h, made: None)
+    with pytest.warns(UserWarning, match=r"NC4 is NaN: the model returns no logits of shape \(B, 3\)"):
+        found = layer_statistics(model, LOADER, ["rotation", "body"], 3)
+    assert found["rotation"].at_head and not found["body"].at_head
+    expected = nc_metrics(layer_statistics(rotation(lambda h, made: made["fc"]), LOADER, ["fc"], 3)["fc"])
+
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = rotation(lambda h, made: made["fc"])
+
+        def forward(self, views, text=None, nothing=None):
+            assert text in (None, "a cat") and nothing is None
+            return {"out": self.model(views[0] if isinstance(views, list) else views)}
+
+    for inputs in (
+        lambda x: x.double().numpy(),
+        lambda x: [x, x + 1],
+        lambda x: [x.numpy()],
+        lambda x: {"views": x, "text": "a cat", "nothing": None},
+    ):
+        loader = [(inputs(x), y) for x, y in LOADER]
+        row = nc_metrics(layer_statistics(Views(), loader, ["model.fc"], 3)["model.fc"])
+        assert row == pytest.approx(expected, rel=1e-5, nan_ok=True)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "inside"])
+def test_compiled_models_are_measured_as_they_are(way):
+    expected = nc_metrics(layer_statistics(rotation(lambda h, made: made["fc"]), LOADER, ["body", "fc"], 3)["fc"])
+    model = rotation(lambda h, made: made["fc"])
+    if way == "wrapped":
+        model = torch.compile(model, backend="eager")
+    elif way == "in place":
+        model.compile(backend="eager")
+    else:
+        model.body = torch.compile(model.body, backend="eager")
+    with torch.no_grad():
+        model(IMAGES)
+    found = layer_statistics(model, LOADER, ["body", head_input(model)], 3)
+    assert list(found) == ["body", "fc"] and nc_metrics(found["fc"]) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_fast_path_of_a_transformer_is_left_out_and_then_restored():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.embed, self.encoder, self.fc = nn.Embedding(20, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+        def forward(self, ids, mask):
+            return self.fc(self.encoder(self.embed(ids), src_key_padding_mask=~mask)[:, 0])
+
+    found = layer_statistics(Encoder(), TEXT, ["encoder.layers.0", "fc"], 3)
+    assert found["fc"].at_head and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_layer_that_is_called_several_times_is_said_with_the_call():
+    class Twice(Body):
+        def forward(self, images):
+            h = self.features(images)
+            logits = self.fc(h)
+            self.fc(h + 1), self.body(images.flatten(1) + 1)
+            return logits
+
+    model = Twice(fc=nn.Linear(8, 3)).eval()
+    with pytest.warns(UserWarning) as caught:
+        found = layer_statistics(model, LOADER, ["fc", "body"], 3)
+    assert [str(of.message) for of in caught] == [
+        "layer 'fc' is called 2 times in a batch: measured at call 1, which makes the logits",
+        "layer 'body' is called 2 times in a batch: measured at the last one",
+    ]
+    assert nc_metrics(found["fc"])["NC1"] == pytest.approx(by_hand(model.features())[0], rel=1e-4)
+
+
+def test_buffers_made_by_expand_and_those_behind_them_are_restored():
+    class Counting(Body):
+        def __init__(self):
+            super().__init__(fc=nn.Linear(8, 3))
+            self.register_buffer("positions", torch.arange(3.0)[:, None].expand(3, 5))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, images):
+            self.calls += 1
+            return super().forward(images)
+
+    model = Counting()
+    layer_statistics(model, LOADER, ["fc"], 3)
+    assert model.calls == 0 and torch.equal(model.positions, torch.arange(3.0)[:, None].expand(3, 5))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,13 @@ def build(num_classes):
     return torch.nn.Sequential(body, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(6, num_classes))
 
 constant = 1
+torch_module = torch.nn.Linear(2, 3)
+
+def nothing():
+    pass
+
+def pair():
+    return build(3), None
 """
 
 
@@ -81,6 +88,55 @@ def test_a_model_from_a_file(run_script, images, tmp_path):
     assert picture.std() > 10 and (tmp_path / "out" / "layers.pdf").stat().st_size > 1000
 
 
+def test_metrics_that_are_nan_in_all_rows_keep_their_columns_in_the_table(run_script, images, tmp_path):
+    """Features that are all zero."""
+    (tmp_path / "own.py").write_text(
+        OWN.replace("Conv2d(3, 6, 3, 2)", "Threshold(1e9, 0), torch.nn.Conv2d(3, 6, 1, bias=False)")
+    )
+    flags = ["--model", "own.py:build", "--data_dir", images, "--size", 32, "--layers", "0"]
+    out, error = run_script(SCRIPT, *flags)
+    assert re.search(r"layer split +d +NC1 +CDNV +NCM_acc1\n +0 train +6 +NaN +NaN +NaN\n", out)
+    assert "all features are zero (dead ReLUs)" in error
+
+
+THEIRS = """
+from __future__ import annotations
+from dataclasses import dataclass
+import args, datasets, models, torch, utils
+
+assert {of.WHOSE for of in (args, datasets, models, utils)} == {"theirs"}
+
+@dataclass
+class Size:
+    width: int = 5
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, Size().width, 3)
+        self.fc, self.turned = torch.nn.Linear(5, 3), torch.nn.Linear(5, 4)
+
+    def forward(self, x):
+        import utils
+        assert utils.WHOSE == "theirs"
+        h = self.body(x).mean((2, 3))
+        return self.fc(h), self.turned(h)
+"""
+
+
+def test_a_file_is_imported_as_python_imports_it(run_script, images, tmp_path):
+    """Neighbours with the names of our modules, a dataclass, and a model that returns the outputs of two heads."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name in ("args", "datasets", "models", "utils"):
+        (folder / f"{name}.py").write_text("WHOSE = 'theirs'")
+    (folder / "build.py").write_text(THEIRS)
+    flags = ["--data_dir", images, "--size", 9, "--layers", "head"]
+    run_script(SCRIPT, "--model", "theirs/build.py:Two", *flags)
+    row, *_ = rows_of(tmp_path / "layers" / "layers.csv")
+    assert row["layer"] == "fc" and row["d"] == "5" and float(row["NC0"]) > 0
+
+
 def test_torchvision_with_weights(run_script, images, tmp_path):
     model = torchvision.models.resnet18(num_classes=3)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -124,6 +180,25 @@ def test_a_run_of_ours(train, measure, run_script, tmp_path):
     assert ("layers.1", "test") in rows
 
 
+def test_layers_over_the_epochs_of_a_run(train, measure, run_script, tmp_path):
+    train(*TINY, "--save_every", 1, "--save_path", "run")
+    measure("--load_path", "run")
+    flags = ["--run", "run", "--layers", "layers.1,head"]
+    out, _ = run_script(SCRIPT, *flags, "--epochs", "all", "--out", "all")
+    assert out.count("head: the input of fc") == 1
+    rows = rows_of(tmp_path / "all" / "layers.csv")
+    keys = [(row["epoch"], row["layer"], row["split"]) for row in rows]
+    assert keys == [(e, name, split) for e in "12" for name in ("layers.1", "fc") for split in ("train", "test")]
+    for measured in rows_of(tmp_path / "run" / "nc_metrics.csv"):
+        (row,) = (r for r in rows if (r["epoch"], r["layer"], r["split"]) == (measured["epoch"], "fc", "train"))
+        for name in ("NC1", "NC0", "CDNV", "NC4"):
+            assert float(row[name]) == pytest.approx(float(measured[name]), rel=1e-5), name
+    run_script(SCRIPT, *flags, "--epochs", 2, "--out", "second")
+    assert rows_of(tmp_path / "second" / "layers.csv") == rows[4:]
+    _, error = run_script(SCRIPT, *flags, "--epochs", 7, status=2)
+    assert "no checkpoint of epoch 7, there are 1, 2" in error
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -132,6 +207,16 @@ def test_a_run_of_ours(train, measure, run_script, tmp_path):
         ("--model torchvision:resnet19 --data_dir IMAGES --layers fc", "--model torchvision:resnet19: Unknown model"),
         ("--model resnet18 --data_dir IMAGES --layers fc", "wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION"),
         ("--model own.py:make --data_dir IMAGES --layers 0", "--model own.py:make: the file has no function make"),
+        ("--model own.py:torch --data_dir IMAGES --layers 0", "own.py:torch: a module, wanted a function"),
+        (
+            "--model own.py:torch_module --data_dir IMAGES --layers 0",
+            "a Linear, wanted a function",
+        ),
+        (
+            "--model own.py:nothing --data_dir IMAGES --layers 0",
+            "the function returns a NoneType",
+        ),
+        ("--model own.py:pair --data_dir IMAGES --layers 0", "the function returns a tuple, wanted a torch.nn.Module"),
         ("--model own.py:build --data_dir IMAGES --layers 0", "own.py:build has no transforms of its own: give --size"),
         (
             "--model own.py:build --data_dir IMAGES --size 9 --layers 0.2",
@@ -142,6 +227,9 @@ def test_a_run_of_ours(train, measure, run_script, tmp_path):
             "--model own.py:build --data_dir IMAGES --size 9 --weights other.pth --layers 0",
             "size mismatch for 3.weight",
         ),
+        ("--model own.py:build --data_dir IMAGES --size 9 --layers 0 --epochs all", "--epochs are those of a --run"),
+        ("--run nowhere --layers 0 --epochs all", "nowhere: no config.json with epoch_*.pth files beside it"),
+        ("--run nowhere --layers 0 --epochs 1,x", "'x' is not a whole number >= 1"),
         ("--run nowhere --layers 0", "nowhere: no config.json with epoch_*.pth files beside it"),
     ],
 )

@@ -4,6 +4,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,16 @@ import pytest
 import scipy.linalg
 import torch
 
-from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
-from nc_theory import LOSSES, UFM, self_duality, seli, solve
+from nc_metrics import (
+    THEORY_COLUMNS,
+    ClassStatistics,
+    class_alignment,
+    geometry,
+    nc5,
+    nc_metrics,
+    regression_collapse,
+)
+from nc_theory import LOSSES, UFM, self_duality, seli, simplex_etf, solve
 from tests.conftest import documented, full_nc1, samples, statistics_of
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +187,18 @@ def test_classical_columns(case):
     assert row["CDNV"] == pytest.approx(cdnv, rel=1e-10)
     assert row["NCM_acc1"] == pytest.approx(100 * np.mean(np.array(nearest) == labels), rel=1e-12)
 
+    def cosine(a, b):
+        return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))
+
+    def spread(rows):
+        return np.std([cosine(rows[k], rows[m]) for k, m in pairs])
+
+    assert row["equiangularity_means"] == pytest.approx(spread(centred), rel=1e-10)
+    assert row["equiangularity_classifier"] == pytest.approx(spread(weight), rel=1e-10)
+    alignment = [cosine(w, m) for w, m in zip(weight, centred, strict=True)]
+    assert class_alignment(means, weight, counts).tolist() == pytest.approx(alignment, rel=1e-10)
+    assert row["UNC3"] == pytest.approx(np.std(alignment) / np.mean(alignment), rel=1e-10)
+
     average = [sum(m[j] for m in means) / 4 for j in range(7)]
     directions = [[x - y for x, y in zip(m, average, strict=True)] for m in means]
     directions = [[x / math.sqrt(dot(u, u)) for x in u] for u in directions]
@@ -290,6 +312,70 @@ def test_without_a_head_its_columns_are_absent(case):
     assert headless.items() <= row.items()
     other = nc_metrics(statistics_of(features, labels, 4, predictions), weight[::-1].copy() + 1, optimum)
     assert row.keys() - headless.keys() == {name for name in row if other[name] != row[name]}
+
+
+def test_of_an_etf_the_angles_are_equal_to_the_last_digit():
+    etf = simplex_etf(7, 20).numpy()
+    row = nc_metrics(statistics_of(etf.repeat(3, 0) * 5 + 2, np.arange(7).repeat(3), 7), etf)
+    columns = ("cv_mean_norms", "equiangularity_means", "cv_classifier_norms", "equiangularity_classifier", "UNC3")
+    assert max(abs(row[name]) for name in columns) < 1e-13
+
+
+def test_the_mean_cosine_of_centred_vectors_of_equal_norms_says_nothing():
+    """It is -1 / (K - 1) of any directions that sum to zero, here of two opposite pairs; the spread tells."""
+    means = np.array([[1, 0], [-1, 0], [0.6, 0.8], [-0.6, -0.8]])
+    cosines = (means @ means.T)[~np.eye(4, dtype=bool)]
+    row = nc_metrics(statistics_of(means.repeat(2, 0), np.arange(4).repeat(2), 4))
+    assert cosines.mean() == pytest.approx(-1 / 3) and row["equiangularity_means"] == pytest.approx(cosines.std())
+
+
+def test_nc5(case):
+    *_, means, _, _, _ = case
+    ood = np.random.default_rng(3).standard_normal((9, 7))
+    m = ood.mean(0)
+    expected = np.mean([abs(dot(mu, m)) / math.sqrt(dot(mu, mu) * dot(m, m)) for mu in means])
+    assert nc5(np.array(means), ood.astype(np.float32)) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"ood_features have shape \(9, 3\), wanted \(B, 7\)"):
+        nc5(np.array(means), ood[:, :3])
+
+
+@pytest.mark.parametrize("targets", [1, 2, 4])
+def test_regression_collapse(targets):
+    """By projections with SciPy's pinv and orth, and a fine grid of c."""
+    random = np.random.default_rng(targets)
+    y = random.standard_normal((60, targets)) @ random.standard_normal((targets, targets))
+    weight = random.standard_normal((targets, 8))
+    features = y @ weight + 0.3 * random.standard_normal((60, 8)) + 5
+    centred = features - features.mean(0)
+    directions = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    _, vectors = np.linalg.eigh(centred.T @ centred)
+    spans = {"NRC1": vectors[:, -targets:], "NRC2": scipy.linalg.orth(weight.T)}
+    row = regression_collapse(features, y, weight)
+    for name, span in spans.items():
+        residual = directions - directions @ span @ scipy.linalg.pinv(span)
+        assert row[name] == pytest.approx(np.square(residual).sum(1).mean(), rel=1e-9, abs=1e-14)
+    sigma = np.cov(y.T, bias=True).reshape(targets, targets)
+    root = np.real(scipy.linalg.sqrtm(sigma))
+    gram = weight @ weight.T
+    grid = np.linspace(0, math.sqrt(np.linalg.eigvalsh(sigma)[0]), 10_001)
+    with np.errstate(invalid="ignore"):
+        shifted = [b / np.linalg.norm(b) for c in grid if np.linalg.norm(b := root - c * np.eye(targets)) > 1e-9]
+    least = min(np.square(gram / np.linalg.norm(gram) - b).sum() for b in shifted)
+    assert row["NRC3"] <= least + 1e-12 and row["NRC3"] == pytest.approx(least, rel=1e-3, abs=1e-12)
+
+
+def test_regression_that_has_collapsed_scores_zero():
+    random = np.random.default_rng(0)
+    y = random.standard_normal((40, 3))
+    root = np.real(scipy.linalg.sqrtm(np.cov(y.T, bias=True)))
+    c = 0.5 * math.sqrt(np.linalg.eigvalsh(root @ root)[0])
+    weight = np.real(scipy.linalg.sqrtm(root - c * np.eye(3))) @ np.eye(3, 7)
+    row = regression_collapse(y @ weight, y, weight)
+    assert max(row.values()) < 1e-12
+    with pytest.raises(ValueError, match=r"have shapes \(\(40, 7\), \(40, 3\), \(7, 3\)\), wanted"):
+        regression_collapse(y @ weight, y, weight.T)
+    with pytest.raises(ValueError, match="are not finite"):
+        regression_collapse(y @ weight * np.nan, y, weight)
 
 
 def test_gnc2_is_least_for_the_etf():
@@ -430,6 +516,15 @@ def test_numpy_arrays_are_as_good_as_tensors():
         ),
         (torch.rand(4, 5), torch.tensor([0, 1]), r"labels are torch.int64 of shape \(2,\), wanted .* \(4,\)"),
         (torch.rand(4, 5), torch.rand(4), r"labels are torch.float32 of shape \(4,\), wanted integers"),
+        (torch.rand(4, 5), torch.eye(4, 3), r"labels are torch.float32 of shape \(4, 3\), .* soft or mixed labels"),
+        (torch.rand(4, 5), (LABELS, LABELS, 0.3), "labels are a tuple that makes no tensor of numbers"),
+        (torch.rand(4, 5), ["ant", "bee", "bee", "ant"], "labels are a list that makes no tensor of numbers"),
+        (torch.rand(4, 5), np.array(["ant", "bee", "bee", "ant"]), "labels are a ndarray that makes no tensor"),
+        (torch.rand(4, 5), [0, 1, None, 0], "labels are a list that makes no tensor of numbers"),
+        (torch.rand(4, 5), LABELS + 1j, "labels are torch.complex64 of shape"),
+        ([torch.rand(5)] * 4, LABELS, "features are a list that makes no tensor of numbers"),
+        (None, LABELS, "features are a NoneType that makes no tensor of numbers"),
+        (torch.rand(4, 5), np.array([0, 1, 3, 0], np.uint16), "labels go from 0 to 3, wanted 0 to 2"),
         (torch.rand(4, 5), torch.tensor([0, 1, 3, 0]), "labels go from 0 to 3, wanted 0 to 2 for 3 classes"),
         (torch.rand(4, 5), torch.tensor([0, 1, -1, 0]), "labels go from -1 to 1, wanted 0 to 2 for 3 classes"),
     ],
@@ -441,6 +536,192 @@ def test_batches_that_do_not_fit_are_an_error(features, labels, message):
         with pytest.raises(ValueError, match=message):
             method(features, labels)
     assert statistics.counts.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.int8, np.int64, bool, list])
+def test_labels_and_predictions_of_any_integer_type(kind):
+    features, labels, _ = samples([5, 6], 8)
+    expected = nc_metrics(statistics_of(features, labels, 2))
+    labels = labels.tolist() if kind is list else labels.astype(kind)
+    statistics = ClassStatistics(2)
+    statistics.update(features, labels)
+    statistics.update_within(features, labels, labels)
+    assert nc_metrics(statistics) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+def test_inference_mode_may_begin_and_end_anywhere():
+    features, labels, _ = samples([5, 6, 7], 8)
+    expected = nc_metrics(statistics_of(features, labels, 3))
+    for first, second in ((True, False), (False, True), (True, True)):
+        with torch.inference_mode():
+            statistics, batch = ClassStatistics(3), torch.from_numpy(features) + 0
+        for part, mode in ((slice(0, 9), first), (slice(9, 18), second)):
+            with torch.inference_mode(mode):
+                statistics.update(batch[part], labels[part])
+        for part, mode in ((slice(0, 9), second), (slice(9, 18), first)):
+            with torch.inference_mode(mode):
+                statistics.update_within(batch[part], labels[part], labels[part])
+        assert nc_metrics(statistics) == pytest.approx(expected, rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_an_error_that_names_the_class(value):
+    features, labels, _ = samples([5, 6, 7], 8)
+    wrong = features.copy()
+    wrong[np.flatnonzero(labels == 1)[2], 3] = value
+    statistics = ClassStatistics(3)
+    statistics.update(wrong, labels)
+    for function in (lambda: nc_metrics(statistics), lambda: statistics.update_within(wrong, labels)):
+        with pytest.raises(ValueError, match=r"there are features that are not finite, of class 1$"):
+            function()
+    statistics = statistics_of(features, labels, 3).for_other_samples()
+    statistics.update_within(wrong, labels)
+    with pytest.raises(ValueError, match=r"features in the second pass that are not finite, of class 1$"):
+        nc_metrics(statistics)
+
+
+def test_an_error_lists_ten_classes_at_most():
+    statistics = ClassStatistics(50_257)
+    statistics.update(torch.rand(1, 3), [7])
+    with pytest.raises(ValueError, match=r"found none of class 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 and 50,246 more$"):
+        _ = statistics.means
+
+
+def merged(statistics):
+    """Merge ClassStatistics of several processes, as an all-reduce does; return the ValueErrors."""
+    barrier, parts, errors = threading.Barrier(len(statistics), timeout=60), {}, []
+
+    def of_process(rank):
+        def total(tensor):
+            parts[rank] = tensor
+            barrier.wait()
+            shapes = {part.shape for part in parts.values()}
+            result = sum(parts.values()) if len(shapes) == 1 else None
+            barrier.wait()
+            return result
+
+        try:
+            statistics[rank].merge(total)
+        except ValueError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=of_process, args=(rank,)) for rank in range(len(statistics))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_processes_merge_of_which_one_has_no_batch():
+    features, labels, _ = samples([5, 16, 27], 8)
+    expected = nc_metrics(statistics_of(features, labels, 3))
+    processes, parts = [ClassStatistics(3) for _ in range(3)], (slice(0, 20), slice(20, 48))
+    for statistics, part in zip(processes, parts, strict=False):
+        statistics.update(features[part], labels[part])
+    assert not merged(processes)
+    for statistics, part in zip(processes, parts, strict=False):
+        statistics.update_within(features[part], labels[part], labels[part])
+    assert not merged(processes)
+    for statistics in processes:
+        assert nc_metrics(statistics) == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+    others = [ClassStatistics(2) for _ in range(3)]
+    for statistics, dim in zip(others, (3, 5), strict=False):
+        statistics.update(torch.rand(2, dim), [0, 1])
+    errors = merged(others)
+    assert [error[:-1] for error in errors] == ["the processes have features of different dimensions d, here "] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Degenerate features, and classes that merge
+# ---------------------------------------------------------------------------------------------------------
+
+COMPARING = set(
+    "NC1 NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4 CDNV GNC2".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("features", "reason", "others"),
+    [
+        (np.zeros((12, 5)), r"all features are zero \(dead ReLUs\)", {"NC2_W"}),
+        (np.full((12, 5), 0.1), "all features are equal", set()),
+        (np.full((12, 5), 1e9 / 3), "all features are equal", set()),
+        (np.tile([[1.0], [-1.0], [0.3], [-0.3]], (3, 5)), "the class means are equal", set()),
+        (0.7 + np.tile([[1.0], [-1.0], [0.3], [-0.3]], (3, 5)), "the class means are equal", set()),
+    ],
+)
+def test_equal_class_means_are_no_collapse(features, reason, others):
+    """What compares the means is NaN, and one warning says why; rounding of the sums does not count as a difference."""
+    labels, weight = np.arange(3).repeat(4), samples([4, 4, 4], 5)[2]
+    for offset in (0, 1):  # the order of the samples, and so the rounding
+        order = np.roll(np.arange(12), offset)
+        statistics = statistics_of(features[order], labels[order], 3, batch=5)
+        with pytest.warns(UserWarning, match=f"^{reason}: what compares class means is NaN") as caught:
+            row = nc_metrics(statistics, weight)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        undefined = {name for name, value in row.items() if math.isnan(value)} - {*THEORY_COLUMNS}
+        assert COMPARING | {"NCM_acc1"} <= undefined <= COMPARING | {"NCM_acc1", "NC2_W"} and others <= undefined
+
+
+def test_features_far_from_the_origin(case):
+    """The nearest class mean, and all that compares class means, do not depend on an offset of 1e8."""
+    _, features, labels, predictions, *_ = case
+    near = nc_metrics(statistics_of(features, labels, 4, predictions))
+    far = nc_metrics(statistics_of(features + 1e8, labels, 4, predictions))
+    assert far == pytest.approx(near, rel=1e-5, nan_ok=True)
+    assert (far["NC4"], far["NCM_acc1"]) == (near["NC4"], near["NCM_acc1"])
+
+
+@pytest.mark.parametrize("residue", [1e-3, 1e-6, 1e-8, 1e-12])
+def test_merging_classes_keep_their_digits(residue):
+    """Two of four class means a distance of `residue` apart: CDNV, GNC2 and NC1_trace from their differences."""
+    random = np.random.default_rng(0)
+    means = random.standard_normal((4, 6))
+    means[1] = means[0] + residue * random.standard_normal(6)
+    noise = random.standard_normal((4, 2, 6))
+    noise[:2] *= 0.3 * residue
+    features = (means[:, None] + np.stack([noise[:, 0], -noise[:, 0]], 1)).reshape(8, 6)  # +n and -n: means are kept
+    row = nc_metrics(statistics_of(features, np.arange(4).repeat(2), 4))
+    exact = features.reshape(4, 2, 6).astype(np.longdouble)
+    centres = exact.mean(1)
+    variances = np.square(exact - centres[:, None]).sum(2).mean(1)
+    directions = centres - centres.mean(0)
+    directions /= np.sqrt(np.square(directions).sum(1, keepdims=True))
+    pairs = [(k, m) for k in range(4) for m in range(4) if k != m]
+    cdnv = np.mean([(variances[k] + variances[m]) / 2 / np.square(centres[k] - centres[m]).sum() for k, m in pairs])
+    gnc2 = np.mean([-np.log(np.square(directions[k] - directions[m]).sum()) for k, m in pairs])
+    trace = np.square(exact - centres[:, None]).sum() / 8 / (np.square(centres - centres.mean(0)).sum() / 4)
+    digits = max(1e-10, 20 * np.finfo(float).eps / residue)  # those that the class means have
+    assert row["CDNV"] == pytest.approx(float(cdnv), rel=digits)
+    assert row["GNC2"] == pytest.approx(float(gnc2), rel=digits)
+    assert row["NC1_trace"] == pytest.approx(float(trace), rel=1e-10)
+
+
+def test_nc1_trace_is_steady_where_nc1_jumps():
+    """The pseudo-inverse of NC1 drops the direction in which two classes differ, once they are close enough."""
+    rows = []
+    for residue in (1e-6, 1e-9):
+        random = np.random.default_rng(1)
+        means = random.standard_normal((3, 8))
+        means[1] = means[0] + residue * random.standard_normal(8)
+        labels = np.arange(3).repeat(40)
+        features = means[labels] + 0.3 * residue * random.standard_normal((120, 8))
+        rows.append(nc_metrics(statistics_of(features, labels, 3)))
+    assert rows[0]["NC1"] > 1e-2 and rows[1]["NC1"] < 1e-12
+    assert rows[1]["NC1_trace"] / rows[0]["NC1_trace"] == pytest.approx(1e-6, rel=1e-3)
+
+
+@pytest.mark.parametrize("between", ["classes", "means", "samples"])
+def test_nc1_trace(between):
+    counts = [4, 9, 6, 33]
+    features, labels, _ = samples(counts, 7)
+    means = geometry_means(features, labels)
+    centre = means.mean(0) if between == "means" else features.mean(0)
+    shares = np.array(counts) / 52 if between == "samples" else np.full(4, 1 / 4)
+    expected = np.square(features - means[labels]).sum() / 52 / (shares @ np.square(means - centre).sum(1))
+    assert nc_metrics(statistics_of(features, labels, 4, between=between))["NC1_trace"] == pytest.approx(expected)
 
 
 def test_a_class_without_samples_is_an_error():
@@ -462,8 +743,12 @@ def test_heads_predictions_and_optima_that_do_not_fit_are_an_error():
             function(statistics, weight.T)
     with pytest.raises(ValueError, match=r"class counts \(5, 6, 8\), the features are of class counts \(5, 6, 7\)"):
         nc_metrics(statistics, weight, solve(UFM([5, 6, 8], 1e-2, 1e-3)))
-    with pytest.raises(ValueError, match=r"predictions have shape \(2,\), wanted \(18,\)"):
-        statistics.update_within(features, labels, labels[:2])
+    for predictions in (labels[:2], labels[:, None], np.eye(18)[0], [0.0] * 18, np.eye(18, 3)):  # not argmax(1)
+        with pytest.raises(ValueError, match=r"predictions are .*, wanted integers of shape \(18,\), such as logits"):
+            statistics.update_within(features, labels, predictions)
+    with pytest.raises(ValueError, match="predictions are a str that makes no tensor of numbers"):
+        statistics.update_within(features, labels, "ants")
+    assert statistics.within_counts.sum() == 18
 
 
 def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
@@ -491,3 +776,15 @@ def test_it_runs_outside_the_checkout(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
     assert not {"utils", "args", "engine", "matplotlib", "pandas"} & set(out.stdout.decode().split())
+
+
+def test_an_optimum_that_needs_more_features_than_there_are_is_said():
+    optimum = solve(UFM([20, 30, 50], lambda_w=5e-3, lambda_h=5e-5))
+    for dim in (2, 3):
+        features, labels, _ = samples([20, 30, 50], dim)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            nc_metrics(statistics_of(features, labels, 3), optimum=optimum)
+        assert [str(of.message) for of in caught] == (dim < 3) * [
+            "the optimum needs 3 directions, and the features have 2: no network with d = 2 reaches it"
+        ]

@@ -24,6 +24,7 @@ from tests.recorded import (
     LOG,
     ROWS,
     change_geometry,
+    change_rows,
     geometry,
     recorded,
     set_config,
@@ -193,6 +194,14 @@ def test_what_a_run_lacks_is_left_out(tmp_path):
     (curves_only := recorded(tmp_path / "curves") / "geometry").rename(tmp_path / "gone")
     _, data = report_of(curves_only.parent)
     assert data["heatmaps"] == data["panels"]["classes"] == [] and len(data["panels"]["curves"]) == 5
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_columns_without_a_finite_value_have_no_curve(tmp_path, value):
+    change_rows(recorded(tmp_path / "a"), lambda column: column * (value if column.name in ("NC1", "NC2_H") else 1))
+    page, data = report_of(tmp_path / "a")
+    assert tables(page)[1]["NC1"] == ["inf" if value == np.inf else "-"]
+    assert {panel["layout"]["title"]["text"] for panel in data["panels"]["curves"]} == {"NC2_WWT", "NC2_W", "NC3_WH"}
 
 
 def test_plotly_knows_every_attribute(tmp_path):

@@ -542,6 +542,17 @@ def test_features_that_overflow_are_skipped(train, measure, tmp_path):
     assert [row["epoch"] for row in rows_of(tmp_path / "run" / "nc_metrics.csv")] == ["2"]
 
 
+def test_features_that_are_all_zero_are_no_collapse(train, measure, tmp_path):
+    train(*TINY, "--save_path", "run")
+    for path in (tmp_path / "run").glob("epoch_*.pth"):
+        torch.save({key: value * (0 if "intermediate" in key else 1) for key, value in weights(path).items()}, path)
+    _, error = measure("--load_path", "run")
+    assert error.count("note: all features are zero (dead ReLUs): what compares class means is empty") == 1
+    for row in rows_of(tmp_path / "run" / "nc_metrics.csv"):
+        assert not any(row[name] for name in ("NC1", "NC1_trace", "NC2_H", "NC4", "CDNV", "NCM_acc1", "self_duality"))
+        assert float(row["optimality_gap"]) > 0
+
+
 def test_an_empty_test_set_leaves_its_accuracy_empty(train, measure, tmp_path):
     counts = ["--class_counts", "178,182,177,183,181,182,181,179,174,180"]
     train(*TINY, *counts, "--epochs", 1, "--save_path", "run")

@@ -61,6 +61,11 @@ def test_one_seed_has_no_deviation_and_large_numbers_no_tail(tmp_path):
     assert cells(text)[0][0]["NC1"] == "36" and cells(text)[0][0]["test_acc1"] == "36.28"
 
 
+def test_an_infinite_value_is_shown_as_one(tmp_path):
+    text = markdown(summarize([("x", [write_run(tmp_path / "a", distances=[2, 2, math.inf])])]), [])
+    assert cells(text)[0][0]["NC1"] == "inf"
+
+
 @pytest.mark.parametrize(
     "distances, expected",
     [

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -88,6 +89,65 @@ def test_states_merge():
     first, rest = fed(NeuralCollapse(4, 8), slice(0, 20)), fed(NeuralCollapse(4, 8), slice(20, 57))
     first.merge_state(rest.metric_state)
     assert same(first.compute())
+
+
+def test_what_is_merged_after_compute_counts():
+    """torchmetrics 1.9 keeps the value that `compute` has returned."""
+    first, rest = fed(NeuralCollapse(4, 8), slice(0, 20)), fed(NeuralCollapse(4, 8), slice(20, 57))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes without samples
+        first.compute(), rest.compute()
+    first.merge_state(rest)
+    assert same(first.compute())
+
+
+def test_inference_mode_may_begin_and_end_anywhere():
+    metric = NeuralCollapse(4, 8, reference_means=np.zeros((4, 8)))
+    with torch.inference_mode():
+        fed(metric, slice(0, 20))
+        metric.reset()
+        fed(metric, slice(0, 7))
+    fed(metric, slice(7, 30))
+    with torch.inference_mode():
+        fed(metric, slice(30, 57))
+    found = metric.compute()
+    assert same({name: found[name] for name in COLUMNS})
+    metric.reset()
+    fed(metric)
+
+
+def test_predictions_are_classes_of_any_integer_type():
+    means = torch.stack([FEATURES[label == TARGET].mean(0) for label in range(4)])
+    predictions = torch.randint(4, (57,), generator=torch.Generator().manual_seed(0))
+    nearest = ((FEATURES[:, None] - means) ** 2).sum(2).argmin(1)
+    for given in (predictions, predictions.to(torch.uint8), predictions.numpy(), predictions.tolist()):
+        metric = NeuralCollapse(4, 8, reference_means=means)
+        metric.update(FEATURES, TARGET, given)
+        assert float(metric.compute()["NC4"]) == pytest.approx((nearest != predictions).double().mean().item())
+    logits = torch.eye(4)[predictions]
+    for given, features, target in (
+        (predictions[:, None], FEATURES, TARGET),
+        (logits, FEATURES, TARGET),
+        (logits[:4], FEATURES[:4], TARGET[:4]),  # B = K
+        (logits[:, 0], FEATURES, TARGET),
+    ):
+        with pytest.raises(ValueError, match=r"predictions are .*, wanted integers of shape .*, such as logits"):
+            metric.update(features, target, given)
+
+
+def test_the_reference_means_may_be_far_from_the_origin():
+    means = np.stack([FEATURES[label == TARGET].mean(0).numpy() for label in range(4)])
+    metric, far = NeuralCollapse(4, 8, reference_means=means), NeuralCollapse(4, 8, reference_means=means + 1e8)
+    fed(metric)
+    far.update(FEATURES + 1e8, TARGET)
+    assert metric.compute()["NCM_acc1"] == far.compute()["NCM_acc1"] > 90
+
+
+def test_equal_class_means_are_nan_and_a_warning():
+    metric = NeuralCollapse(2, 8, reference_means=np.zeros((2, 8)))
+    metric.update(torch.zeros(6, 8), [0, 0, 1, 1, 0, 1])
+    with pytest.warns(UserWarning, match=r"^all features are zero \(dead ReLUs\)"):
+        assert all(value.isnan() for value in metric.compute().values())
 
 
 def test_forward_gives_the_batch_and_keeps_the_sum():
@@ -187,7 +247,7 @@ def test_bad_input_is_an_error():
 
 
 def test_it_has_every_column_that_needs_no_head():
-    """A new column of `nc_metrics` must be listed in nc_torchmetrics.py too."""
+    """A new column of `nc_metrics` must be listed in nc_torchmetrics too."""
     features, labels, _ = samples([4, 5, 6], 8)
     columns = set(nc_metrics(statistics_of(features, labels, 3)))
     assert columns == {*COLUMNS, *OPTIMUM_COLUMNS, *REFERENCE_COLUMNS}
