@@ -97,8 +97,8 @@ class Checkpoints:
     def load_state(self, device):
         """Restore the state from last.pt. Raises UserError if the file is damaged or from a run with other flags."""
         path, state = self.run.last, self.state
-        saved = load_torch(path, device)
         try:
+            saved = load_torch(path, device)
             load_state_dict(state.model, saved["model"], path)
             load_optimizer(state.optimizer, saved["optimizer"])
             epoch, step, seconds = saved["epoch"], saved["steps"], float(saved["seconds"])
@@ -106,7 +106,9 @@ class Checkpoints:
                 raise ValueError("no such epoch or step")
             if step:
                 state.rows[:step] = saved["record"].reshape(state.rows.shape)[:step]
-        except UserError:
+        except UserError as error:  # a file that this repository wrote, and that was damaged
+            raise UserError(error, FAILED_WORK) from None
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # an unrelated file raises exceptions of many types
             reason = message_of(error)[:100]

@@ -1,4 +1,4 @@
-"""Check the head, its features and NC1 of 60 models of torchvision and timm, with random weights, on 20 small images each.
+"""Check the head, its features and NC1 of 60 models of torchvision and timm, random weights, on 20 small images each.
 
     python scripts/zoo_check.py             (all of them, about half an hour on one CPU core)
     python scripts/zoo_check.py resnet18 timm:deit_tiny_distilled_patch16_224
