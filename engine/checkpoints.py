@@ -1,6 +1,7 @@
 """Checkpoints of a run: the weights, the state from which training resumes, retention, and writing by a thread."""
 
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -96,8 +97,8 @@ class Checkpoints:
     def load_state(self, device):
         """Restore the state from last.pt. Raises UserError if the file is damaged or from a run with other flags."""
         path, state = self.run.last, self.state
-        saved = load_torch(path, device)
         try:
+            saved = load_torch(path, device)
             load_state_dict(state.model, saved["model"], path)
             load_optimizer(state.optimizer, saved["optimizer"])
             epoch, step, seconds = saved["epoch"], saved["steps"], float(saved["seconds"])
@@ -105,7 +106,9 @@ class Checkpoints:
                 raise ValueError("no such epoch or step")
             if step:
                 state.rows[:step] = saved["record"].reshape(state.rows.shape)[:step]
-        except UserError:
+        except UserError as error:  # a file that this repository wrote, and that was damaged
+            raise UserError(error, FAILED_WORK) from None
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # an unrelated file raises exceptions of many types
             reason = message_of(error)[:100]
@@ -229,12 +232,43 @@ def load_torch(path, device="cpu"):
         return torch.load(path, map_location=device, weights_only=True)
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a plain checkpoint, cannot be read", FAILED_WORK) from None
+    except pickle.UnpicklingError as error:
+        if kind := kind_of(path):
+            raise UserError(f"{path}: {kind}, not a checkpoint of torch.save") from None
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds a {refused[1]}" if refused else "it is no pickle of tensors"
+        raise UserError(f"{path}: not a plain checkpoint: {what}; save model.state_dict() alone") from None
     except Exception as error:  # damaged files raise exceptions of many types
+        if kind := kind_of(path):
+            raise UserError(f"{path}: {kind}, not a checkpoint of torch.save") from None
         opened = not isinstance(error, OSError) or error.filename is None
         reason = "truncated or damaged" if opened else error.strerror
         raise UserError(f"{path}: {reason}, cannot be read", FAILED_WORK) from None
+
+
+KINDS = {  # how the files begin that are given in place of a checkpoint
+    b"\x1f\x8b": "a gzip archive",
+    b"\x93NUMPY": "an array of NumPy",
+    b"version https://git-lfs": "a pointer of Git LFS, whose file is not downloaded",
+    b"<!doctype": "a page of HTML",
+    b"<html": "a page of HTML",
+}
+
+
+def kind_of(path):
+    """Return as text what a file is that is no checkpoint, by its first bytes; None if it is not known."""
+    with open(path, "rb") as file:
+        begin = file.read(512)
+    if begin[257:262] == b"ustar":
+        return "a tar archive"
+    if begin[:2] == b"PK" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "arrays of NumPy (.npz)" if all(name.endswith(".npy") for name in archive.namelist()) else None
+    return next((kind for start, kind in KINDS.items() if begin.lstrip().lower().startswith(start.lower())), None)
+
+
+PARTS = ("state_dict", "model", "net", "model_state_dict")  # names of the weights in other people's checkpoints
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 
 
 def load_weights(model, path, device="cpu"):
@@ -242,24 +276,67 @@ def load_weights(model, path, device="cpu"):
     load_state_dict(model, load_torch(path, device), path)
 
 
+def unwrapped(saved, wanted, path):
+    """Return the state dict in what a file of this repository or of another holds; print what was taken off.
+
+    wanted: names of the model's weights. They may be the entry "state_dict", "model", "net" or "model_state_dict" of a
+    dict, as in Lightning's files and last.pt, and all be preceded by "module.", "_orig_mod." or "model.". Raises
+    UserError if there are such entries, and none or several fit.
+    """
+    entries = [name for name in PARTS if isinstance(saved, dict) and isinstance(saved.get(name), dict)]
+    found = {name: without_prefixes(saved[name], wanted) for name in entries} or {None: without_prefixes(saved, wanted)}
+    fitting = [name for name, (state, _) in found.items() if fits(state, wanted)]
+    if entries and len(fitting) != 1:
+        begins = {name: str(next(iter(saved[name]), "")).split(".")[0] for name in entries}
+        keys = ", ".join(f"keys of its {name} begin with {begin}." for name, begin in begins.items())
+        what = f"give one of {', '.join(fitting)}" if fitting else f"no entry fits the model: {keys}"
+        raise UserError(f"{path}: it holds {', '.join(map(str, [*saved][:10]))}; {what}")
+    entry = fitting[0] if entries else None
+    state, prefix = found[entry]
+    if entry or prefix:
+        of_entry, off = (
+            f" of its {entry}" if entry else "",
+            f", without {prefix!r} before their names" if prefix else "",
+        )
+        print(f"{path}: the weights{of_entry}{off}")
+    return state
+
+
+def fits(state, wanted):
+    """Return True if these are the names of a model's weights; those of batch_norm are unused in every model."""
+    return isinstance(state, dict) and {key for key in state if not str(key).startswith("batch_norm.")} == set(wanted)
+
+
+def without_prefixes(state, wanted):
+    """Return a state dict and the prefix that was taken from all its names, if they are the wanted ones without it."""
+    short, prefix = state, ""
+    while isinstance(short, dict) and short and not fits(short, wanted):
+        begin = next((of for of in PREFIXES if all(str(key).startswith(of) for key in short)), None)
+        if begin is None:
+            return state, ""
+        short, prefix = {key[len(begin) :]: value for key, value in short.items()}, prefix + begin
+    return short, prefix
+
+
 def load_state_dict(model, state, path):
-    """Load a state dict, read from `path`, into `model`. Raises UserError with the first key that does not match."""
+    """Load what was read from `path` into `model`. Raises UserError with the first key that does not match."""
+    state = unwrapped(state, model.state_dict().keys(), path)
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
         for key, value in state.items()
     ):
-        raise UserError(f"{path}: holds no state_dict of a model", FAILED_WORK)
+        raise UserError(f"{path}: holds no state_dict of a model")
     state = {key: value for key, value in state.items() if not key.startswith("batch_norm.")}  # unused in every model
     if not all(value.isfinite().all() for value in state.values()):
-        raise UserError(f"{path}: holds weights that are not finite", FAILED_WORK)
+        raise UserError(f"{path}: holds weights that are not finite")
     for key, value in model.state_dict().items():
         if key in state and state[key].is_floating_point() != value.is_floating_point():
-            raise UserError(f"{path}: {key} is {state[key].dtype} in the file, {value.dtype} in the model", FAILED_WORK)
+            raise UserError(f"{path}: {key} is {state[key].dtype} in the file, {value.dtype} in the model")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:  # a heading, then a line for each kind of mismatch
         reason = str(error).split("\n")[1].strip().rstrip(".")
-        raise UserError(f"{path}: does not fit the model: {reason[:200]}", FAILED_WORK) from None
+        raise UserError(f"{path}: does not fit the model: {reason[:200]}") from None
 
 
 def load_optimizer(optimizer, state):

@@ -1,4 +1,4 @@
-"""Check the head, its features and NC1 of 60 models of torchvision and timm, with random weights, on 20 images each.
+"""Check the head, its features and NC1 of 60 models of torchvision and timm, random weights, on 20 small images each.
 
     python scripts/zoo_check.py             (all of them, about half an hour on one CPU core)
     python scripts/zoo_check.py resnet18 timm:deit_tiny_distilled_patch16_224
@@ -48,10 +48,11 @@ def check(name):
     """Return the cells of a model's row."""
     torch.manual_seed(0)
     source, _, plain = name.rpartition(":")
-    size, classes = {"inception_v3": 299}.get(plain, 224), {"num_classes": CLASSES}
+    size, classes = {"inception_v3": 96, "maxvit_t": 224, "vit_b_32": 224}.get(plain, 64), {"num_classes": CLASSES}
     if source == "timm":
         model = timm.create_model(plain, **classes)
-        size = timm.data.resolve_model_data_config(model)["input_size"][-1]
+        if model.pretrained_cfg.get("fixed_input_size"):
+            size = model.pretrained_cfg["input_size"][-1]
     else:
         model = torchvision.models.get_model(plain, **classes, **({"init_weights": True} if "inc" in plain else {}))
     labels = torch.arange(20) % CLASSES

@@ -8,7 +8,9 @@ import torch
 import torchvision
 from PIL import Image
 
+from engine.checkpoints import load_weights
 from tests.conftest import TINY, full_nc1, python_examples, rows_of
+from utils import UserError
 
 SCRIPT = "measure_model.py"
 OWN = """
@@ -237,7 +239,7 @@ def test_bad_input_is_one_line(run_script, images, tmp_path, flags, message):
     own_model(tmp_path)
     state = own_model(tmp_path).state_dict() | {"3.weight": torch.zeros(1000, 6), "3.bias": torch.zeros(1000)}
     torch.save(state, tmp_path / "other.pth")
-    _, error = run_script(SCRIPT, *flags.replace("IMAGES", str(images)).split(), status=1 if "other" in flags else 2)
+    _, error = run_script(SCRIPT, *flags.replace("IMAGES", str(images)).split(), status=2)
     assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "layers").exists()
 
@@ -273,3 +275,66 @@ def test_the_examples_of_the_docs_run(title, code, capsys, monkeypatch, tmp_path
     exec(code, namespace)
     out = capsys.readouterr().out
     assert re.search(r"\d\.\d", out) and ("nan" in out) == (title == "torchvision"), out  # there, no optimum is given
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints of other people
+# ---------------------------------------------------------------------------------------------------------
+
+
+def prefixed(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap, printed",
+    [
+        (lambda state: {"state_dict": state, "epoch": 3}, "the weights of its state_dict"),
+        (lambda state: {"model": prefixed(state, "module.")}, "of its model, without 'module.' before their names"),
+        (lambda state: {"net": state, "acc": 0.9, "epoch": 1}, "the weights of its net"),
+        (lambda state: {"model_state_dict": state, "optimizer": {"state": {}}}, "the weights of its model_state_dict"),
+        (lambda state: {"state_dict": prefixed(state, "model._orig_mod.")}, "without 'model._orig_mod.' before"),
+        (lambda state: prefixed(state, "module."), "the weights, without 'module.' before their names"),
+    ],
+)
+def test_weights_are_unwrapped_where_one_entry_fits(wrap, printed, tmp_path, capsys):
+    model, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    torch.save(wrap(model.state_dict()), tmp_path / "their.pth")
+    load_weights(other, tmp_path / "their.pth")
+    assert torch.equal(other.weight, model.weight) and printed in capsys.readouterr().out
+
+
+STATE = torch.nn.Linear(2, 3).state_dict()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            {"epoch": 3, "state_dict": STATE, "model": STATE},
+            "it holds epoch, state_dict, model; give one of state_dict",
+        ),
+        (
+            {"state_dict": prefixed(STATE, "encoder.")},
+            "no entry fits the model: keys of its state_dict begin with encod",
+        ),
+        (torch.nn.Linear(2, 3), "not a plain checkpoint: it holds a torch.nn.modules.linear.Linear; save model.state_"),
+        (b"\x1f\x8bgz", "a gzip archive, not a checkpoint"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "a page of HTML"),
+        (bytes(257) + b"ustar" + bytes(250), "a tar archive"),
+        ("npz", r"arrays of NumPy \(.npz\)"),
+    ],
+)
+def test_files_that_are_no_such_weights_are_named(content, message, tmp_path):
+    path = tmp_path / "their.pth"
+    if content == "npz":
+        np.savez(tmp_path / "a.npz", w=np.ones(3))
+        (tmp_path / "a.npz").rename(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=message) as error:
+        load_weights(torch.nn.Linear(2, 3), path)
+    assert error.value.status == 2
