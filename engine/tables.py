@@ -166,7 +166,10 @@ def read_rows(path):
             raise ValueError
     except (ValueError, KeyError, TypeError, csv.Error):
         raise UserError(f"{path}: damaged, not a table of numbers; delete it to have it measured again") from None
-    return table.assign(**numbers).sort_values("epoch", kind="stable")
+    table = table.assign(**numbers).sort_values("epoch", kind="stable")
+    if "gap_head" in table:  # of a version that split the gap otherwise, in relative units, under the same names
+        table = table.drop(columns=["gap_within", "gap_head", "gap_means"], errors="ignore")
+    return table
 
 
 def write_table(path, table):
