@@ -29,7 +29,7 @@ COLLAPSE_NOTE = (
 def state(run):
     """Return "finished", "unfinished: k of n epochs" or "failed: why" for a run."""
     epoch = run.log["epoch"].iloc[-1] if len(run.log) else last_measured(run)
-    epochs = run.flags.get("epochs", epoch)
+    epochs = run.config.get("ended_at_epoch", run.flags.get("epochs", epoch))
     if len(run.log) and not math.isfinite(run.log["loss"].iloc[-1]):
         return f"failed: the loss is not finite in epoch {epoch}"
     if epoch < epochs:

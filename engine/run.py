@@ -80,6 +80,16 @@ class Run:
                 f"classes, --data_dir has {class_counts}"
             )
 
+    def last_epoch(self, epochs):
+        """Return the epoch at which training ends: that at which --until has ended it, or else `epochs`."""
+        return read_config(self.folder / "config.json").get("ended_at_epoch", epochs)
+
+    @first_rank_only
+    def write_end(self, epoch):
+        """Record in config.json that --until has ended training at an epoch."""
+        self.config["ended_at_epoch"] = epoch
+        write_json(self.folder / "config.json", self.config)
+
     @contextlib.contextmanager
     def lock(self):
         """Lock the folder for this run; raise UserError if another process is training there."""

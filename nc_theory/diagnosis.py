@@ -15,6 +15,7 @@ DEAD = 1e-4  # a class mean whose squared norm is at most this much of the optim
 REACHED = 1e-6  # relative gap from which no cause is sought
 RECENT = 0.2  # share of the measurements, the last ones, that tell whether the gap still falls
 FLAT = 0.05  # decades by which a gap that stays the same may change
+MOST_NAMED = 3  # classes that died and are described one by one
 ZERO_LR = 0.01  # of the largest learning rate, from which on it counts as zero
 LOW_LR = 0.1  # of the largest learning rate, below which it stops the gap from falling
 UNBALANCED = 0.05  # an NC0 above this is not that of a stationary point
@@ -28,7 +29,14 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Convergence:
-    """The course of a gap at its last measurements; see `convergence`."""
+    """The course of a gap at its last measurements; see `convergence`.
+
+    Example:
+        >>> from nc_theory import convergence
+        >>> course = convergence([10, 20, 30, 40], [1.0, 0.1, 0.1, 0.1], learning_rates=[1.0, 0.05, 0.01, 0.0])
+        >>> course.flat_since, course.lr_at_zero, course.stopped_by_lr
+        (20, True, True)
+    """
 
     flat_since: int | None  # epoch, or None while the gap falls or rises
     epochs_per_decade: float  # in which the gap falls by 10; negative if it rises
@@ -95,7 +103,15 @@ def convergence(epochs: ArrayLike, gaps: ArrayLike, learning_rates: ArrayLike | 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a network is not at the optimum; see `diagnose`."""
+    """Why a network is not at the optimum; see `diagnose`.
+
+    Example:
+        >>> from nc_theory import UFM, diagnose, gap_shares, solve
+        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> gap = gap_shares(optimum, optimum.head(8), optimum.features(8), [0.1, 0.1, 0.1], within_sums=[1, 2, 3])
+        >>> diagnose(optimum, gap, optimum.mean_norms_sq, accuracies=[100, 99, 100]).cause
+        '2 training images are misclassified, most in class 1'
+    """
 
     optimum: Optimum
     gap: GapShares
@@ -114,7 +130,9 @@ class Diagnosis:
             lines.append(f"at zero at the optimum: {named(collapsed)}; in the network: {named(self.zero)}")
         threshold = collapse_count(self.optimum.problem)
         limit = "" if threshold is None else f", and only up to n_k = {threshold:.3g} collapse"
-        for label in self.died:
+        if len(self.died) > MOST_NAMED:
+            lines.append(f"{named(self.died)} died, though the optimum keeps them{limit}")
+        for label in self.died if len(self.died) <= MOST_NAMED else ():
             norm = self.optimum.mean_norms_sq[label]
             lines.append(f"class {label} (n_k = {counts[label]}) died: at the optimum |mu_k|^2 = {norm:.3g}{limit}")
         if not math.isnan(self.gap.total):

@@ -36,7 +36,18 @@ HALVINGS = 100  # of the interval in which the end of a margin's interval is sou
 
 @dataclass(frozen=True, eq=False)
 class GapShares:
-    """F - F* of a network as a sum of four shares, in the units of the loss; see `gap_shares`."""
+    """F - F* of a network as a sum of four shares, in the units of the loss; see `gap_shares`.
+
+    Example:
+        >>> import torch
+        >>> from nc_theory import UFM, gap_shares, solve
+        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
+        >>> weight, means = optimum.head(8), optimum.features(8)
+        >>> losses = torch.nn.functional.cross_entropy(means @ weight.T, torch.arange(3), reduction="none")
+        >>> gap = gap_shares(optimum, weight, means, losses, within_sums=[0, 100, 300])
+        >>> f"{gap.total:.4f}", gap.within
+        ('0.0100', tensor([0.0000, 0.0025, 0.0075], dtype=torch.float64))
+    """
 
     lower_bound: float  # F*
     margins: torch.Tensor  # (K,) of the samples of each class
@@ -132,7 +143,14 @@ def certified_point(optimum: Optimum) -> tuple[Certificate, np.ndarray]:
 
 @dataclass(frozen=True, eq=False)
 class GapBounds:
-    """What F - F* <= E proves about a network; see `gap_bounds`."""
+    """What F - F* <= E proves about a network; see `gap_bounds`.
+
+    Example:
+        >>> from nc_theory import UFM, gap_bounds, solve
+        >>> bounds = gap_bounds(solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5)), gap=1e-6)
+        >>> f"{bounds.within_sum:.2f} {bounds.head_distance:.2f}"
+        '0.04 0.02'
+    """
 
     margins: torch.Tensor  # (K, 2) the least and the largest possible margin of the class means' logits
     optimal_margins: torch.Tensor  # (K,) the same margins at the optimum

@@ -338,7 +338,7 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     assert sum(parts) == pytest.approx(total - bound, rel=1e-4) and min(parts) >= -1e-9
     assert f"The objective is {row['optimality_gap']:.1e} above the least value that any network can reach" in out
     largest = f"{max(parts):9.1e}  the"
-    assert next(line for line in out.splitlines() if line.endswith("(the largest part)")).startswith(largest)
+    assert next(line for line in out.splitlines() if line.endswith("(the largest share)")).startswith(largest)
 
 
 def test_negative_features_are_noted_once(train, tmp_path, capsys, recwarn):
