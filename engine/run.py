@@ -114,6 +114,7 @@ class Run:
             self.config["versions"] |= {name: version(name) for name in ("torchvision", "numpy")}
             self.config["git_commit"] = git_commit()
         self.config |= {"flags": flags, "training_flags": training_flags}
+        self.config.pop("ended_at_epoch", None)  # the run goes on
         if is_first_rank():
             write_json(self.folder / "config.json", self.config)
 
