@@ -219,8 +219,6 @@ def diagnose(
     def cause() -> str | None:
         if penalty_scale != 1:
             return f"the penalties are at {penalty_scale:.3g} times their final strength: their schedule has not ended"
-        if died:
-            return f"{named(died)} died"
         alone = np.zeros(len(counts)) if zero_samples is None else np.where(zero, 0, array_of(zero_samples))
         if alone.any():
             return f"{alone.sum():.0f} training images have features that are all zero, most in class {alone.argmax()}"
@@ -250,5 +248,10 @@ def diagnose(
             return f"NC0 is {NC0:.2g}, which no stationary point of the objective has: weight decay in the optimizer?"
         return None
 
+    named_cause = cause()
+    if died:
+        part = shares["margins"][died].sum() / max(gap.total, np.finfo(float).tiny)  # what their loss at zero costs
+        rest = f", which is {part:.0%} of the gap; {named_cause}" if named_cause and part < 0.5 else ""
+        named_cause = f"{named(died)} died{rest}"
     zeros = tuple(np.flatnonzero(zero).tolist())
-    return Diagnosis(optimum, gap, zeros, tuple(died), share, tuple(classes), cause(), course)
+    return Diagnosis(optimum, gap, zeros, tuple(died), share, tuple(classes), named_cause, course)
