@@ -34,7 +34,10 @@ def explain(run):
     if run.theory != "released":  # whose margins are not those of the minimum, with which the gap is taken
         lines += ["", *proof_lines(optimum, gap, parts)]
     if run.theory == "objective":  # which training minimised
-        lines += ["", *diagnosis_of(run, optimum, gap, parts).lines()]
+        diagnosis = diagnosis_of(run, optimum, gap, parts)
+        lines += ["", *diagnosis.lines()]
+        if diagnosis.died and run.flags.get("head_init") == "random" and run.flags["depth_linear"] == 1:
+            lines.append("what may help: --head_init optimum, with which small classes stay alive (docs/recipe.md)")
     return lines
 
 
