@@ -48,6 +48,8 @@ PROFILE = "says how many images each class has"
 MEASURES_ONLY = "has no effect on training"
 LOCATION = "says where the images are; config.json has a hash of the images, which must agree instead"
 
+RECIPE_STEPS = 2000  # of the recipe in docs/recipe.md, with fewer of which runs have ended far from the optimum
+
 
 # ---------------------------------------------------------------------------------------------------------
 # The parser
@@ -497,6 +499,14 @@ def make_parser(doc=None):
     add = group(parser, "measuring")
     add("--nc_every", type=from_zero, default=0, metavar="N", help="epochs between measurements in training; 0: none")
     add(
+        "--until",
+        roles=(OFF_BY_DEFAULT,),
+        type=positive,
+        metavar="X",
+        help="end training once NC2_H, NC3_WH, margin_rel_err and norm_rel_err are all at most X in two measurements "
+        "in a row; needs --nc_every (default: off)",
+    )
+    add(
         "--load_path",
         roles=(THIS_CALL, MEASURES_ONLY),
         type=existing_or_new_dir,
@@ -659,6 +669,8 @@ def contradiction(args, defaults):
         return f"--optimizer_args {name}: is set by the training loop"
     if args.class_weights_from and not args.class_weights:
         return "--class_weights_from: also give --class_weights"
+    if args.until and not args.nc_every:
+        return "--until: also give --nc_every, the epochs between the measurements that it looks at"
     if args.stratified and args.no_shuffle:
         return "--stratified and --no_shuffle: give one of them"
     if args.decay_type == "cosine" and args.patience >= max(args.epochs, 2):
@@ -680,7 +692,7 @@ def contradiction(args, defaults):
 
 
 def notes(args, num_images):
-    """Return a sentence for each flag that has no effect on this training run."""
+    """Return a sentence for each flag that has no effect on this training run, and one if its steps may be too few."""
     found = [
         f"--{name} has no effect on training, only on validate_NC_unbalanced.py"
         for name in flags_with(MEASURES_ONLY)
@@ -700,6 +712,12 @@ def notes(args, num_images):
             for name in ("penalty_hold_epochs", "penalty_fall_epochs")
             if getattr(args, name)
         ]
+    steps = args.epochs * -(-num_images // args.batch_size)
+    if args.sep_decay and args.decay_type == "cosine" and args.head_init == "random" and steps < RECIPE_STEPS:
+        found.append(
+            f"the learning rate is at zero after {steps:,} steps, and the recipe needs {RECIPE_STEPS:,} or more: give "
+            "more --epochs or a smaller --batch_size"
+        )
     if args.revive and not args.feature_relu:
         found.append("--revive has no effect with --no-feature_relu")
     return found

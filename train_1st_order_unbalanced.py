@@ -16,6 +16,7 @@ import time
 import torch
 
 from analysis import draw_heatmaps
+from analysis.diagnosis import explain
 from args import code_digests, notes, parse_args, recorded_flags, run_folder, training_flags
 from engine.checkpoints import Checkpoints, is_due, load_weights
 from engine.device import describe, device_name, keep_freed_memory, pick_device, set_precision
@@ -24,10 +25,10 @@ from engine.measurement import Measurement
 from engine.ranks import get_ranks
 from engine.run import Run
 from engine.step_log import check_finite, epoch_means
-from engine.tables import MeasuredRun
+from engine.tables import UNTIL, MeasuredRun
 from engine.training import Training, make_model, read_data
 from models import to_device
-from utils import Interrupted, Progress, run_script
+from utils import Interrupted, Progress, UserError, is_first_rank, run_script
 
 
 def main(argv=None, data=None):
@@ -58,7 +59,10 @@ def prepare(argv, data, ranks):
         run.check_data(data)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model, data = to_device(make_model(args, data.num_classes, data.shape), data, device)
-    return args, run, Training(args, data, model, device, ranks)
+    training = Training(args, data, model, device, ranks)
+    if args.until and isinstance(problem := training.objective.problem(), str):
+        raise UserError(f"--until: {problem}")
+    return args, run, training
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -80,11 +84,14 @@ def train(args, run, training):
     if not args.resume:
         run.delete()  # only now that the new run is ready to start
     run.repair(state.epoch)
-    if state.epoch < args.epochs:
+    ended = until_reached(args, MeasuredRun(run, bn_statistics=args.bn_statistics), training)
+    if ended and "ended_at_epoch" not in run.config:  # training was killed just before
+        run.write_end(state.epoch)
+    if state.epoch < args.epochs and not ended:
         run.write_config(recorded_flags(args, run.flags), training_flags(args), facts(training, code_digests(args)))
     measured = MeasuredRun(run, bn_statistics=args.bn_statistics)
-    announce(args, measured, training, checkpoints)
-    if state.epoch >= args.epochs:
+    announce(args, measured, training, checkpoints, ended)
+    if state.epoch >= args.epochs or ended:
         return
     training.capture()
 
@@ -107,20 +114,38 @@ def train(args, run, training):
                 check_finite(steps, training.model, epoch)
                 for logger in loggers:
                     logger.scalars("train", line)
-                if args.nc_every and is_due(epoch, args.nc_every, args.epochs):
+                measures = args.nc_every and is_due(epoch, args.nc_every, args.epochs)
+                if measures:
                     measurement.record(epoch, loggers)
                 state.epoch, state.step, state.seconds = epoch, 0, 0.0
-                if checkpoints.is_due(epoch):
+                ended = measures and until_reached(args, measured, training)
+                if checkpoints.is_due(epoch) or ended:
                     checkpoints.save_weights()
                 progress.step(
                     f"loss {line['loss']:.6f}  accuracy {line['train_acc1']:.2f} %  "
                     f"{line['images_per_second']:.0f} images/s"
                 )
+                if ended:
+                    break
         except Interrupted:
             checkpoints.save_state()
             raise
         checkpoints.save_state()
+    if ended:
+        run.write_end(state.epoch)
+        print(f"epoch {state.epoch}: {', '.join(UNTIL)} are at most {args.until:g}, as --until asks")
+    if args.nc_every and is_first_rank():
+        print(*explain(measured), sep="\n")
     print(f"finished: {run.folder}")
+
+
+def until_reached(args, measured, training):
+    """Return True, on all ranks, if the last measurements of training are those at which --until ends it."""
+    if not args.until:
+        return False
+    epochs = [epoch for epoch in range(1, training.state.epoch + 1) if is_due(epoch, args.nc_every, args.epochs)]
+    reached = is_first_rank() and measured.has_reached(args.until, epochs)
+    return bool(training.ranks.sum(torch.tensor(float(reached))))
 
 
 def train_one_epoch(training, batches, checkpoints, stop):
@@ -168,7 +193,7 @@ def facts(training, code):
     }
 
 
-def announce(args, run, training, checkpoints):
+def announce(args, run, training, checkpoints, ended):
     """Print the settings of a `MeasuredRun` and the disk space that it needs."""
     data, epoch, ranks = training.data, training.state.epoch, training.ranks.count
     resumed = f"resumes {run.folder} after epoch {epoch}" if epoch else f"no run in {run.folder} yet: starts at epoch 1"
@@ -186,6 +211,9 @@ def announce(args, run, training, checkpoints):
         print(f"note       {note}")
     if training.device.type == "cuda" and args.cuda_graph and not training.graphed:
         print(f"note       no CUDA graph can hold --optimizer {args.optimizer}: its steps are launched one by one")
+    if ended:
+        print(f"epochs     {epoch} are done, with which --until {args.until:g} was reached", flush=True)
+        return
     if epoch >= args.epochs:
         print(f"epochs     {epoch} are done; give a larger --epochs to continue", flush=True)
         return

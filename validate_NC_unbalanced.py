@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+from analysis.diagnosis import explain
 from analysis.figures import draw_runs, heatmaps
 from analysis.report import write_report
 from args import parse_args, run_folder
@@ -87,7 +88,8 @@ def measure_all(args, measured, measurement, device, loggers):
     """Measure the checkpoints without a row (--watch: up to the last epoch); return the number of damaged ones."""
     run, fresh, damaged = measured.run, set(), set()
     while True:
-        ended = not args.watch or run.checkpoint(args.epochs).exists()  # checked first, so that the last one is listed
+        # Checked first, so that the last checkpoint is listed
+        ended = not args.watch or run.checkpoint(run.last_epoch(args.epochs)).exists()
         done = fresh if args.recompute else set(measured.read_rows()["epoch"])
         todo = {e: path for e, path in run.checkpoints().items() if e not in done | damaged}
         with Progress(len(todo), "checkpoint") as progress:
@@ -146,25 +148,8 @@ def print_table(run):
     print()
     for name, value in row.drop("epoch").items():
         print(f"{name:>20}  {'-' if math.isnan(value) else f'{value:.4g}'}")
-    optimum = run.comparison.optimum
-    if optimum and row.get("optimality_gap", math.nan) >= 0:
-        print(f"\n{explain_gap(row, optimum.certified)}")
+    print("", *explain(run), sep="\n")
     print(f"\nrows in    {run.csv}")
-
-
-def explain_gap(row, certified):
-    """Return how far a row is from the optimum, and why, as text."""
-    reasons = {
-        "gap_within": "the features of a class are not equal",
-        "gap_head": "the head is not the best one for the class means",
-        "gap_means": "the class means are not the best ones",
-    }
-    largest = max(reasons, key=lambda name: row[name])
-    above = f"{'' if certified else 'at most '}{row['optimality_gap']:.1e} above"
-    lines = [f"The objective is {above} the least value that any network can reach, in relative terms:"]
-    for name, reason in reasons.items():
-        lines.append(f"{row[name]:9.1e}  {reason}{' (the largest part)' if name == largest else ''}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

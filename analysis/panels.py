@@ -65,12 +65,17 @@ NC_PANELS = [
     Panel("NC3", DISTANCE, {"NC3_WH": MATRICES["WH"]}),
 ]
 NC_COLUMNS = [column for panel in NC_PANELS for column in panel.columns]
-GAPS = {"gap_within": "within classes", "gap_head": "head", "gap_means": "class means"}
+GAPS = {
+    "gap_margins": "margins",
+    "gap_duality": "self-duality",
+    "gap_within": "within classes",
+    "gap_means": "class means",
+}
 TRAINING_PANELS = [
     Panel("loss", "", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
     Panel("accuracy", "%", {"train_acc1": "training", "test_acc1": "test"}, "linear"),
     Panel("optimizer", "", {"lr": "learning rate"}),
-    Panel("optimality gap", "relative", GAPS),
+    Panel("optimality gap", "share, in units of the loss", GAPS),
 ]
 THEOREM_PANELS = [
     Panel(r"margin $M_k$", "", {"margins": ""}, "linear"),

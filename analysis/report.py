@@ -20,6 +20,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 
+from analysis.diagnosis import explain
 from analysis.panels import (
     ACCURACY_PANELS,
     FRAMES,
@@ -84,6 +85,7 @@ def write_report(runs, path):
         "not_counted": "".join(f"<p>Not counted: {escape(line)}</p>" for line in not_counted(runs)),
         "collapse": table(collapse),
         "collapse_note": COLLAPSE_NOTE,
+        "explanations": explanations(measured),
         "legend": legend(settings),
         "plotly": packed(script),
         "data": packed(json.dumps(data, separators=(",", ":"))),
@@ -154,6 +156,13 @@ def table(frame):
     with pd.option_context("display.max_colwidth", None):
         head, end, body = frame.to_html(index=False, border=0).partition("</thead>")
     return f'<div class="table">{head.replace("_", "_<wbr>")}{end}{body.replace(" ± ", "<br>± ")}</div>'
+
+
+def explanations(settings):
+    """Return as HTML what the first run of each setting says about its gap; "" if no run says anything."""
+    texts = [(setting.note, "\n".join(explain(setting.runs[0]))) for setting in settings]
+    shown = [f"<p>{escape(note)}</p><pre>{escape(text)}</pre>" for note, text in texts if text]
+    return "".join(["<h2>How far from the optimum, and why</h2>", *shown]) if shown else ""
 
 
 def legend(settings):

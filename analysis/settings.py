@@ -133,7 +133,7 @@ class Setting:
         name: "test_accuracy", in percent, or an array of the geometry.
         """
         values = [
-            run.test_accuracy(self.epoch) if name == "test_accuracy" else geometry[name]
+            run.class_accuracy(self.epoch) if name == "test_accuracy" else geometry[name]
             for run, geometry in zip(self.runs, self.geometries, strict=False)  # no geometries without an epoch
         ]
         return np.array(values) if values and all(map(len, values)) else None

@@ -8,7 +8,7 @@ from utils import duration
 
 METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
 FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split()  # shown if the rows have them
-STORED = "NC0 gap_within gap_head gap_means".split()  # likewise, but in the CSV only
+STORED = "NC0 gap_margins gap_duality gap_within gap_means".split()  # likewise, but in the CSV only
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # a run has collapsed once all of these are at most the threshold
 THRESHOLDS = (0.05, 0.01)
 UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # unit of the time to collapse: head of its column
@@ -30,7 +30,7 @@ COLLAPSE_NOTE = (
 def state(run):
     """Return "finished", "unfinished: k of n epochs" or "failed: why" for a run."""
     epoch = run.log["epoch"].iloc[-1] if len(run.log) else last_measured(run)
-    epochs = run.flags.get("epochs", epoch)
+    epochs = run.config.get("ended_at_epoch", run.flags.get("epochs", epoch))
     if len(run.log) and not math.isfinite(run.log["loss"].iloc[-1]):
         return f"failed: the loss is not finite in epoch {epoch}"
     if epoch < epochs:

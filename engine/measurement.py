@@ -6,7 +6,6 @@ import sys
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -15,10 +14,11 @@ from engine.checkpoints import load_weights
 from engine.device import autocast
 from engine.ranks import OneProcess
 from engine.run import Run
+from engine.tables import GEOMETRY
 from engine.training import make_model, read_data
 from nc_layers import head_weight
 from nc_metrics import ClassStatistics, geometry, nc_metrics
-from nc_theory import GAP_COLUMNS, optimality_gap
+from nc_theory import GAP_COLUMNS, gap_shares
 from nc_theory.losses import losses_and_gradients
 from utils import FAILED_WORK, UserError, is_first_rank
 
@@ -68,8 +68,10 @@ class Measurement:
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.comparison.optimum
-        weight, bias = head_weight(self.model.fc), self.model.fc[-1].bias
-        loss = np.float64(0)
+        weight = head_weight(self.model.fc)
+        # The gap is that of W and h in the problem that they are compared with, which may be one without a bias
+        bias = self.model.fc[-1].bias if optimum and optimum.problem.bias else None
+        losses, zero_samples = torch.zeros(2, self.data.num_classes, dtype=torch.float64)
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
         passes = self.forward(self.data.train)
         if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
@@ -77,6 +79,7 @@ class Measurement:
         for logits, features, labels in passes:
             statistics.update(features, labels)
             train.update(logits, labels)
+            zero_samples.index_add_(0, labels.cpu(), (features == 0).all(1).double().cpu())
         statistics.merge(self.ranks.sum)
         if not statistics.sums.isfinite().all():
             raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
@@ -84,7 +87,8 @@ class Measurement:
             statistics.update_within(features, labels, logits.argmax(1))
             if optimum:
                 logits = F.linear(features.double(), weight, None if bias is None else bias.double()).cpu().numpy()
-                loss += losses_and_gradients(optimum.problem, logits, labels.cpu().numpy())[0].sum()
+                sample_losses, _ = losses_and_gradients(optimum.problem, logits, labels.cpu().numpy())
+                losses.index_add_(0, labels.cpu(), torch.from_numpy(sample_losses))
         statistics.merge(self.ranks.sum)
         for logits, _, labels in self.forward(self.data.test):
             test.update(logits, labels)
@@ -108,11 +112,15 @@ class Measurement:
             **dict.fromkeys(GAP_COLUMNS, math.nan),
         }
         if optimum:
-            loss = self.ranks.sum(torch.tensor(loss)).item() / len(self.data.train)
-            row |= optimality_gap(optimum, weight, statistics.means, loss, statistics.within_sums.sum(), bias)
-        parts = geometry(statistics.means, weight)
+            losses = self.ranks.sum(losses) / statistics.counts.cpu()
+            gap = gap_shares(optimum, weight, statistics.means, losses, statistics.within_sums, bias)
+            row |= gap.columns()
+        parts = geometry(statistics.means, weight) | {"zero_samples": self.ranks.sum(zero_samples)}
         if optimum:
-            parts |= {f"{name}_theory": getattr(optimum, name) for name in list(parts)}
+            parts |= {f"{name}_theory": getattr(optimum, name) for name in GEOMETRY}
+            parts |= {name: getattr(gap, name.removeprefix("gap_")) for name in GAP_COLUMNS[1:]}
+            if bias is not None:
+                parts["bias"] = bias.double().cpu()
         return row, parts, [line for accuracy in (train, test) for line in accuracy.rows(self.data)]
 
     def note(self, kind, text):

@@ -91,6 +91,16 @@ class Run:
                 text = class_text(label, data.class_names)
                 raise UserError(f"{path}: the run was trained on other images of {text} than --data_dir has")
 
+    def last_epoch(self, epochs):
+        """Return the epoch at which training ends: that at which --until has ended it, or else `epochs`."""
+        return read_config(self.folder / "config.json").get("ended_at_epoch", epochs)
+
+    @first_rank_only
+    def write_end(self, epoch):
+        """Record in config.json that --until has ended training at an epoch."""
+        self.config["ended_at_epoch"] = epoch
+        write_json(self.folder / "config.json", self.config)
+
     @contextlib.contextmanager
     def lock(self):
         """Lock the folder for this run; raise UserError if another process is training there."""
@@ -115,6 +125,7 @@ class Run:
             self.config["versions"] |= {name: version(name) for name in ("torchvision", "numpy")}
             self.config["git_commit"] = git_commit()
         self.config |= {"flags": flags, "training_flags": training_flags}
+        self.config.pop("ended_at_epoch", None)  # the run goes on
         if is_first_rank():
             write_json(self.folder / "config.json", self.config)
 

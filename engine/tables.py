@@ -30,6 +30,7 @@ THEORY_SUFFIXES = {"objective": "", "nominal": "_nominal", "released": "_release
 BN_SUFFIXES = {"running": "", "training_set": "_bn"}
 SUFFIXES = [batch_norm + theory for batch_norm in BN_SUFFIXES.values() for theory in THEORY_SUFFIXES.values()]
 GEOMETRY = {"HTH": 2, "WWT": 2, "WH": 2, "margins": 1, "mean_norms_sq": 1}  # array of an npz: its number of axes (K)
+UNTIL = ["NC2_H", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # the columns that --until looks at
 LOCK_SECONDS = 60  # longest wait for another process that is adding a row
 
 
@@ -81,12 +82,17 @@ class MeasuredRun:
         self.rows = read_rows(self.csv)
         return self.rows
 
-    def test_accuracy(self, epoch):
-        """Return the test accuracy of each class (K,) at an epoch, in percent; empty if it was not measured."""
+    def has_reached(self, limit, epochs):
+        """Return True if all columns of UNTIL were at most `limit` in the last two rows of these epochs."""
+        rows = self.rows[self.rows["epoch"].isin(epochs)]
+        return len(rows) > 1 and bool((rows[UNTIL].iloc[-2:] <= limit).all(axis=None))
+
+    def class_accuracy(self, epoch, split="test"):
+        """Return the accuracy of each class (K,) on a split at an epoch, in percent; empty if it was not measured."""
         table = read_rows(self.accuracy_csv)
         if table.empty:
             return np.empty(0)
-        table = table[(table["epoch"] == epoch) & (table["split"] == "test")]
+        table = table[(table["epoch"] == epoch) & (table["split"] == split)]
         return table.sort_values("class")["accuracy"].to_numpy()
 
     def geometry_file(self, epoch):
@@ -172,7 +178,10 @@ def read_rows(path):
             raise ValueError
     except (ValueError, KeyError, TypeError, csv.Error):
         raise UserError(f"{path}: damaged, not a table of numbers; delete it to have it measured again") from None
-    return table.assign(**numbers).sort_values("epoch", kind="stable")
+    table = table.assign(**numbers).sort_values("epoch", kind="stable")
+    if "gap_head" in table:  # of a version that split the gap otherwise, in relative units, under the same names
+        table = table.drop(columns=["gap_within", "gap_head", "gap_means"], errors="ignore")
+    return table
 
 
 def write_table(path, table):

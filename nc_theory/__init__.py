@@ -12,7 +12,7 @@ True
 __version__ = "1.0.0"
 
 from nc_theory.by_class import solve_by_class
-from nc_theory.certificate import GAP_COLUMNS, lower_bound, optimality_gap, polar
+from nc_theory.certificate import lower_bound, polar
 from nc_theory.closed_form import (
     class_curve,
     closed_form,
@@ -22,7 +22,9 @@ from nc_theory.closed_form import (
     released_formula,
     suggest_lambdas,
 )
+from nc_theory.diagnosis import Convergence, Diagnosis, convergence, diagnose
 from nc_theory.duality import FocalLoss, dual_bound
+from nc_theory.gap import GAP_COLUMNS, GapBounds, GapShares, gap_bounds, gap_shares
 from nc_theory.geometries import self_duality, seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
@@ -34,7 +36,11 @@ __all__ = [
     "LOSSES",
     "MOST_CLASSES",
     "UFM",
+    "Convergence",
+    "Diagnosis",
     "FocalLoss",
+    "GapBounds",
+    "GapShares",
     "LossVariant",
     "Minimum",
     "Optimum",
@@ -44,10 +50,13 @@ __all__ = [
     "closed_form",
     "collapse_count",
     "collapse_threshold",
+    "convergence",
+    "diagnose",
     "dual_bound",
+    "gap_bounds",
+    "gap_shares",
     "has_released_formula",
     "lower_bound",
-    "optimality_gap",
     "polar",
     "random_frame",
     "released_formula",

@@ -1,4 +1,4 @@
-"""Lower bounds of (UFM), which prove that a solution is the global minimum, and the optimality gap of a network.
+"""Lower bounds of (UFM), which prove that a solution is the global minimum.
 
 (UFM) is not convex in W and H, but it is in the logits Z = W H (K, K), one column per class. The least penalty of Z is
 sqrt(lambda_W lambda_H) times a gauge of Z diag(sqrt(n)): the gauge whose unit ball is the convex hull of c v^T with
@@ -8,23 +8,19 @@ lower bound of the minimum, and those of a global minimiser give the minimum its
 
 import itertools
 import math
-from typing import SupportsFloat
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize
 from scipy.special import xlog1py, xlogy
 
 from nc_theory.losses import losses_and_gradients
-from nc_theory.problem import UFM, Optimum
+from nc_theory.problem import UFM
 
-GAP_COLUMNS = ("optimality_gap", "gap_within", "gap_head", "gap_means")  # of `optimality_gap`
 ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
 ROUNDING = 1e-8  # an eigenvector with no entry below -ROUNDING may be non-negative
 TINY = 1e-14  # a probability down to -TINY is zero up to rounding
 BIAS_STEPS = 20  # of Newton's method
-RERUNS = 10  # of L-BFGS-B, each from the last result
 
 
 def polar(matrix: np.ndarray, relu: bool = True) -> float:
@@ -80,11 +76,28 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) 
         >>> f"minimum {optimum.loss:.4f}, bounds {bounds[0]:.4f} and {bounds[1]:.4f}"
         'minimum 0.0972, bounds 0.0972 and 0.0841'
     """
+    return certify(problem, logits, bias).bound
+
+
+class Certificate(NamedTuple):
+    """A lower bound of the minimum of a UFM, and the feasible point of the dual problem that proves it."""
+
+    bound: float  # -sum_k conjugates_k, less the conjugate of the bias' penalty
+    gradients: np.ndarray  # (K, K) the rows (n_k/N) g_k, with g_k = w_k D (q_k - t_k)
+    conjugates: np.ndarray  # (K,) (n_k/N) l_k*(g_k), so that (n_k/N) l_k(z) >= gradients_k . z - conjugates_k for any z
+    targets: np.ndarray  # (K, K) the rows q_k; for MSE, the logits e_k + g_k
+
+
+def certify(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> Certificate:
+    """Return the Certificate that logits and a bias give; see `lower_bound`."""
     counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
     shares = counts / counts.sum()
     rows = np.asarray(logits, dtype=np.float64).T  # one for each class
     if rows.shape != (len(counts), len(counts)):
         raise ValueError(f"logits have shape {rows.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
+    nothing = Certificate(-math.inf, *(np.full(shape, math.nan) for shape in (rows.shape, len(rows), rows.shape)))
+    if not np.isfinite(rows).all():
+        return nothing
     if problem.bias:
         rows = rows + best_bias(problem, rows, np.zeros(len(counts)) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
@@ -95,7 +108,7 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) 
         residuals = parameters.losses_and_residuals(rows, labels)[1]
         slopes = parameters.gradients(np.ones_like(residuals), labels)
     if not np.isfinite(residuals).all():
-        return -math.inf
+        return nothing
     slopes = shares[:, None] * slopes
     rest = (slopes * residuals).sum(0)
     if problem.bias and not problem.bias_decay:
@@ -108,16 +121,19 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) 
         penalty = scale**2 * np.square(rest).sum() / (2 * problem.bias_decay)
     moved = scale * residuals
     if problem.loss == "MSE":
-        return float(-shares @ (0.5 * np.square(moved).sum(1) + moved.diagonal()) - penalty)
+        conjugates = shares * (0.5 * np.square(moved).sum(1) + moved.diagonal())
+        return Certificate(float(-conjugates.sum() - penalty), slopes * moved, conjugates, np.eye(len(counts)) + moved)
     others = moved + parameters.smoothing / len(counts)  # q_kj of the wrong classes j
     others[labels, labels] = 0.0
     if others.min() < -TINY:
-        return -math.inf
+        return nothing
     others = np.maximum(others, 0.0)
     wrong = np.minimum(others.sum(1), 1.0)  # 1 - q_kk, with all its digits where it is tiny
     entropies = xlogy(others, others).sum(1) + xlog1py(1 - wrong, -wrong)
     shifts = moved @ parameters.offsets - moved.diagonal() * parameters.margins
-    return float(-shares @ (parameters.weights * (entropies - shifts)) - penalty)
+    conjugates = shares * parameters.weights * (entropies - shifts)
+    targets = others + np.diag(1 - wrong)
+    return Certificate(float(-conjugates.sum() - penalty), slopes * moved, conjugates, targets)
 
 
 def best_bias(problem: UFM, logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
@@ -153,92 +169,3 @@ def bias_hessian(problem: UFM, logits: np.ndarray, shares: np.ndarray) -> np.nda
     weighted = (shares * parameters.weights)[:, None] * probabilities
     hessian = np.diag(weighted.sum(0)) - probabilities.T @ weighted
     return parameters.scales[:, None] * hessian * parameters.scales
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The optimality gap of a network
-# ---------------------------------------------------------------------------------------------------------
-
-
-def optimality_gap(
-    optimum: Optimum,
-    weight: ArrayLike,
-    means: ArrayLike,
-    data_loss: SupportsFloat,
-    within_sum: SupportsFloat,
-    bias: ArrayLike | None = None,
-) -> dict[str, float]:
-    """Return how far a network's last layer is from the optimum, and the three parts of that, {column: float}.
-
-    F is the value of (UFM) at the network's features and head, and F* the optimum's lower bound.
-
-    optimality_gap  F / F* - 1, the sum of the three parts:
-    gap_within      (F - F at the class means) / F*: features of a class differ
-    gap_head        (F at the class means - its minimum over W and b) / F*: the head does not fit the means
-    gap_means       (that minimum - F*) / F*: the class means are not the best
-
-    optimum: the `Optimum` of the problem that the network was trained on. weight: W (K, d). means: class means (K, d).
-    data_loss: the mean loss of a sample, (1/N) sum_i loss(W h_i + b, y_i). within_sum: sum_i |h_i - mu_{y_i}|^2. bias:
-    b (K,). Take both sums in float64: F is compared with F* to about its rounding error.
-
-    NaN for all where the optimum has no positive lower bound. Raises ValueError for other shapes of weight or means.
-
-    Example:
-        >>> import math
-        >>> import torch
-        >>> from nc_theory import UFM, optimality_gap, solve
-        >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
-        >>> zeros = torch.zeros(3, 8)  # a network that outputs zeros
-        >>> gap = optimality_gap(optimum, weight=zeros, means=zeros, data_loss=math.log(3), within_sum=0)
-        >>> f"{gap['optimality_gap']:.3f}"
-        '10.305'
-    """
-    problem, bound = optimum.problem, optimum.lower_bound
-    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
-    weight, means = (np.asarray(torch.as_tensor(part).detach().cpu(), dtype=np.float64) for part in (weight, means))
-    for name, matrix in (("weight", weight), ("means", means)):
-        if matrix.shape != (len(counts), means.shape[-1]):
-            raise ValueError(f"{name} has shape {matrix.shape}, wanted (K, d) with K = {len(counts)}")
-    offset = np.zeros(len(counts)) if bias is None else np.asarray(torch.as_tensor(bias).detach().cpu(), dtype=float)
-    losses = losses_and_gradients(problem, means @ weight.T + offset, labels)[0]
-    head_penalty = 0.5 * problem.lambda_w * np.square(weight).sum() + 0.5 * problem.bias_decay * np.square(offset).sum()
-    mean_penalty = 0.5 * problem.lambda_h * counts @ np.square(means).sum(1)
-    collapsed = counts / counts.sum() @ losses + head_penalty + mean_penalty
-    within = float(data_loss) - counts / counts.sum() @ losses + 0.5 * problem.lambda_h * float(within_sum)
-    best = min(collapsed, best_head(problem, weight, means, offset) + mean_penalty)
-    parts = [float(part / bound) if bound > 0 else math.nan for part in (within, collapsed - best, best - bound)]
-    return dict(zip(GAP_COLUMNS, [sum(parts), *parts], strict=True))
-
-
-def best_head(problem: UFM, weight: np.ndarray, means: np.ndarray, bias: np.ndarray) -> float:
-    """Return the least mean loss plus head penalties over W and b, for given class means (K, d).
-
-    W is sought in the span of the means, along their principal directions, each in units of its own curvature. The
-    problem is convex; L-BFGS is run again, with its memory cleared, as long as the value falls.
-    """
-    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
-    shares = counts / counts.sum()
-    left, singular, right = np.linalg.svd(np.sqrt(shares)[:, None] * means, full_matrices=False)
-    inputs = left * singular / np.sqrt(shares)[:, None]
-    decays: np.ndarray = np.full(len(singular), problem.lambda_w)
-    start = weight @ right.T
-    if problem.bias:
-        inputs = np.column_stack([inputs, np.ones(len(counts))])
-        decays = np.append(decays, problem.bias_decay)
-        start = np.column_stack([start, bias])
-    units = 1 / np.sqrt(decays + shares @ np.square(inputs))
-
-    def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        head = x.reshape(start.shape) * units
-        losses, gradients = losses_and_gradients(problem, inputs @ head.T, labels)
-        value = shares @ losses + 0.5 * (decays * np.square(head)).sum()
-        return value, (((shares[:, None] * gradients).T @ inputs + decays * head) * units).ravel()
-
-    x, best = (start / units).ravel(), math.inf
-    options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
-    for _ in range(RERUNS):
-        end = minimize(value_and_gradient, x, jac=True, method="L-BFGS-B", options=options)
-        if not end.fun < best * (1 - 1e-12):
-            break
-        x, best = end.x, end.fun
-    return best

@@ -314,7 +314,7 @@ TABLES["optimizers"] = Table(
     },
     title="three seeds each",
     heads=(
-        *("NC0", "optimality gap", "within classes", "head", "class means", "NC1", "steps to 0.01"),
+        *("NC0", "optimality gap", "NC1", "steps to 0.01"),
         *("train", "test", "test, few"),
     ),
     worst=("NC0", "optimality gap"),

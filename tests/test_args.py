@@ -67,6 +67,8 @@ def test_the_papers_command():
         ("--penalty_start 5", ["--penalty_start", "--penalty_fall_epochs"]),
         ("--penalty_start 5 --penalty_hold_epochs 60% --penalty_fall_epochs 40%", ["sum must be less than --epochs"]),
         ("--penalty_warmup_epochs 9 --epochs 9", ["--penalty_warmup_epochs 9", "less than --epochs 9"]),
+        ("--until 0.01", ["--until", "--nc_every"]),
+        ("--until 0 --nc_every 1", ["--until", "not a number > 0"]),
         ("--stratified --no_shuffle", ["--stratified and --no_shuffle"]),
         ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
         ("--class_counts 1,2", ["--class_counts", "cifar10 has 10 classes, 2 counts were given"]),
@@ -155,7 +157,7 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
         "planes": "8", "imbalance": "exp:5", "class_counts": "1,1,1,1,1,1,1,1,1,1", "dataset": "mnist",
         "class_weights": "1", "logit_adjustment": "1", "logit_scaling": "1", "ldam_margin": "1",
         "label_smoothing": "0.5", "class_weights_from": "5", "optimizer_args": "eps=1e-6",
-        "head_init": "etf", "head_fixed": "", "whiten": "0.5",
+        "head_init": "etf", "head_fixed": "", "whiten": "0.5", "until": "5",
         "train_list": "a.txt", "test_list": "b.txt", "image_size": "64",
         "penalty_start": "5", "penalty_hold_epochs": "5", "penalty_fall_epochs": "5",
     }  # fmt: skip
@@ -166,6 +168,7 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
         "train_list": "--dataset imagefolder --test_list c.txt ",
         "test_list": "--dataset imagefolder --train_list c.txt ",
         "image_size": "--dataset imagefolder ",
+        "until": "--nc_every 1 ",
     }
     names = {run_name(parse())} | {run_name(parse(f"{needed.get(f, '')}--{f} {v}")) for f, v in values.items()}
     names |= {run_name(parse(flags)) for flags in ("--no-bias", "--no-feature_relu", "--imbalance exp:5 --n_max 50")}
@@ -357,6 +360,13 @@ def test_flags_without_effect_are_noted():
         "--penalty_fall_epochs",
     ]
     assert notes(parse(falling + " --penalty_start 5"), 1000) == []
+
+
+def test_fewer_steps_than_the_recipe_needs_are_noted():
+    recipe = shlex.quote(f"@{ROOT}/scripts/random_head.flags")
+    (note,) = notes(parse(f"{recipe} --batch_size 110"), 242)
+    assert "after 750 steps" in note and "2,000" in note
+    assert notes(parse(f"{recipe} --batch_size 100"), 800) == []
 
 
 def test_a_run_name_is_part_of_the_folder(tmp_path, monkeypatch):

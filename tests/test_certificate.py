@@ -14,10 +14,8 @@ from nc_theory import (
     MOST_CLASSES,
     UFM,
     LossVariant,
-    VariantLoss,
     closed_form,
     lower_bound,
-    optimality_gap,
     polar,
     released_formula,
     solve,
@@ -266,106 +264,3 @@ def test_two_classes_and_classes_of_one_image(counts, relu, member):
     assert -1e-12 < optimum.gap <= 1e-7
     for name in ("margins", "mean_norms_sq", "HTH", "WWT", "WH", "duality"):
         assert getattr(optimum, name).isfinite().all(), name
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The optimality gap of a network
-# ---------------------------------------------------------------------------------------------------------
-
-
-def literal_value(problem, weight, features, labels, bias):
-    """(UFM) of all samples, with autograd's cross entropy."""
-    module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
-    data = module(features @ weight.T + bias, labels).mean()
-    penalties = problem.lambda_w * weight.square().sum() + problem.lambda_h * features.square().sum()
-    return data, data + 0.5 * penalties + 0.5 * problem.bias_decay * bias.square().sum()
-
-
-def within(features, labels, means):
-    return (features - means[labels]).square().sum()
-
-
-def least_over_heads(problem, means):
-    """The least value over W and b for one feature per class, by Newton's method with autograd's Hessian."""
-    labels, counts = torch.arange(len(means)), problem.counts
-    module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
-    decays = torch.full((means.shape[1],), problem.lambda_w, dtype=torch.float64)
-    inputs = means
-    if problem.bias:
-        decays = torch.cat([decays, torch.tensor([problem.bias_decay])])
-        inputs = torch.cat([means, torch.ones(len(means), 1)], dim=1)
-
-    def value(x):
-        head = x.reshape(len(means), -1)
-        return counts / counts.sum() @ module(inputs @ head.T, labels) + 0.5 * (decays * head.square()).sum()
-
-    x = torch.zeros(inputs.numel(), dtype=torch.float64)
-    for _ in range(60):
-        gradient, hessian = torch.func.grad(value)(x), torch.func.hessian(value)(x)
-        step = -torch.linalg.pinv(hessian, hermitian=True) @ gradient
-        length = next((s for s in 0.5 ** torch.arange(30) if value(x + s * step) < value(x)), None)
-        if length is None:
-            break
-        x = x + length * step
-    return value(x).item() + 0.5 * problem.lambda_h * (counts @ means.square().sum(1)).item()
-
-
-@pytest.mark.parametrize("bias, bias_decay", [(False, 0.0), (True, 0.0), (True, 1e-2)])
-@pytest.mark.parametrize("member", ["plain", "VS"])
-def test_the_gap_of_a_network_and_its_three_parts(member, bias, bias_decay):
-    problem = UFM([3, 5, 9], 1e-2, 1e-3, bias=bias, bias_decay=bias_decay, variant=MEMBERS[member])
-    optimum = solve(problem)
-    random = torch.Generator().manual_seed(0)
-    labels = torch.repeat_interleave(torch.arange(3), problem.counts.long())
-    means = torch.rand(3, 6, generator=random, dtype=torch.float64) * 2
-    features = means[labels] + 0.1 * torch.rand(17, 6, generator=random, dtype=torch.float64)
-    means = torch.stack([features[labels == k].mean(0) for k in range(3)])
-    weight = torch.randn(3, 6, generator=random, dtype=torch.float64)
-    offset = torch.randn(3, generator=random, dtype=torch.float64) * bias
-    data, value = literal_value(problem, weight, features, labels, offset)
-    _, collapsed = literal_value(problem, weight, means[labels], labels, offset)
-    best = least_over_heads(problem, means)
-    row = optimality_gap(optimum, weight, means, data, within(features, labels, means), offset if bias else None)
-    assert list(row) == ["optimality_gap", "gap_within", "gap_head", "gap_means"]
-    assert row["optimality_gap"] == pytest.approx(value.item() / optimum.lower_bound - 1, rel=1e-10)
-    assert row["gap_within"] == pytest.approx((value - collapsed).item() / optimum.lower_bound, rel=1e-9)
-    assert row["gap_head"] == pytest.approx((collapsed.item() - best) / optimum.lower_bound, rel=1e-8)
-    assert row["gap_means"] == pytest.approx(best / optimum.lower_bound - 1, rel=1e-8)
-    assert min(row.values()) > 0
-
-
-@pytest.mark.parametrize("member", ["plain", "VS"])
-def test_the_gap_at_the_optimum_is_zero(member):
-    """For features and a head with the optimum's geometry and no spread, only the certificate's gap is left."""
-    problem = UFM([30, 60, 90, 120], 5e-3, 5e-4, variant=MEMBERS[member])
-    optimum = solve(problem)
-    values, vectors = torch.linalg.eigh(optimum.HTH)
-    means = vectors * values.sqrt()
-    weight = optimum.WH @ torch.linalg.inv(means.T)
-    labels = torch.arange(4)
-    module = VariantLoss(problem.variant, problem.class_counts, dtype=torch.float64)
-    data = problem.counts / problem.counts.sum() @ module(means @ weight.T, labels)
-    row = optimality_gap(optimum, weight, means, data, 0.0)
-    assert abs(row["optimality_gap"]) < 1e-7 and all(row[f"gap_{part}"] > -1e-12 for part in ("within", "head"))
-    assert row["gap_means"] > -1e-9
-
-
-def test_the_head_is_found_where_features_are_nearly_dependent():
-    """Class means along one direction and almost along it; many features; a head far from the best."""
-    problem = UFM([30, 60, 90], 1e-6, 1e-6)
-    means = torch.tensor([[1.0, 0, 0], [1.0, 1e-4, 0], [2.0, 0, 1e-3]], dtype=torch.float64)
-    labels, weight = torch.arange(3), torch.full((3, 3), 100.0, dtype=torch.float64)
-    data = (
-        problem.counts
-        / problem.counts.sum()
-        @ torch.nn.functional.cross_entropy(means @ weight.T, labels, reduction="none")
-    )
-    optimum = solve(problem)
-    row = optimality_gap(optimum, weight, means, data, 0.0)
-    assert row["gap_means"] == pytest.approx(least_over_heads(problem, means) / optimum.lower_bound - 1, rel=1e-7)
-
-
-def test_without_a_bound_there_is_no_gap():
-    released = released_formula(UFM([5, 6], 1e-2, 1e-3, bias=True))
-    row = optimality_gap(released, torch.ones(2, 3), torch.ones(2, 3), 1.0, 0.0)
-    assert all(math.isnan(value) for value in row.values())

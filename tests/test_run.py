@@ -80,6 +80,12 @@ def test_tables_read_back_exactly(tmp_path):
     pd.testing.assert_frame_equal(found, table, check_exact=True, check_dtype=False, check_column_type=False)
 
 
+def test_shares_of_the_gap_that_meant_something_else_are_not_read(tmp_path):
+    """Tables of development versions have gap_within and gap_means in relative units, beside gap_head."""
+    (tmp_path / "a.csv").write_text("epoch,optimality_gap,gap_within,gap_head,gap_means\n1,6,1,2,3\n")
+    assert read_rows(tmp_path / "a.csv").to_dict("list") == {"epoch": [1], "optimality_gap": [6.0]}
+
+
 @pytest.mark.parametrize(
     "text",
     [

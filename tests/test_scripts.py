@@ -1,5 +1,6 @@
 """The two entry scripts as a user runs them, with tiny budgets, on the CPU."""
 
+import functools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.summary import state
 from datasets import epoch_order, load_data
 from engine.measurement import Measurement, features, load_run
 from engine.run import Run
@@ -47,7 +49,10 @@ def test_files_of_a_run(train, validate, tmp_path):
     assert all(math.isfinite(float(cell)) for row in rows for cell in row.values())
     geometry = np.load(folder / "geometry" / "epoch_005.npz")
     names = ["HTH", "WWT", "WH", "margins", "mean_norms_sq"]
-    assert set(geometry) == {"class_counts", *names, *(f"{name}_theory" for name in names)}
+    assert set(geometry) == {
+        *("class_counts", "zero_samples", *names, *(f"{name}_theory" for name in names)),
+        *GAP_COLUMNS[1:],
+    }
     problem = UFM(config["class_counts"], 1e-4, 1e-5)
     assert UFM(**config["problems"]["objective"]) == UFM(**config["problems"]["nominal"]) == problem
     optimum = closed_form(problem)
@@ -335,10 +340,64 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     bound = solve(objective.problem()).lower_bound
     assert row["optimality_gap"] == pytest.approx(total / bound - 1, rel=1e-4)
     parts = [row[name] for name in GAP_COLUMNS[1:]]
-    assert sum(parts) == pytest.approx(row["optimality_gap"]) and min(parts) >= -1e-9
+    assert sum(parts) == pytest.approx(total - bound, rel=1e-4) and min(parts) >= -1e-9
     assert f"The objective is {row['optimality_gap']:.1e} above the least value that any network can reach" in out
     largest = f"{max(parts):9.1e}  the"
-    assert next(line for line in out.splitlines() if line.endswith("(the largest part)")).startswith(largest)
+    assert next(line for line in out.splitlines() if line.endswith("(the largest share)")).startswith(largest)
+
+
+@pytest.mark.parametrize("flags", [["--bias"], ["--depth_linear", 2], ["--bias", "--depth_linear", 2]], ids=str)
+@pytest.mark.parametrize("theory", ["nominal", "released"])
+def test_the_gap_under_another_theory_is_that_of_w_and_h_in_its_problem(train, measure, tmp_path, flags, theory):
+    """Without the network's bias, which that problem has not, and for the product of the head's matrices."""
+    flags = [*TINY, "--epochs", 10, *flags, "--save_path", "run"]
+    flags += ["--weight_decay", 0.005, "--feature_decay_rate", 0.0001]
+    train(*flags)
+    measure(*flags, "--theory", theory)
+    row = rows_of(tmp_path / "run" / f"nc_metrics_{theory}.csv")[-1]
+    _, data, model = load_run(tmp_path / "run")
+    with torch.inference_mode():
+        features = model.double()(data.train.images.double())[1]
+        weight = functools.reduce(lambda product, layer: layer.weight @ product, model.fc[1:], model.fc[0].weight)
+        value = torch.nn.functional.cross_entropy(features @ weight.T, data.train.labels)
+        value += 0.0025 * weight.square().sum() + 0.00005 * features.square().sum()
+    least = closed_form(UFM(data.class_counts, 0.005, 0.0001)).loss
+    assert float(row["optimality_gap"]) == pytest.approx(value.item() / least - 1, rel=1e-4)
+    assert min(float(row[name]) for name in GAP_COLUMNS) >= 0
+
+
+UNTIL = [*TINY, "--epochs", 9, "--nc_every", 2, "--until", 100]  # met by any network, and so at the second measurement
+
+
+def test_until_ends_training_at_two_measurements_below_it(train, measure, tmp_path):
+    out, _ = train(*UNTIL, "--save_every", 9, "--save_path", "run")
+    folder = tmp_path / "run"
+    assert "epoch 3: NC2_H, NC3_WH, margin_rel_err, norm_rel_err are at most 100" in out and "of the gap" in out
+    assert [row["epoch"] for row in rows_of(folder / "nc_metrics.csv")] == ["1", "3"]
+    assert [line["epoch"] for line in log_of(folder)] == [1, 2, 3]
+    assert sorted(path.name for path in folder.glob("*.pth")) == ["epoch_001.pth", "epoch_003.pth"]
+    assert state(MeasuredRun(Run(folder))) == "finished"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    out, _ = train(*UNTIL, "--save_every", 9, "--save_path", "run", "--resume")
+    assert "3 are done, with which --until 100 was reached" in out
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    measure("--load_path", "run", "--watch")  # ends, as epoch 3 was the last one
+
+
+def test_until_ends_a_resumed_run_where_it_ends_an_uncut_one(train, tmp_path):
+    train(*UNTIL, "--save_path", "whole")
+    train(*UNTIL, "--epochs", 2, "--save_path", "cut")
+    train(*UNTIL, "--save_path", "cut", "--resume")
+    assert same_weights(tmp_path / "whole" / "epoch_003.pth", tmp_path / "cut" / "epoch_003.pth")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
+    assert config_of(tmp_path / "cut")["ended_at_epoch"] == 3
+
+
+def test_until_needs_an_optimum_and_goes_on_above_it(train, tmp_path):
+    _, error = train(*UNTIL, "--no-sep_decay", "--save_path", "run", status=2)
+    assert "--until: without --sep_decay no optimum is known" in error and error.count("\n") == 1
+    train(*UNTIL, "--until", 1e-9, "--epochs", 4, "--save_path", "run")
+    assert len(log_of(tmp_path / "run")) == 4 and "ended_at_epoch" not in config_of(tmp_path / "run")
 
 
 def test_negative_features_are_noted_once(train, tmp_path, capsys, recwarn):

@@ -1,0 +1,135 @@
+"""A finished run in sentences: how far it is from the optimum and by which property, what that proves, and why.
+
+The numbers are read from the files of the run alone; `nc_theory.gap_bounds` and `nc_theory.diagnose` judge them.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from nc_theory import GAP_COLUMNS, GapShares, class_margins, diagnose, gap_bounds
+
+SHARES = {  # in which words `validate` prints them
+    "gap_margins": "the logits are not the optimal ones",
+    "gap_duality": "the head is not the dual of the class means",
+    "gap_within": "the features of a class are not equal",
+    "gap_means": "the class means are not arranged as at the optimum",
+}
+LARGEST = 100  # percent, or degrees: nothing larger is printed as proved
+AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below have no direction
+
+
+def explain(run):
+    """Return sentences on the last measured epoch of a `MeasuredRun`; none without an optimum and a gap."""
+    optimum, rows = run.comparison.optimum, run.rows
+    if optimum is None or rows.empty or not set(GAP_COLUMNS) <= set(rows):
+        return []
+    row = rows.iloc[-1]
+    parts = run.geometry(int(row["epoch"]))
+    if math.isnan(row["gap_margins"]) or "gap_margins" not in parts:
+        return []
+    gap = GapShares(optimum.lower_bound, *(torch.from_numpy(parts[name]) for name in GAP_COLUMNS[1:]))
+    lines = gap_lines(row, optimum.certified or run.theory == "released")
+    if run.theory != "released":  # whose margins are not those of the minimum, with which the gap is taken
+        lines += ["", *proof_lines(optimum, gap, parts)]
+    if run.theory == "objective":  # which training minimised
+        diagnosis = diagnosis_of(run, optimum, gap, parts)
+        lines += ["", *diagnosis.lines()]
+        if diagnosis.died and run.flags.get("head_init") == "random" and run.flags["depth_linear"] == 1:
+            lines.append("what may help: --head_init optimum, with which small classes stay alive (docs/recipe.md)")
+    return lines
+
+
+def gap_lines(row, certified):
+    """Return how far a row is from the optimum, and the four shares."""
+    largest = max(SHARES, key=lambda name: row[name])
+    above = f"{'' if certified else 'at most '}{row['optimality_gap']:.1e} above"
+    return [
+        f"The objective is {above} the least value that any network can reach, in relative terms. In units of the loss:"
+    ] + [
+        f"{row[name]:9.1e}  {reason}{' (the largest share)' if name == largest else ''}"
+        for name, reason in SHARES.items()
+    ]
+
+
+def proof_lines(optimum, gap, parts):
+    """Return what the gap alone proves, with the measured values in brackets."""
+    bounds = gap_bounds(optimum, gap.total)
+    norms_sq, expected = parts["mean_norms_sq"], optimum.mean_norms_sq.numpy()
+    alive = expected > AT_ZERO * expected.max()
+    statements = [
+        f"{what} within {proved:.2g} {unit} ({measured:.2g}){of}"
+        for what, unit, of, (proved, measured) in (
+            ("every margin", "%", "", margin_errors(optimum, bounds, parts, alive)),
+            ("class means", "degrees", " of orthogonal", angles(bounds, parts["HTH"], alive)),
+            ("features", "%", " of their class means", spreads(bounds, gap, optimum, norms_sq)),
+            ("the head", "%", " of its dual", head_errors(bounds, gap, optimum, parts["WWT"])),
+        )
+        if proved < LARGEST
+    ]
+    if not statements:
+        return ["The gap is too large to prove anything about margins, angles, spread and head."]
+    lines = [", ".join(statements[:2]), ", ".join(statements[2:])]
+    return ["Proved by the gap alone (and measured):", *filter(None, lines)]
+
+
+def margin_errors(optimum, bounds, parts, alive):
+    """Return the largest relative error of a margin that is possible, and that is measured, in percent."""
+    logits = torch.from_numpy(parts["WH"] + parts.get("bias", np.zeros(len(alive)))[:, None])
+    if optimum.problem.loss != "MSE":
+        logits = logits * torch.from_numpy(optimum.problem.loss_parameters.scales)[:, None]
+    wanted = bounds.optimal_margins[alive]
+    errors = [
+        100 * float((margins[alive] / wanted - 1).abs().max()) if alive.any() else math.nan
+        for margins in (*bounds.margins.T, class_margins(logits))
+    ]
+    return max(errors[:2]), errors[2]
+
+
+def angles(bounds, gram, alive):
+    """Return by how many degrees two class means may be from orthogonal, and are; infinity where nothing is proved."""
+    pairs = np.outer(alive, alive) & ~np.eye(len(alive), dtype=bool)
+    lengths = np.sqrt(np.outer(gram.diagonal(), gram.diagonal()))
+    with np.errstate(all="ignore"):
+        proved, measured = (products[pairs] / lengths[pairs] for products in (bounds.inner_products.numpy(), gram))
+    if not pairs.any() or not (proved <= 1).all():
+        return math.inf, math.nan
+    return tuple(math.degrees(math.asin(np.clip(cosines.max(), 0, 1))) for cosines in (proved, measured))
+
+
+def spreads(bounds, gap, optimum, norms_sq):
+    """Return the distance of features from their class means, as a root mean square, in percent of the means' own."""
+    total = float(optimum.problem.counts.numpy() @ norms_sq) or math.nan
+    measured = 2 * float(gap.within.sum()) / optimum.problem.lambda_h
+    return tuple(100 * math.sqrt(max(value, 0.0) / total) for value in (bounds.within_sum, measured))
+
+
+def head_errors(bounds, gap, optimum, gram):
+    """Return the distance of W from its dual in percent of |W|."""
+    measured = math.sqrt(max(2 * float(gap.duality.sum()) / optimum.problem.lambda_w, 0.0))
+    length = math.sqrt(np.trace(gram)) or math.nan
+    return 100 * bounds.head_distance / length, 100 * measured / length
+
+
+def diagnosis_of(run, optimum, gap, parts):
+    """Return the `nc_theory.Diagnosis` of a run at its last measured epoch, from its rows, log, config and geometry."""
+    rows, log, flags = run.rows, run.log, run.flags
+    last = int(rows["epoch"].iloc[-1])
+    log = log[log["epoch"] <= last] if len(log) else log
+    facts = {"epochs": rows["epoch"].to_numpy(), "gaps": rows["optimality_gap"].to_numpy()}
+    facts["NC0"] = rows["NC0"].iloc[-1] if "NC0" in rows else math.nan
+    if len(log):
+        facts["learning_rates"] = np.interp(rows["epoch"], log["epoch"], log["lr"])
+        facts["penalty_scale"] = log["penalty_scale"].iloc[-1] if "penalty_scale" in log and flags["sep_decay"] else 1.0
+    if flags:
+        counts = run.config["class_counts"]
+        facts["steps"] = int(run.steps_until(last))
+        facts["batch_norm"] = flags["model"] != "MLP"
+        facts["least_images"] = min(counts) * min(1, flags["batch_size"] / sum(counts))
+        facts["precision"] = flags["precision"]
+    if len(log) and run.comparison.least_loss and run.bn_statistics == "running":
+        facts["training_gap"] = log["loss"].iloc[-1] / run.comparison.least_loss - 1
+    if len(accuracies := run.class_accuracy(last, "train")):
+        facts["accuracies"] = accuracies
+    return diagnose(optimum, gap, parts["mean_norms_sq"], zero_samples=parts.get("zero_samples"), **facts)

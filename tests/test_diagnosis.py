@@ -1,0 +1,161 @@
+"""Why a network is not at the optimum: the cause that was built in is the one that is named."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from analysis.diagnosis import explain
+from engine.run import Run
+from engine.tables import MeasuredRun
+from nc_theory import UFM, LossVariant, closed_form, convergence, diagnose, gap_bounds, gap_shares, solve
+
+PROBLEM = UFM([10, 20, 200, 300], 5e-3, 5e-5)
+EPOCHS = np.arange(1, 252, 10)
+FALLING = 10.0 ** (-EPOCHS / 40)
+LATE_FLAT = np.maximum(FALLING, 10.0**-5)  # from epoch 201 on
+COSINE = np.where(EPOCHS > 90, (1 + np.cos(np.pi * (EPOCHS - 90) / 160)) / 2, 1)
+
+
+def network(dead=(), within=0.0, turn=0.0, head=1.0, optimum=None):
+    """(optimum, the gap, |mu_k|^2) of the optimum's own network, with something wrong."""
+    optimum = optimum or solve(PROBLEM)
+    weight, means = optimum.head(8) * head, optimum.features(8)
+    means[list(dead)] = 0.0
+    means[1] += turn * means[0]
+    count = len(means)
+    losses = torch.nn.functional.cross_entropy(means @ weight.T, torch.arange(count), reduction="none")
+    return optimum, gap_shares(optimum, weight, means, losses, [within] * count), means.square().sum(1)
+
+
+def test_classes_that_died_are_told_from_those_that_collapse():
+    optimum = solve(UFM([1, 20, 200, 300], 1e-2, 1e-3))
+    assert optimum.collapsed.tolist() == [True, False, False, False]
+    found = diagnose(*network(dead=[1], optimum=optimum))
+    assert (found.zero, found.died, found.cause) == ((0, 1), (1,), "class 1 died")
+    lines = found.lines()
+    assert lines[0] == "at zero at the optimum: class 0; in the network: classes 0 and 1"
+    assert lines[1].startswith("class 1 (n_k = 20) died: at the optimum |mu_k|^2 = ")
+    assert diagnose(*network(optimum=optimum)).died == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "share", "classes"),
+    [
+        ({"dead": [2]}, "margins", (2,)),
+        ({"within": 100.0}, "within", None),
+        ({"turn": 0.05}, "means", (0, 1)),
+    ],
+)
+def test_the_largest_share_and_its_classes(wrong, share, classes):
+    found = diagnose(*network(**wrong))
+    assert found.share == share and classes in (None, found.classes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "cause"),
+    [
+        ({"penalty_scale": 0.4}, "the penalties are at 0.4 times their final strength"),
+        ({"zero_samples": [0, 3, 0, 1]}, "4 training images have features that are all zero, most in class 1"),
+        ({"accuracies": [100, 100, 99, 100]}, "2 training images are misclassified, most in class 2"),
+        ({"gaps": FALLING}, "training has not ended"),
+        (
+            {"gaps": FALLING, "learning_rates": COSINE, "steps": 750},
+            "too few steps: the learning rate",
+        ),
+        ({"gaps": np.maximum(FALLING, 10.0**-5.8), "learning_rates": COSINE}, "too few steps"),
+        ({"gaps": LATE_FLAT * 0 + 0.1, "learning_rates": COSINE}, None),
+        ({"gaps": LATE_FLAT, "training_gap": 1e-6, "batch_norm": True}, "BatchNorm's running averages"),
+        ({"gaps": LATE_FLAT, "training_gap": 1e-6}, None),
+        ({"gaps": LATE_FLAT, "batch_norm": True, "least_images": 1.2}, "batches have 1.2 images of the rarest class"),
+        ({"gaps": LATE_FLAT, "batch_norm": True, "least_images": 12.0}, None),
+        ({"gaps": LATE_FLAT, "precision": "bf16"}, "bf16"),
+        ({"gaps": LATE_FLAT, "NC0": 0.2}, "NC0 is 0.2, which no stationary point"),
+        ({}, None),
+    ],
+)
+def test_the_cause_is_the_one_that_was_built_in(facts, cause):
+    epochs = {"epochs": EPOCHS} if "gaps" in facts else {}
+    found = diagnose(*network(head=1.2), **epochs, **facts).cause
+    assert found is None if cause is None else found.startswith(cause), found
+
+
+def test_mse_and_scaled_logits_have_no_cause_in_nc0():
+    for changed in ({"loss": "MSE"}, {"variant": LossVariant(logit_scaling=0.1)}):
+        optimum = solve(UFM([10, 20, 200, 300], 5e-3, 5e-5, **changed))
+        _, gap, norms = network(head=1.2, optimum=optimum)
+        assert diagnose(optimum, gap, norms, epochs=EPOCHS, gaps=LATE_FLAT, NC0=0.2).cause is None
+
+
+def test_at_the_optimum_nothing_is_wrong():
+    found = diagnose(*network(), epochs=EPOCHS, gaps=LATE_FLAT, learning_rates=COSINE, accuracies=[100] * 4)
+    assert found.cause is None and found.died == ()
+
+
+@pytest.mark.parametrize(
+    ("gaps", "rates", "text"),
+    [
+        (FALLING, None, "falling by 10 every 40 epochs: 1e-07 at about epoch 280"),
+        (3 * FALLING, None, "falling by 10 every 40 epochs: 1e-06 at about epoch 259"),
+        (FALLING, COSINE, "falling by 10 every 40 epochs until the learning rate was at zero"),
+        (LATE_FLAT, None, "flat since epoch 201"),
+        (LATE_FLAT, COSINE, "flat since epoch 201, with the learning rate at zero"),
+        (1 / FALLING, None, "rising by 10 every 40 epochs"),
+    ],
+)
+def test_the_course_of_the_gap_in_words(gaps, rates, text):
+    noise = 10 ** (0.004 * np.random.default_rng(0).standard_normal(len(gaps)))
+    found = convergence(EPOCHS, gaps, rates).text()
+    assert found == text
+    assert convergence(EPOCHS, gaps * noise, rates).text().split()[:2] == text.split()[:2]
+
+
+def test_three_positive_gaps_are_needed():
+    assert convergence([1, 2], [1.0, 0.1]) is None
+    assert convergence([1, 2, 3, 4], [1.0, 0.1, 0.0, math.nan]) is None
+
+
+def test_a_wrong_shape_is_one_line():
+    optimum, gap, _ = network()
+    with pytest.raises(ValueError, match=r"mean_norms_sq has shape \(2,\), wanted \(4,\)"):
+        diagnose(optimum, gap, [1.0, 2.0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Of a run, in the output of the scripts
+# ---------------------------------------------------------------------------------------------------------
+
+FLAGS = "--dataset digits --width 32 --depth_relu 1 --batch_size 102 --no-bias --sep_decay --lr 0.003".split()
+FLAGS += "--weight_decay 0.005 --feature_decay_rate 0.0001 --epochs 40 --nc_every 10".split()
+
+
+def test_training_validation_and_report_say_the_same(train, validate, tmp_path):
+    out, _ = train(*FLAGS, "--save_path", "run")
+    measured = MeasuredRun(Run(tmp_path / "run"))
+    lines = explain(measured)
+    assert "\n".join(lines) in out
+    out, _ = validate("--load_path", "run")
+    assert "\n".join(lines[:5]) in out
+    assert lines[0] in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_is_proved_stands_beside_what_is_measured(train, tmp_path):
+    """For a head at the optimum: the proved bounds hold, and the printed ones are those of `gap_bounds`."""
+    schedule = "--width 128 --decay_type cosine --patience 40 --adam_beta2 0.99 --clip_grad_norm 0.5 --stratified"
+    train(*FLAGS, "--head_init", "optimum", "--epochs", 120, *schedule.split(), "--save_path", "run")
+    measured = MeasuredRun(Run(tmp_path / "run"))
+    row, parts, optimum = measured.rows.iloc[-1], measured.geometry(120), closed_form(UFM(**measured.comparison.entry))
+    bounds = gap_bounds(optimum, row["optimality_gap"] * optimum.lower_bound)
+    possible = 100 * float((bounds.margins / optimum.margins[:, None] - 1).abs().max())
+    line = next(line for line in explain(measured) if line.startswith("every margin within"))
+    assert line.startswith(f"every margin within {possible:.2g} % ({100 * row['margin_rel_err']:.2g})")
+    assert row["margin_rel_err"] < possible / 100
+    norms = np.sqrt(parts["mean_norms_sq"])
+    cosines = parts["HTH"] / np.outer(norms, norms) - np.eye(10)
+    assert f"({math.degrees(math.asin(cosines.max())):.2g}) of orthogonal" in line
+
+
+def test_without_an_optimum_nothing_is_said(train, tmp_path):
+    train(*FLAGS, "--no-sep_decay", "--epochs", 2, "--save_path", "run")
+    assert explain(MeasuredRun(Run(tmp_path / "run"))) == []
