@@ -12,7 +12,7 @@ True
 __version__ = "1.0.0"
 
 from nc_theory.by_class import solve_by_class
-from nc_theory.certificate import GAP_COLUMNS, lower_bound, optimality_gap, polar
+from nc_theory.certificate import GAP_COLUMNS, lower_bound, optimality_gap
 from nc_theory.closed_form import (
     class_curve,
     closed_form,
@@ -22,6 +22,7 @@ from nc_theory.closed_form import (
     released_formula,
     suggest_lambdas,
 )
+from nc_theory.copositive import polar
 from nc_theory.geometries import self_duality, seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
