@@ -25,7 +25,14 @@ BIAS_STEPS = 20  # of Newton's method
 RERUNS = 10  # of L-BFGS-B, each from the last result
 
 
-def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None, *, relax: bool = True) -> float:
+def lower_bound(
+    problem: UFM,
+    logits: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    relax: bool = True,
+    gram: ArrayLike | None = None,
+) -> float:
     """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column per class, and a bias (K,).
 
     With p_k the softmax of D (z_k + b) + i_k, g_k = w_k D (p_k - t_k) the gradient of the loss, and G the matrix of
@@ -41,7 +48,8 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None, 
     s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore first replaced by the best one for the given W H.
     The result is -inf if that fails, for logits that are not finite, and for depth_linear > 1.
 
-    relax: see `polar`. Raises ValueError for other shapes of logits.
+    relax: see `polar`. gram: H^T H (K, K) of class means with these logits, which helps the relaxation of `polar` to
+    a tight bound for more than 12 classes that share directions. Raises ValueError for other shapes of logits.
 
     Example:
         >>> import torch
@@ -73,7 +81,8 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None, 
     rest = (slopes * residuals).sum(0)
     if problem.bias and not problem.bias_decay:
         residuals = residuals - rest / slopes.sum(0)  # makes r zero exactly, not only up to rounding
-    largest = polar((slopes * residuals / np.sqrt(counts)[:, None]).T, problem.relu, relax=relax)
+    start = None if gram is None else np.sqrt(np.outer(counts, counts)) * np.asarray(gram)
+    largest = polar((slopes * residuals / np.sqrt(counts)[:, None]).T, problem.relu, relax=relax, start=start)
     target = math.sqrt(problem.lambda_w) * math.sqrt(problem.lambda_h)
     scale = min(1.0, target / largest) if largest > 0 else 1.0
     penalty = 0.0

@@ -20,7 +20,7 @@ STALLED = 200  # steps without a fall of the bound by a hundredth of its distanc
 TIGHT = 1e-10  # relative distance of a bound from the maximum found at which no better one is sought
 
 
-def polar(matrix: np.ndarray, relu: bool = True, *, relax: bool = True) -> float:
+def polar(matrix: np.ndarray, relu: bool = True, *, relax: bool = True, start: np.ndarray | None = None) -> float:
     """Return the largest |G v| over |v| = 1 and, with ReLU, v >= 0, of G (K, C): the polar of the gauge.
 
     Without ReLU it is the largest singular value. With ReLU and up to ALL_SUPPORTS columns, all supports S of v are
@@ -28,7 +28,8 @@ def polar(matrix: np.ndarray, relu: bool = True, *, relax: bool = True) -> float
     result is an upper bound sqrt(lambda_max(G^T G + N)), N >= 0, whose N `best_relaxation` finds.
 
     relax: with False, N is the one for which G^T G + N = max(G^T G, 0). This takes a single eigenvalue problem, and is
-    exact if no two columns of G have a positive inner product.
+    exact if no two columns of G have a positive inner product. start: a positive semidefinite X >= 0 (C, C) at which
+    the relaxation starts. It ends soonest from a sum of v v^T over maximisers v; default: that of the local maxima found.
 
     Example:
         >>> import numpy as np
@@ -46,7 +47,7 @@ def polar(matrix: np.ndarray, relu: bool = True, *, relax: bool = True) -> float
     if len(gram) <= ALL_SUPPORTS:
         return math.sqrt(largest_of_all_supports(gram))
     if len(gram) <= RELAXED:
-        bound = min(bound, best_relaxation(gram))
+        bound = min(bound, best_relaxation(gram, start))
     return math.sqrt(bound)
 
 
@@ -78,21 +79,22 @@ def local_maxima(gram: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return (vectors * (gram @ vectors)).sum(0), vectors
 
 
-def best_relaxation(gram: np.ndarray) -> float:
+def best_relaxation(gram: np.ndarray, start: np.ndarray | None = None) -> float:
     """Return the least lambda_max(A + N) found over N >= 0, for a Gram matrix A (C, C).
 
     This is the dual of the doubly non-negative relaxation, max <A, X> over X >= 0, X positive semidefinite, tr X = 1,
     solved by the alternating direction method of multipliers (Wen, Goldfarb, Yin 2010, arXiv 0907.4098) with
-    t I - A - N = S, S positive semidefinite. It begins at an X made of the local maxima. Any step has a valid bound.
+    t I - A - N = S, S positive semidefinite. It begins at the X of `polar`. The bound of any step is valid.
     """
     values, vectors = local_maxima(gram)
     found = values.max()
     scaled, eye = gram / found, np.eye(len(gram))
     near = vectors[:, values > 0.99 * found]
-    multiplier = near @ near.T / near.shape[1]
+    multiplier = near @ near.T if start is None or not np.trace(start) > 0 else start
+    multiplier = multiplier / np.trace(multiplier)
     weight, best, last_fall, worth = 1.0, math.inf, 0, math.inf
-    slack = np.zeros_like(gram)
     more = np.maximum(-scaled, 0)
+    slack = np.linalg.eigvalsh(scaled + more)[-1] * eye - scaled - more
     for step in range(RELAXATION_STEPS):
         if step % CHECK_EVERY == 0:
             best = min(best, np.linalg.eigvalsh(scaled + more)[-1])

@@ -21,6 +21,8 @@ from nc_theory.losses import losses_and_gradients
 from nc_theory.problem import UFM, Optimum, class_margins
 
 ROUNDS = 100  # of minimisation and escapes
+SHORT, LONG = 200, 20_000  # steps of L-BFGS-B: as long as there are directions with |G v| > 1 + COARSE, and then
+COARSE = 1e-2
 FALL = 1e-14  # relative fall of the value in a round below which no more rounds follow
 NEWTON_STEPS, KRYLOV_STEPS = 5, 300
 DIFFERENCE = 1e-6  # relative to the point
@@ -138,7 +140,9 @@ class ScaledProblem:
         value += 0.5 * self.bias_decay * np.square(bias).sum()
         pull = gradients * self.weight[:, None]
         scaled = pull * self.logit_scale[:, None]
-        return value, self.join(scaled.T @ features + head, scaled @ head + features, pull.sum(0) + self.bias_decay * bias)
+        return value, self.join(
+            scaled.T @ features + head, scaled @ head + features, pull.sum(0) + self.bias_decay * bias
+        )
 
     # -----------------------------------------------------------------------------------------------------
     # Starts, minimisation and escapes
@@ -164,16 +168,21 @@ class ScaledProblem:
 
         `fun` and `x` are of the result without features that are zero up to rounding, `projected_gradient` is theirs.
         """
-        value = math.inf
+        value, short = math.inf, True
         for _ in range(ROUNDS):
             if self.split(x)[0].size:
-                x = self.polished(self.minimum_from(self.reduced(self.minimum_from(x))))
+                x = self.reduced(self.minimum_from(x, SHORT if short else LONG))
+                if not short:
+                    x = self.polished(self.minimum_from(x, LONG))
             fell = value - (end_value := self.value_and_gradient(x)[0])
             value = min(value, end_value)
-            moved = self.escaped(x) if fell > FALL * value else x
-            if moved is x:
+            moved = self.escaped(x, COARSE if short else ESCAPE) if fell > FALL * value else x
+            if moved is not x:
+                x = moved
+            elif short:
+                short, value = False, math.inf
+            else:
                 break
-            x = moved
         x = self.without_zeros(x)
         value, gradient = self.value_and_gradient(x)
         return OptimizeResult(x=x, fun=value, projected_gradient=largest_slack(x, gradient, self.lower_limits(x)))
@@ -184,9 +193,9 @@ class ScaledProblem:
         least = 0.0 if self.problem.relu else -math.inf
         return self.join(np.full_like(head, -math.inf), np.full_like(features, least), np.full_like(bias, -math.inf))
 
-    def minimum_from(self, x: np.ndarray) -> np.ndarray:
-        """Return the end of L-BFGS-B from a point."""
-        options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
+    def minimum_from(self, x: np.ndarray, steps: int) -> np.ndarray:
+        """Return the end of L-BFGS-B from a point, after at most so many steps."""
+        options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
         bounds = Bounds(self.lower_limits(x), math.inf)
         return minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
@@ -229,8 +238,8 @@ class ScaledProblem:
         lam = math.sqrt(self.problem.lambda_w) * math.sqrt(self.problem.lambda_h)
         return -(gradients * (np.sqrt(counts) / (counts.sum() * lam))[:, None]).T
 
-    def escaped(self, x: np.ndarray) -> np.ndarray:
-        """Return a point with a lower value and more features, or x itself if no direction of escape is found."""
+    def escaped(self, x: np.ndarray, excess: float) -> np.ndarray:
+        """Return a point with a lower value and more features, or x itself if |G v| <= 1 + excess for each v found."""
         head, features, bias = self.split(x)
         matrix = self.dual_matrix(x)
         if self.problem.relu:
@@ -240,7 +249,7 @@ class ScaledProblem:
         chosen: list[int] = []
         for number in np.argsort(-values):
             direction = directions[:, number]
-            if values[number] <= (1 + ESCAPE) ** 2 or (self.dim and head.shape[1] + len(chosen) == self.dim):
+            if values[number] <= (1 + excess) ** 2 or (self.dim and head.shape[1] + len(chosen) == self.dim):
                 break
             if all(direction @ directions[:, other] < ALIKE for other in chosen):
                 chosen.append(number)
@@ -327,7 +336,7 @@ class ScaledProblem:
             loss=float(end.fun * self.cost),
             method="numerical",
             projected_gradient=end.projected_gradient,
-            lower_bound=lower_bound(self.problem, logits, offset),
+            lower_bound=lower_bound(self.problem, logits, offset, gram=gram),
             factors=(weight, means),
         )
 
