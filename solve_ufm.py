@@ -35,7 +35,7 @@ from nc_theory import (
 from utils import Progress, UserError, run_script
 
 # Flags of the two other modes; any other flag would have no effect
-FLAGS_OF_PHASES = "class_counts loss grid seed phase_diagram".split()
+FLAGS_OF_PHASES = "class_counts loss grid phase_diagram".split()
 FLAGS_OF_SUGGESTION = "class_counts ratio suggest_lambdas".split()
 ZERO = 1e-6  # |h_k|^2 up to which a class has collapsed, in units of sqrt(lambda_W / (lambda_H n_k))
 
@@ -93,10 +93,16 @@ def make_parser():
         "--dim",
         type=bounded(int, 1),
         metavar="D",
-        help="number of features d (default: K; 2K with any of the five flags of the loss)",
+        help="largest number of features d of direct minimisation (default: as many as the optimum needs)",
     )
     add("--level", choices=["class", "sample"], default="class", help="one feature per class, or all N features")
-    add("--restarts", type=bounded(int, 1), default=4, metavar="N", help="number of random starts")
+    add(
+        "--restarts",
+        type=bounded(int, 1),
+        default=1,
+        metavar="N",
+        help="number of starts of direct minimisation: the first at zero features, the others random",
+    )
     add("--seed", type=bounded(int, 0), default=0, metavar="N", help="seed of the random starts")
     add("--json", action="store_true", help="print JSON instead of a table (default: off)")
     add(
@@ -155,6 +161,7 @@ def solve(args):
         "lower_bound": optimum.lower_bound if math.isfinite(optimum.lower_bound) else None,
         "gap": optimum.gap if math.isfinite(optimum.gap) else None,
         "certified": optimum.certified,
+        "directions": optimum.directions,
     }
     return {"class_counts": args.class_counts, **plain(optimum), **certificate, **result}
 
@@ -200,11 +207,14 @@ def print_table(args, result):
         print(f"relative gap                {result['loss_gap']:.1e}")
     if "minimised" in result:
         losses = result["losses_of_starts"]
-        print(f"worst of {len(losses)} starts           {losses[-1] / losses[0] - 1:.1e} above the best")
+        if len(losses) > 1:
+            print(f"{f'worst of {len(losses)} starts':<27} {losses[-1] / losses[0] - 1:.1e} above the best")
         print(f"projected gradient          {result['projected_gradient']:.1e}, in scaled variables")
         if args.level == "sample":
             print(f"spread within classes       {result['within_class_spread']:.1e} of the largest feature")
     print(proved(result))
+    if args.dim is not None and args.dim < result["directions"]:
+        print(f"not reached with d = {args.dim}: this optimum has features in {result['directions']} directions")
 
 
 def proved(result):
@@ -236,7 +246,7 @@ def phase_diagram(args):
         for column, counts in enumerate(profiles):
             for row, product in enumerate(products):
                 problem = UFM(counts, math.sqrt(product), math.sqrt(product), loss=args.loss)
-                found = solve_numerically(problem, starts=1, seed=args.seed).optimum
+                found = solve_numerically(problem).optimum
                 collapsed[row, column] = found.mean_norms_sq[-1] <= ZERO / math.sqrt(counts[-1])
                 progress.step(f"imbalance {ratios[column]:.0f}  lambda_W lambda_H {product:.1e}")
     with style.context(STYLE_FILE):

@@ -47,7 +47,7 @@ def closed_form(problem: UFM) -> Optimum | None:
 
         n_k/(2N) (1 - s)^2 + ((L+1)/2) (lambda_W^L lambda_H n_k)^(1/(L+1)) s^(2/(L+1))
 
-    over s >= 0: for L >= 2 not near zero, but either zero or at least (L-1)/L, so that a class collapses by a jump, with
+    over s >= 0. For L >= 2 this is either zero or at least (L-1)/L, so that a class collapses by a jump:
     h_k = 0  iff  N (lambda_W^L lambda_H)^(1/(L+1)) n_k^(-L/(L+1)) >= (1/L) ((L-1)/L)^((L-1)/(L+1)).
 
     For MSE the constraint H >= 0 does not bind, so that the closed form holds with and without ReLU.

@@ -29,7 +29,7 @@ def polar(matrix: np.ndarray, relu: bool = True, *, relax: bool = True, start: n
 
     relax: with False, N is the one for which G^T G + N = max(G^T G, 0). This takes a single eigenvalue problem, and is
     exact if no two columns of G have a positive inner product. start: a positive semidefinite X >= 0 (C, C) at which
-    the relaxation starts. It ends soonest from a sum of v v^T over maximisers v; default: that of the local maxima found.
+    the relaxation starts, best a sum of v v^T over maximisers v; default: that over the local maxima found.
 
     Example:
         >>> import numpy as np

@@ -1,9 +1,8 @@
 """Direct minimisation of (UFM) in float64, for problems without a closed form and to check the closed forms.
 
-With h_k = U_k / sqrt(lambda_H n_k) and so on, a stationary point has W = G U, with the matrix G of `lower_bound`, and it is
-the global minimum if polar(G) <= sqrt(lambda_W lambda_H). Otherwise some v has a larger |G v|, and one more feature
-coordinate along v, with a column G v of the head, lowers the loss: an escape from any stationary point that is not the
-global minimum (Haeffele, Vidal 2015, arXiv 1506.07540). Minimisation and escapes alternate, so that no start matters.
+A stationary point is the global minimum if polar(G) <= sqrt(lambda_W lambda_H) for the matrix G of `lower_bound`.
+Otherwise some v has a larger |G v|, and one more feature coordinate along v, with a column G v of the head, lowers the
+loss: an escape from any stationary point that is not the global minimum. Minimisation and escapes alternate.
 """
 
 import math

@@ -36,7 +36,7 @@ def test_table(solve):
         assert float(row[3]) == pytest.approx(optimum.margins[k].item(), rel=1e-6)
         assert float(row[5]) == pytest.approx(optimum.mean_norms_sq[k].item(), rel=1e-6)
         assert abs(float(row[4])) < 1e-6 and abs(float(row[7])) < 1e-6
-    assert "relative gap" in out and "4 starts" in out
+    assert "relative gap" in out
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,6 @@ def test_json_of_every_sample(solve):
     [
         (["--class_counts", "5"], "two or more whole numbers"),
         (["--weight_decay", 0], "not a number > 0"),
-        (["--dim", 2], "d = 2 < K = 10"),
         (["--class_weights", "nan"], "--class_weights: 'nan' is not a number >= 0"),
         (["--logit_adjustment", -1], "--logit_adjustment: '-1' is not a number >= 0"),
         (["--label_smoothing", 1], "--label_smoothing: '1' is not a number >= 0 and < 1"),
@@ -107,7 +106,7 @@ def test_json_of_every_sample(solve):
         (["--level", "batch"], "invalid choice"),
         (
             ["--phase_diagram", "x", "--bias"],
-            "--phase_diagram takes --class_counts, --loss, --grid, --seed, not --bias",
+            "--phase_diagram takes --class_counts, --loss, --grid, not --bias",
         ),
         (["--suggest_lambdas", "--loss", "MSE"], "--suggest_lambdas takes --class_counts, --ratio, not --loss"),
         (["--suggest_lambdas", 0.5], "the largest margin must be above"),
@@ -139,9 +138,7 @@ def test_phase_diagram(tmp_path, loss, monkeypatch):
         return real(ratios, products, collapsed, edges, *rest)
 
     monkeypatch.setattr(solve_ufm, "draw_phases", keep)
-    args = Namespace(
-        class_counts=[50, 50, 50, 50], grid=6, loss=loss, seed=0, phase_diagram=tmp_path / "new" / "phases"
-    )
+    args = Namespace(class_counts=[50, 50, 50, 50], grid=6, loss=loss, phase_diagram=tmp_path / "new" / "phases")
     paths = solve_ufm.phase_diagram(args)
     assert [path.name for path in paths] == ["phases.pdf", "phases.png"] and all(p.stat().st_size > 1000 for p in paths)
     above = drawn["products"][:, None] > drawn["edges"]
