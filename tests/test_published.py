@@ -119,7 +119,7 @@ def test_seli_has_the_published_singular_values(ratio):
 
 
 def test_multivariate_regression_collapses_as_published():
-    """Andriopoulos et al. 2024, arXiv 2409.04180 (NRC3), with penalties (lambda_H / (2M)) |H|^2 + (lambda_W / 2) |W|^2."""
+    """Andriopoulos et al. 2024, arXiv 2409.04180 (NRC3); their penalty of the features is (lambda_H / (2M)) |H|^2."""
     random = np.random.default_rng(0)
     targets = random.standard_normal((40, 3)) @ np.diag([1.0, 2.0, 0.7]) + [1, 2, 3]
     lambda_h, lambda_w = 0.05, 0.02
@@ -148,3 +148,20 @@ def test_more_classes_than_features_on_the_circle(num_classes, published):
     cosines = np.cos(features[:, None] - weights)
     margins = cosines[classes, classes] - np.where(np.eye(num_classes), -1, cosines).max(1)
     np.testing.assert_allclose(margins, published, atol=1e-4)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_next_token_logits_tend_to_the_log_probabilities(relu):
+    """Zhao et al. 2024, arXiv 2408.15417: centred on the support of a context, as the penalties vanish."""
+    labels = np.array([[30, 10, 60, 0, 0], [0, 5, 40, 5, 0], [20, 0, 0, 10, 70], [5, 5, 5, 5, 5]])
+    worst = []
+    for penalty in (1e-4, 1e-5, 1e-6):
+        optimum = solve(UFM(labels=labels, lambda_w=penalty, lambda_h=penalty, relu=relu))
+        assert optimum.certified
+        errors = []
+        for row, logits in zip(labels, optimum.WH.T.numpy(), strict=True):
+            expected, found = np.log(row[row > 0]), logits[row > 0]
+            errors.append(np.abs(found - found.mean() - expected + expected.mean()).max())
+            assert logits[row == 0].max(initial=-math.inf) < found.min() - 2
+        worst.append(max(errors))
+    assert worst[1] < worst[0] / 3 and worst[2] < worst[1] / 3 and worst[2] < 0.01

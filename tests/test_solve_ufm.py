@@ -110,6 +110,8 @@ def test_json_of_every_sample(solve):
         ),
         (["--suggest_lambdas", "--loss", "MSE"], "--suggest_lambdas takes --class_counts, --ratio, not --loss"),
         (["--suggest_lambdas", 0.5], "the largest margin must be above"),
+        (["--counts_file", "none.csv"], "none.csv"),
+        (["--counts_file", "none.csv", "--loss", "MSE"], "--counts_file takes --weight_decay, --feature_decay_rate"),
         (["--ratio", 1], "--ratio: only with --suggest_lambdas"),
     ],
 )
@@ -125,6 +127,43 @@ def test_suggested_lambdas_are_flags_of_the_solver(solve, flags, margin):
     assert "no class collapsed" in words
     out, _ = solve("--class_counts", "10,20,40", "--json", *suggested.split())
     assert json.loads(out)["closed_form"]["margins"][-1] == pytest.approx(margin, rel=1e-4)
+
+
+BIGRAMS = "context,a,b,c\nx,30,10,0\ny,28,12,0\nz,0,5,40\nw,1,1,1\n"
+
+
+def test_next_token_problem(solve, tmp_path):
+    path = tmp_path / "counts.csv"
+    path.write_text(BIGRAMS)
+    out, _ = solve("--counts_file", path, "--weight_decay", 0.05)
+    assert "certified: no other" in out.splitlines()[-1] and "features at zero            w" in out
+    out, _ = solve("--counts_file", path, "--weight_decay", 0.05, "--json")
+    result, labels = json.loads(out), [[30, 10, 0], [28, 12, 0], [0, 5, 40], [1, 1, 1]]
+    expected = solve_problem(UFM(labels=labels, lambda_w=0.05, lambda_h=5e-5))
+    np.testing.assert_allclose(result["WH"], expected.WH, atol=1e-9)
+    assert result["contexts"] == list("xyzw") and result["collapsed"] == ["w"] and result["certified"]
+
+
+def test_contexts_with_the_same_next_tokens_are_merged(solve, tmp_path):
+    path = tmp_path / "counts.csv"
+    path.write_text("context,a,b,c\nx,30,10,0\nz,0,5,40\ny,60,20,0\n")
+    out, _ = solve("--counts_file", path)
+    assert "share a direction           x, y\n" in out
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("context,a,b\nx,1,2,3\n", "the row of 'x' has 4 cells, the first row 3"),
+        ("context,a,b\nx,1,two\ny,1,2\n", "counts.csv: could not convert"),
+        ("context,a,b\nx,1,-2\ny,1,2\n", "must be >= 0"),
+        ("", "wanted (contexts, K)"),
+    ],
+)
+def test_a_wrong_counts_file_is_one_line(solve, tmp_path, text, words):
+    (tmp_path / "counts.csv").write_text(text)
+    _, error = solve("--counts_file", tmp_path / "counts.csv", status=2)
+    assert words in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)
