@@ -256,6 +256,8 @@ def proved(result):
 
 def read_counts(path):
     """Return (names of the contexts, counts (C, K)) of the CSV file of --counts_file."""
+    if not path.is_file():
+        raise UserError(f"--counts_file: no file {path}")
     with open(path, newline="", encoding="utf-8") as file:
         header, *rows = [row for row in csv.reader(file) if row] or [[]]
     for row in rows:

@@ -51,7 +51,7 @@ class UFM:
         (4, 5)
     """
 
-    class_counts: Sequence[float] | None = None
+    class_counts: Sequence[float] = ()
     lambda_w: float = math.nan
     lambda_h: float = math.nan
     loss: str = "CrossEntropy"
@@ -69,8 +69,8 @@ class UFM:
         if self.labels is not None:
             labels = validate_labels(self.labels, self.loss)
             object.__setattr__(self, "labels", tuple(map(tuple, labels.tolist())))
-            counts = labels.sum(1) if counts is None and self.loss == "CrossEntropy" else counts
-        if counts is None:
+            counts = counts if len(counts) or self.loss == "MSE" else labels.sum(1).tolist()
+        if not len(counts):
             raise ValueError("class_counts can be left out only with the labels of a cross entropy")
         numbers = validate_counts(counts).tolist()
         object.__setattr__(self, "class_counts", tuple(int(n) if n == int(n) else n for n in numbers))
