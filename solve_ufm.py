@@ -183,6 +183,7 @@ def certificate(optimum):
         "gap": optimum.gap if math.isfinite(optimum.gap) else None,
         "certified": optimum.certified,
         "directions": optimum.directions,
+        "unique": optimum.problem.unique,
     }
 
 
@@ -233,6 +234,8 @@ def print_table(args, result):
         if args.level == "sample":
             print(f"spread within classes       {result['within_class_spread']:.1e} of the largest feature")
     print(proved(result))
+    if not result["unique"]:
+        print("not unique: the minimisers form a line, along which W H + b is constant")
     if args.dim is not None and args.dim < result["directions"]:
         print(f"not reached with d = {args.dim}: this optimum has features in {result['directions']} directions")
 

@@ -92,7 +92,7 @@ class Measurement:
             accuracy.merge(self.ranks.sum)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* entries are negative")  # noted once instead, below
-            metrics = nc_metrics(statistics, weight, optimum)
+            metrics = nc_metrics(statistics, weight, optimum if optimum and optimum.problem.unique else None)
         self.note_negatives(statistics.negative_share, optimum)
         row = {
             "train_acc1": train.overall(),

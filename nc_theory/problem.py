@@ -112,6 +112,20 @@ class UFM:
         """The class counts as a float64 tensor (K,) on the CPU."""
         return torch.tensor(self.class_counts, dtype=torch.float64)
 
+    @property
+    def unique(self) -> bool:
+        """False where minimisers form a line: two classes of equal counts with ReLU and a bias without a penalty.
+
+        The bias then moves logits between the two features at no cost. Unique are the loss and W H + b.
+
+        Example:
+            >>> from nc_theory import UFM
+            >>> UFM([10, 10], 1e-3, 1e-3, bias=True).unique, UFM([10, 20], 1e-3, 1e-3, bias=True).unique
+            (False, True)
+        """
+        alike = len(self.class_counts) == self.num_classes == 2 and len(set(self.class_counts)) == 1
+        return not (alike and self.relu and self.bias and not self.bias_decay)
+
     @cached_property
     def loss_parameters(self) -> LossParameters:
         """The `LossParameters` of the variant for the class counts, or of the soft labels."""

@@ -313,6 +313,27 @@ def test_the_gap_is_relative_to_what_can_be_changed():
     assert optimum.certified and bad.gap > 0.05
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_classes_with_a_bias_have_a_line_of_minimisers(loss):
+    """Moving the bias between the two total logits leaves the loss what it is, unless something tells them apart."""
+    problem = UFM([50, 50], 1e-2, 1e-3, loss=loss, bias=True)
+    optimum = solve(problem)
+    total = optimum.WH + optimum.bias[:, None]
+    for share in (0.2, 0.5, 0.9):
+        bias = total @ torch.tensor([share, 1 - share], dtype=torch.float64)
+        rest = (total - bias[:, None]).norm(dim=0).sum().item()
+        assert rest == pytest.approx((total[:, 0] - total[:, 1]).norm().item(), rel=1e-12)
+        penalty = math.sqrt(problem.lambda_w * problem.lambda_h * 50) * rest
+        assert penalty == pytest.approx(
+            0.5 * problem.lambda_w * optimum.WWT.trace().item()
+            + 0.5 * problem.lambda_h * 50 * optimum.mean_norms_sq.sum().item(),
+            rel=1e-6,
+        )
+    assert not problem.unique and optimum.certified
+    for other in ({"bias_decay": 0.1}, {"relu": False}, {"class_counts": [50, 51]}, {"class_counts": [50] * 3}):
+        assert dataclasses.replace(problem, **other).unique
+
+
 @pytest.mark.parametrize("relu, bias", [(True, False), (False, False), (True, True)])
 def test_soft_labels(relu, bias):
     """One-hot rows are the usual problem; other rows are its convex combination, checked by their own minimisation."""
