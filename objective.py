@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import nc_theory
-from nc_theory import UFM, LossVariant, VariantLoss
+from nc_theory import UFM, LossVariant, VariantLoss, solve
 from utils import UserError, load_function, message_of, short_name
 
 
@@ -194,8 +194,11 @@ class Objective:
         """Return the `UFM` that the objective minimises, or a sentence that says why its optimum is not known."""
         if not self.sep_decay:
             return "without --sep_decay no optimum is known (--theory nominal compares with one anyway)"
-        if self.depth_linear > 1:
-            return "with --depth_linear > 1 no optimum is known (--theory nominal compares with one anyway)"
+        if self.depth_linear > 1 and (self.loss != "MSE" or self.bias):
+            return (
+                "with --depth_linear > 1 an optimum is known only for --loss MSE with --no-bias (--theory nominal "
+                "compares with one anyway)"
+            )
         return self._problem(self.effective_decays(), self.bias)
 
     def nominal_problem(self):
@@ -205,12 +208,20 @@ class Objective:
     def _problem(self, decays, bias):
         if min(decays) <= 0:
             return "without a positive --weight_decay and --feature_decay_rate there is no optimum"
-        if self.feature_dim < len(self.class_counts):
-            return f"the theory needs as many features as classes, the model has {self.feature_dim}"
         if self.loss not in nc_theory.LOSSES:
             return f"no optimum is known for --loss {short_name(self.loss)}"
-        counts = tuple(self.class_counts)
-        return UFM(counts, *decays, loss=self.loss, relu=self.feature_relu, bias=bias, variant=self.variant)
+        problem = UFM(
+            tuple(self.class_counts),
+            *decays,
+            loss=self.loss,
+            relu=self.feature_relu,
+            bias=bias,
+            variant=self.variant,
+            depth_linear=self.depth_linear if self.loss == "MSE" else 1,
+        )
+        if self.feature_dim < len(self.class_counts) and (needed := solve(problem).directions) > self.feature_dim:
+            return f"the optimum has features in {needed} directions, and the model has {self.feature_dim} features"
+        return problem
 
     def problems(self):
         """Return {objective, nominal: the fields of the problem, or why there is none}, which config.json records."""

@@ -5,11 +5,13 @@
     python solve_ufm.py --logit_adjustment 1                               (other losses: see --help)
     python solve_ufm.py --class_counts 20,50,100 --suggest_lambdas         (penalties for a largest margin of 5)
     python solve_ufm.py --phase_diagram figures/phase_diagram              (where the smallest class collapses)
+    python solve_ufm.py --counts_file bigrams.csv                          (next-token prediction, with soft labels)
 
 With --bias, --logit_adjustment and --logit_scaling, and with --no_relu for the cross entropy, there is no closed form.
 The last line of the output then says how close to the minimum the solution is proved to be.
 """
 
+import csv
 import dataclasses
 import json
 import math
@@ -18,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
+from scipy.sparse.csgraph import connected_components
 
 from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
 from cli import Parser, add_loss_flags, bounded, class_count_list
@@ -32,11 +35,14 @@ from nc_theory import (
     split_optimum,
     suggest_lambdas,
 )
+from nc_theory import solve as solve_problem
 from utils import Progress, UserError, run_script
 
 # Flags of the two other modes; any other flag would have no effect
-FLAGS_OF_PHASES = "class_counts loss grid seed phase_diagram".split()
+FLAGS_OF_PHASES = "class_counts loss grid phase_diagram".split()
+FLAGS_OF_CONTEXTS = "weight_decay feature_decay_rate bias bias_decay no_relu json counts_file".split()
 FLAGS_OF_SUGGESTION = "class_counts ratio suggest_lambdas".split()
+MERGED = 1e-3  # two contexts share a direction if the cosine of their features is at least 1 - MERGED
 ZERO = 1e-6  # |h_k|^2 up to which a class has collapsed, in units of sqrt(lambda_W / (lambda_H n_k))
 
 
@@ -55,6 +61,9 @@ def main():
         elif args.suggest_lambdas:
             only_flags(args, parser, "suggest_lambdas", FLAGS_OF_SUGGESTION)
             print_suggestion(args)
+        elif args.counts_file:
+            only_flags(args, parser, "counts_file", FLAGS_OF_CONTEXTS)
+            print_contexts(args)
         elif args.json:
             print(json.dumps(solve(args), indent=2))
         else:
@@ -93,12 +102,25 @@ def make_parser():
         "--dim",
         type=bounded(int, 1),
         metavar="D",
-        help="number of features d (default: K; 2K with any of the five flags of the loss)",
+        help="largest number of features d of direct minimisation (default: as many as the optimum needs)",
     )
     add("--level", choices=["class", "sample"], default="class", help="one feature per class, or all N features")
-    add("--restarts", type=bounded(int, 1), default=4, metavar="N", help="number of random starts")
+    add(
+        "--restarts",
+        type=bounded(int, 1),
+        default=1,
+        metavar="N",
+        help="number of starts of direct minimisation: the first at zero features, the others random",
+    )
     add("--seed", type=bounded(int, 0), default=0, metavar="N", help="seed of the random starts")
     add("--json", action="store_true", help="print JSON instead of a table (default: off)")
+    add(
+        "--counts_file",
+        type=Path,
+        metavar="FILE",
+        help="instead, solve a next-token problem: a CSV file with a row for each context and a column for each token, "
+        "how often the token follows the context; the first row and the first column are names (default: off)",
+    )
     add(
         "--suggest_lambdas",
         type=positive,
@@ -150,13 +172,19 @@ def solve(args):
         if "minimised" in result:
             result["loss_gap"] = found.optimum.loss / split.loss - 1
     optimum = split or found.optimum
-    certificate = {
+    return {"class_counts": args.class_counts, **plain(optimum), **certificate(optimum), **result}
+
+
+def certificate(optimum):
+    """Return how an Optimum was found, and what is proved about it, as plain values."""
+    return {
         "method": optimum.method,
         "lower_bound": optimum.lower_bound if math.isfinite(optimum.lower_bound) else None,
         "gap": optimum.gap if math.isfinite(optimum.gap) else None,
         "certified": optimum.certified,
+        "directions": optimum.directions,
+        "unique": optimum.problem.unique,
     }
-    return {"class_counts": args.class_counts, **plain(optimum), **certificate, **result}
 
 
 def plain(optimum):
@@ -200,11 +228,16 @@ def print_table(args, result):
         print(f"relative gap                {result['loss_gap']:.1e}")
     if "minimised" in result:
         losses = result["losses_of_starts"]
-        print(f"worst of {len(losses)} starts           {losses[-1] / losses[0] - 1:.1e} above the best")
+        if len(losses) > 1:
+            print(f"{f'worst of {len(losses)} starts':<27} {losses[-1] / losses[0] - 1:.1e} above the best")
         print(f"projected gradient          {result['projected_gradient']:.1e}, in scaled variables")
         if args.level == "sample":
             print(f"spread within classes       {result['within_class_spread']:.1e} of the largest feature")
     print(proved(result))
+    if not result["unique"]:
+        print("not unique: the minimisers form a line, along which W H + b is constant")
+    if args.dim is not None and args.dim < result["directions"]:
+        print(f"not reached with d = {args.dim}: this optimum has features in {result['directions']} directions")
 
 
 def proved(result):
@@ -217,6 +250,68 @@ def proved(result):
     if result["certified"]:
         return f"certified: no other solution is better by more than {gap}, relative"
     return f"not certified: another solution may be better by up to {gap}, relative"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Next-token problems
+# ---------------------------------------------------------------------------------------------------------
+
+
+def read_counts(path):
+    """Return (names of the contexts, counts (C, K)) of the CSV file of --counts_file."""
+    if not path.is_file():
+        raise UserError(f"--counts_file: no file {path}")
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    for row in rows:
+        if len(row) != len(header):
+            raise UserError(f"{path}: the row of {row[0]!r} has {len(row)} cells, the first row {len(header)}")
+    try:
+        counts = np.array([[float(cell) for cell in row[1:]] for row in rows])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+    return [row[0] for row in rows], counts
+
+
+def print_contexts(args):
+    """Solve the next-token problem of --counts_file, and print it context by context, or as JSON."""
+    names, counts = read_counts(args.counts_file)
+    problem = UFM(
+        labels=counts,
+        lambda_w=args.weight_decay,
+        lambda_h=args.feature_decay_rate,
+        relu=not args.no_relu,
+        bias=args.bias,
+        bias_decay=args.bias_decay,
+    )
+    optimum = solve_problem(problem)
+    groups = [[names[number] for number in group] for group in merged_contexts(optimum)]
+    collapsed = [name for name, zero in zip(names, optimum.collapsed.tolist(), strict=True) if zero]
+    result = {"contexts": names, "merged": groups, "collapsed": collapsed, "entropy": problem.irreducible_loss}
+    result |= plain(optimum) | certificate(optimum)
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{'n_k':>9} {'|h_k|^2':>13}  context")
+    for name, count, norm in zip(names, problem.class_counts, result["mean_norms_sq"], strict=True):
+        print(f"{count:>9g} {norm:>13.8g}  {name}")
+    print()
+    print(f"loss, {optimum.method:<21} {optimum.loss:.15g}")
+    print(f"entropy of the labels       {problem.irreducible_loss:.15g}, the least loss without penalties")
+    print(f"directions                  {optimum.directions}")
+    for group in groups:
+        print(f"share a direction           {', '.join(group)}")
+    print(f"features at zero            {', '.join(collapsed) or 'none'}")
+    print(proved(result))
+
+
+def merged_contexts(optimum):
+    """Return the groups of two or more contexts, by number, whose features share a direction, up to MERGED."""
+    norms = optimum.mean_norms_sq.sqrt()
+    cosines = optimum.HTH / (norms * norms[:, None]).where(norms * norms[:, None] > 0, math.inf)
+    number, labels = connected_components(cosines.numpy() >= 1 - MERGED)
+    groups = [np.flatnonzero(labels == label).tolist() for label in range(number)]
+    return [group for group in groups if len(group) > 1]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -236,7 +331,7 @@ def phase_diagram(args):
         for column, counts in enumerate(profiles):
             for row, product in enumerate(products):
                 problem = UFM(counts, math.sqrt(product), math.sqrt(product), loss=args.loss)
-                found = solve_numerically(problem, starts=1, seed=args.seed).optimum
+                found = solve_numerically(problem).optimum
                 collapsed[row, column] = found.mean_norms_sq[-1] <= ZERO / math.sqrt(counts[-1])
                 progress.step(f"imbalance {ratios[column]:.0f}  lambda_W lambda_H {product:.1e}")
     with style.context(STYLE_FILE):

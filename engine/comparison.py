@@ -55,6 +55,8 @@ class Comparison:
         """Return the theory's predictions in one line; without a closed form, only say that it takes minimisation."""
         if self.problem is None:
             return self.no_optimum
+        if not self.problem.unique:
+            return "the minimisers form a line, along which W H + b is constant: only the optimality gap is measured"
         if (optimum := closed_form(self.problem)) is None:
             return "no closed form: measuring finds the optimum by minimisation"
         collapsed = (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()

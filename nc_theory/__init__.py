@@ -12,7 +12,7 @@ True
 __version__ = "1.0.0"
 
 from nc_theory.by_class import solve_by_class
-from nc_theory.certificate import lower_bound, polar
+from nc_theory.certificate import lower_bound
 from nc_theory.closed_form import (
     class_curve,
     closed_form,
@@ -22,6 +22,7 @@ from nc_theory.closed_form import (
     released_formula,
     suggest_lambdas,
 )
+from nc_theory.copositive import polar
 from nc_theory.diagnosis import Convergence, Diagnosis, convergence, diagnose
 from nc_theory.duality import FocalLoss, dual_bound
 from nc_theory.gap import GAP_COLUMNS, GapBounds, GapShares, gap_bounds, gap_shares

@@ -40,17 +40,17 @@ def solve_by_class(problem: UFM) -> Optimum:
     columns = torch.from_numpy(logits.T.copy())
     return Optimum(
         problem=problem,
-        margins=class_margins(columns),
+        margins=class_margins(columns, parameters.own),
         mean_norms_sq=torch.from_numpy(norms_sq),
         HTH=torch.from_numpy(norms_sq).diag(),
         WWT=torch.from_numpy(rows.T @ rows),
         WH=columns,
-        bias=torch.zeros(len(counts), dtype=torch.float64),
+        bias=torch.zeros(problem.num_classes, dtype=torch.float64),
         duality=torch.from_numpy(-(gradients * counts[:, None]).T / counts.sum() / problem.lambda_w),
         loss=float(counts / counts.sum() @ losses + root_w * root_h * np.sqrt(counts) @ norms),
         method="class by class",
         projected_gradient=float(slack.max()),
-        lower_bound=lower_bound(problem, columns),
+        lower_bound=lower_bound(problem, columns, relax=False),
     )
 
 
@@ -59,7 +59,7 @@ def shrunken_minima(parameters: LossParameters, strengths: np.ndarray) -> np.nda
 
     A row is zero if and only if |strength_k grad l_k(0)| <= 1.
     """
-    logits = np.zeros((len(strengths), len(strengths)))
+    logits = np.zeros(parameters.targets.shape)
     every = np.arange(len(strengths))
     fall = -parameters.gradients(parameters.losses_and_residuals(logits, every)[1], every) * strengths[:, None]
     labels = np.flatnonzero(np.linalg.norm(fall, axis=1) > 1)  # the classes that do not collapse
@@ -97,8 +97,7 @@ def newton_steps(
     residuals = parameters.losses_and_residuals(z, labels)[1]
     norms = np.linalg.norm(z, axis=1, keepdims=True)
     gradients = strengths[:, None] * parameters.gradients(residuals, labels) + z / norms
-    probabilities = residuals + parameters.smoothing / z.shape[1]
-    probabilities[np.arange(len(z)), labels] += 1 - parameters.smoothing
+    probabilities = residuals + parameters.targets[labels]
     curvatures = (strengths * parameters.weights[labels])[:, None]
     diagonal = curvatures * np.square(parameters.scales) * probabilities + 1 / norms
     low_rank = np.stack([np.sqrt(curvatures) * parameters.scales * probabilities, z / norms**1.5], axis=2)

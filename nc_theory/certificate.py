@@ -6,7 +6,6 @@ sqrt(lambda_W lambda_H) times a gauge of Z diag(sqrt(n)): the gauge whose unit b
 lower bound of the minimum, and those of a global minimiser give the minimum itself.
 """
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -14,45 +13,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import xlog1py, xlogy
 
+from nc_theory.copositive import polar
 from nc_theory.losses import losses_and_gradients
 from nc_theory.problem import UFM
 
-ALL_SUPPORTS = 12  # classes up to which the polar is exact at any G: 2^K eigenvalue problems
-ROUNDING = 1e-8  # an eigenvector with no entry below -ROUNDING may be non-negative
 TINY = 1e-14  # a probability down to -TINY is zero up to rounding
 BIAS_STEPS = 20  # of Newton's method
 
 
-def polar(matrix: np.ndarray, relu: bool = True) -> float:
-    """Return the largest |G v| over |v| = 1 and, with ReLU, v >= 0, of G (K, K): the polar of the gauge.
-
-    Without ReLU it is the largest singular value. With ReLU and up to ALL_SUPPORTS classes, all supports S of v are
-    tried: it is the root of the largest eigenvalue of (G^T G)_SS with a non-negative eigenvector. For more classes
-    the result is the upper bound sqrt(lambda_max(max(G^T G, 0))), which is exact if no two columns of G have a positive
-    inner product.
-
-    Example:
-        >>> import numpy as np
-        >>> from nc_theory import polar
-        >>> matrix = np.array([[1.0, 0.0], [1.0, -2.0]])
-        >>> f"{polar(matrix):.3f} {polar(matrix, relu=False):.3f}"
-        '2.000 2.288'
-    """
-    gram = matrix.T @ matrix
-    if not relu:
-        return math.sqrt(np.linalg.eigvalsh(gram)[-1])
-    if len(gram) > ALL_SUPPORTS:
-        return math.sqrt(np.linalg.eigvalsh(np.maximum(gram, 0))[-1])
-    largest = gram.diagonal().max()
-    for size in range(2, len(gram) + 1):
-        supports = np.array(list(itertools.combinations(range(len(gram)), size)))
-        values, vectors = np.linalg.eigh(gram[supports[:, :, None], supports[:, None, :]])
-        signed = vectors * np.where(vectors.sum(1, keepdims=True) < 0, -1, 1)
-        largest = max(largest, values[signed.min(1) >= -ROUNDING].max(initial=0.0))
-    return math.sqrt(largest)
-
-
-def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> float:
+def lower_bound(
+    problem: UFM,
+    logits: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    relax: bool = True,
+    gram: ArrayLike | None = None,
+) -> float:
     """Return a lower bound of the minimum of a UFM, from logits W H (K, K), one column per class, and a bias (K,).
 
     With p_k the softmax of D (z_k + b) + i_k, g_k = w_k D (p_k - t_k) the gradient of the loss, and G the matrix of
@@ -66,7 +42,10 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) 
 
     With a bias the bound needs r = sum_k (n_k/N) g_k = 0 if the bias has no penalty, and is smaller by
     s^2 |r|^2 / (2 bias_decay) if it has one. The bias is therefore first replaced by the best one for the given W H.
-    The result is -inf if that fails, and for logits that are not finite. Raises ValueError for other shapes of logits.
+    The result is -inf if that fails, for logits that are not finite, and for depth_linear > 1.
+
+    relax: see `polar`. gram: H^T H (K, K) of class means with these logits, which helps the relaxation of `polar` to
+    a tight bound for more than 12 classes that share directions. Raises ValueError for other shapes of logits.
 
     Example:
         >>> import torch
@@ -76,7 +55,7 @@ def lower_bound(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) 
         >>> f"minimum {optimum.loss:.4f}, bounds {bounds[0]:.4f} and {bounds[1]:.4f}"
         'minimum 0.0972, bounds 0.0972 and 0.0841'
     """
-    return certify(problem, logits, bias).bound
+    return certify(problem, logits, bias, relax=relax, gram=gram).bound
 
 
 class Certificate(NamedTuple):
@@ -88,20 +67,27 @@ class Certificate(NamedTuple):
     targets: np.ndarray  # (K, K) the rows q_k; for MSE, the logits e_k + g_k
 
 
-def certify(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> Certificate:
+def certify(
+    problem: UFM,
+    logits: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    relax: bool = True,
+    gram: ArrayLike | None = None,
+) -> Certificate:
     """Return the Certificate that logits and a bias give; see `lower_bound`."""
-    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
+    counts, labels = problem.counts.numpy(), np.arange(len(problem.class_counts))
     shares = counts / counts.sum()
     rows = np.asarray(logits, dtype=np.float64).T  # one for each class
-    if rows.shape != (len(counts), len(counts)):
-        raise ValueError(f"logits have shape {rows.shape[::-1]}, wanted (K, K) = {(len(counts), len(counts))}")
+    if rows.shape != problem.targets.shape:
+        raise ValueError(f"logits have shape {rows.shape[::-1]}, wanted (K, K) = {problem.targets.shape[::-1]}")
     nothing = Certificate(-math.inf, *(np.full(shape, math.nan) for shape in (rows.shape, len(rows), rows.shape)))
-    if not np.isfinite(rows).all():
+    if problem.depth_linear > 1 or not np.isfinite(rows).all():
         return nothing
     if problem.bias:
-        rows = rows + best_bias(problem, rows, np.zeros(len(counts)) if bias is None else np.asarray(bias))
+        rows = rows + best_bias(problem, rows, np.zeros(rows.shape[1]) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
-        residuals = rows - np.eye(len(counts))
+        residuals = rows - problem.targets
         slopes = np.ones_like(residuals)
     else:
         parameters = problem.loss_parameters
@@ -113,7 +99,8 @@ def certify(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> C
     rest = (slopes * residuals).sum(0)
     if problem.bias and not problem.bias_decay:
         residuals = residuals - rest / slopes.sum(0)  # makes r zero exactly, not only up to rounding
-    largest = polar((slopes * residuals / np.sqrt(counts)[:, None]).T, problem.relu)
+    start = None if gram is None else np.sqrt(np.outer(counts, counts)) * np.asarray(gram)
+    largest = polar((slopes * residuals / np.sqrt(counts)[:, None]).T, problem.relu, relax=relax, start=start)
     target = math.sqrt(problem.lambda_w) * math.sqrt(problem.lambda_h)
     scale = min(1.0, target / largest) if largest > 0 else 1.0
     penalty = 0.0
@@ -121,24 +108,25 @@ def certify(problem: UFM, logits: ArrayLike, bias: ArrayLike | None = None) -> C
         penalty = scale**2 * np.square(rest).sum() / (2 * problem.bias_decay)
     moved = scale * residuals
     if problem.loss == "MSE":
-        conjugates = shares * (0.5 * np.square(moved).sum(1) + moved.diagonal())
-        return Certificate(float(-conjugates.sum() - penalty), slopes * moved, conjugates, np.eye(len(counts)) + moved)
-    others = moved + parameters.smoothing / len(counts)  # q_kj of the wrong classes j
-    others[labels, labels] = 0.0
+        conjugates = shares * (0.5 * np.square(moved).sum(1) + (moved * problem.targets).sum(1))
+        return Certificate(float(-conjugates.sum() - penalty), slopes * moved, conjugates, problem.targets + moved)
+    others, own = moved + parameters.targets, parameters.own  # q_kj of the wrong classes j
+    others[labels, own] = 0.0
     if others.min() < -TINY:
         return nothing
     others = np.maximum(others, 0.0)
     wrong = np.minimum(others.sum(1), 1.0)  # 1 - q_kk, with all its digits where it is tiny
     entropies = xlogy(others, others).sum(1) + xlog1py(1 - wrong, -wrong)
-    shifts = moved @ parameters.offsets - moved.diagonal() * parameters.margins
+    shifts = moved @ parameters.offsets - moved[labels, own] * parameters.margins
     conjugates = shares * parameters.weights * (entropies - shifts)
-    targets = others + np.diag(1 - wrong)
+    targets = others.copy()
+    targets[labels, own] = 1 - wrong
     return Certificate(float(-conjugates.sum() - penalty), slopes * moved, conjugates, targets)
 
 
 def best_bias(problem: UFM, logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Return the best bias (K,) for W H, logits (K, K) with one row per class, by Newton's method."""
-    counts, labels = problem.counts.numpy(), np.arange(problem.num_classes)
+    counts, labels = problem.counts.numpy(), np.arange(len(problem.class_counts))
     shares = counts / counts.sum()
 
     def slope_at(bias: np.ndarray) -> np.ndarray:
@@ -147,9 +135,9 @@ def best_bias(problem: UFM, logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
 
     slope = slope_at(bias)
     for _ in range(BIAS_STEPS):
-        hessian = bias_hessian(problem, logits + bias, shares) + problem.bias_decay * np.eye(len(counts))
+        hessian = bias_hessian(problem, logits + bias, shares) + problem.bias_decay * np.eye(len(bias))
         # Without decay the Hessian is singular, with an eigenvalue of zero up to K eps times the largest
-        step = np.linalg.lstsq(hessian, -slope, rcond=len(counts) * np.finfo(float).eps)[0]
+        step = np.linalg.lstsq(hessian, -slope, rcond=len(bias) * np.finfo(float).eps)[0]
         trials = (bias + length * step for length in 0.5 ** np.arange(10))
         better = next((trial for trial in trials if np.linalg.norm(slope_at(trial)) < np.linalg.norm(slope)), None)
         if better is None:
@@ -161,11 +149,10 @@ def best_bias(problem: UFM, logits: np.ndarray, bias: np.ndarray) -> np.ndarray:
 def bias_hessian(problem: UFM, logits: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """Return the Hessian (K, K) of the mean loss with respect to the bias, at logits (K, K), one row per class."""
     if problem.loss == "MSE":
-        return np.eye(len(shares))
+        return np.eye(logits.shape[1])
     parameters, labels = problem.loss_parameters, np.arange(len(shares))
     residuals = parameters.losses_and_residuals(logits, labels)[1]
-    targets = (1 - parameters.smoothing) * np.eye(len(shares)) + parameters.smoothing / len(shares)
-    probabilities = residuals + targets
+    probabilities = residuals + parameters.targets
     weighted = (shares * parameters.weights)[:, None] * probabilities
     hessian = np.diag(weighted.sum(0)) - probabilities.T @ weighted
     return parameters.scales[:, None] * hessian * parameters.scales

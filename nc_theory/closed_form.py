@@ -16,6 +16,8 @@ from numpy.typing import ArrayLike
 from nc_theory.geometries import self_duality
 from nc_theory.problem import UFM, Optimum, validate_counts
 
+BISECTIONS = 60  # of an interval in [0, 1], down to the rounding of float64
+
 
 def closed_form(problem: UFM) -> Optimum | None:
     """Return the Optimum of a UFM in closed form, or None if it has none.
@@ -41,6 +43,13 @@ def closed_form(problem: UFM) -> Optimum | None:
         W W^T    = diag(s_k sqrt(lambda_H n_k / lambda_W))
         h_k = 0  iff  n_k <= N^2 lambda_W lambda_H
 
+    With a head of L linear layers (depth_linear; Dang et al., ICML 2023, arXiv 2301.00437), s_k is the least of
+
+        n_k/(2N) (1 - s)^2 + ((L+1)/2) (lambda_W^L lambda_H n_k)^(1/(L+1)) s^(2/(L+1))
+
+    over s >= 0. For L >= 2 this is either zero or at least (L-1)/L, so that a class collapses by a jump:
+    h_k = 0  iff  N (lambda_W^L lambda_H)^(1/(L+1)) n_k^(-L/(L+1)) >= (1/L) ((L-1)/L)^((L-1)/(L+1)).
+
     For MSE the constraint H >= 0 does not bind, so that the closed form holds with and without ReLU.
 
     Example:
@@ -60,7 +69,9 @@ def closed_form(problem: UFM) -> Optimum | None:
 
 def has_closed_form(problem: UFM) -> bool:
     """Return True for the problems of `closed_form`."""
-    return not problem.bias and (problem.loss == "MSE" or (problem.relu and problem.variant.is_symmetric))
+    if problem.bias or problem.labels is not None:
+        return False
+    return problem.loss == "MSE" or (problem.relu and problem.variant.is_symmetric)
 
 
 def released_formula(problem: UFM) -> Optimum:
@@ -93,7 +104,7 @@ def has_released_formula(problem: UFM) -> bool:
         >>> [has_released_formula(problem) for problem in problems]
         [True, False]
     """
-    return problem.loss == "CrossEntropy" and problem.variant.is_plain and problem.relu
+    return problem.loss == "CrossEntropy" and problem.variant.is_plain and problem.relu and problem.labels is None
 
 
 def class_curve(
@@ -146,6 +157,10 @@ def collapse_count(problem: UFM) -> float | None:
     if not has_closed_form(problem) or not problem.variant.is_plain:
         return None
     total = float(sum(problem.class_counts))
+    if problem.depth_linear > 1:
+        depth, (_, log_w, log_h, _) = problem.depth_linear, logarithms(problem, problem.counts)
+        log_root = (depth * log_w + log_h).item() / (depth + 1)
+        return math.exp((depth + 1) / depth * (math.log(total) + log_root - math.log(collapse_ratio(depth))))
     return total**2 * problem.lambda_w * problem.lambda_h * shrink_factor(problem.num_classes, problem.loss)
 
 
@@ -254,26 +269,44 @@ def cross_entropy_geometry(problem: UFM, margins: torch.Tensor, method: str) -> 
 # ---------------------------------------------------------------------------------------------------------
 
 
+def collapse_ratio(depth: int) -> float:
+    """Return the N (lambda_W^L lambda_H)^(1/(L+1)) n_k^(-L/(L+1)) at and above which a class collapses, L = `depth`."""
+    return ((depth - 1) / depth) ** ((depth - 1) / (depth + 1)) / depth
+
+
 def mse_scales(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
     """Return s_k (P,), the logits of their own class, of classes of `sizes` (P,) samples."""
     log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
-    return (-torch.expm1(problem.counts.sum().log() + 0.5 * (log_w + log_h - log_sizes))).clamp(min=0)
+    depth = problem.depth_linear
+    if depth == 1:
+        return (-torch.expm1(problem.counts.sum().log() + 0.5 * (log_w + log_h - log_sizes))).clamp(min=0)
+    log_ratio = problem.counts.sum().log() + (depth * (log_w - log_sizes) + log_h) / (depth + 1)
+    ratio, power = log_ratio.exp(), (depth - 1) / (depth + 1)
+    # The root of (1 - s) s^power = ratio in the interval [(L-1)/L, 1], where the left side falls
+    low, high = torch.full_like(ratio, (depth - 1) / depth), torch.ones_like(ratio)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        above = (1 - middle) * middle**power > ratio
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return torch.where(ratio < collapse_ratio(depth), high, 0.0)
 
 
 def mse_norms_sq(problem: UFM, sizes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the |h_k|^2 (P,) that reach given s_k (P,) at the least penalty."""
     log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
-    return scales * (0.5 * (log_w - log_h - log_sizes)).exp()
+    depth = problem.depth_linear
+    return scales ** (2 / (depth + 1)) * (depth * (log_w - log_h - log_sizes) / (depth + 1)).exp()
 
 
 def mse_optimum(problem: UFM) -> Optimum:
     """Return the Optimum of MSE without a bias."""
-    counts = problem.counts
+    counts, depth = problem.counts, problem.depth_linear
     log_counts, log_w, log_h, _ = logarithms(problem, counts)
     scales = mse_scales(problem, counts)
     norms_sq = mse_norms_sq(problem, counts, scales)
-    rows_sq = scales * (0.5 * (log_h + log_counts - log_w)).exp()
-    penalty = scales * (0.5 * (log_w + log_h + log_counts)).exp()
+    # w_k^(2L) with w_k^2 = s_k^(2/(L+1)) (lambda_H n_k / lambda_W)^(1/(L+1)) of each layer
+    rows_sq = scales ** (2 * depth / (depth + 1)) * (depth * (log_h + log_counts - log_w) / (depth + 1)).exp()
+    penalty = (depth + 1) / 2 * scales ** (2 / (depth + 1)) * ((depth * log_w + log_h + log_counts) / (depth + 1)).exp()
     loss = (counts / counts.sum() * 0.5 * (1 - scales).square() + penalty).sum().item()
     return Optimum(
         problem=problem,
@@ -283,7 +316,7 @@ def mse_optimum(problem: UFM) -> Optimum:
         WWT=rows_sq.diag(),
         WH=scales.diag(),
         bias=torch.zeros_like(counts),
-        duality=counts.sqrt().diag(),
+        duality=(counts.sqrt() * (scales**2 * counts) ** ((depth - 1) / (2 * depth + 2))).diag(),
         loss=loss,
         method="closed form",
         lower_bound=loss,

@@ -4,7 +4,7 @@
 
 Let G have the columns -(sqrt(n_k)/N) g_k, for any vectors g_k, and s = min(1, sqrt(lambda_W lambda_H) / polar(G)). The
 penalties of logits Z are at least sqrt(lambda_W lambda_H) times a gauge of Z diag(sqrt(n)), of which `polar` is the
-polar (see `nc_theory.certificate`), hence at least -sum_k (n_k/N) s <g_k, z_k>. So
+polar (see `nc_theory.copositive`), hence at least -sum_k (n_k/N) s <g_k, z_k>. So
 
     F* >= - sum_k (n_k/N) l*_k(s g_k),      l*_k(u) = sup over z of <u, z> - l_k(z)
 
@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from scipy.special import xlogy
 
-from nc_theory.certificate import polar
+from nc_theory.copositive import polar
 from nc_theory.problem import validate_counts
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # rows (S, K) and labels (S,) -> (S,)

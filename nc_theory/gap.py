@@ -130,7 +130,7 @@ def certified_point(optimum: Optimum) -> tuple[Certificate, np.ndarray]:
     problem = optimum.problem
     known = closed_form(problem) if optimum.method == "released formula" else optimum
     logits, bias = (optimum.WH * math.nan, None) if known is None else (known.WH, known.bias)
-    proof = certify(problem, logits, bias)
+    proof = certify(problem, logits, bias, gram=None if known is None else known.HTH)
     columns = proof.gradients / np.sqrt(problem.counts.numpy())[:, None]
     product = problem.lambda_w * problem.lambda_h * np.eye(len(columns))
     return proof, (product - columns @ columns.T) / (2 * problem.lambda_w)

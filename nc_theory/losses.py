@@ -12,11 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from scipy.special import entr
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -92,41 +94,59 @@ class LossVariant:
             scales=(counts / counts.max()) ** self.logit_scaling,
             offsets=self.logit_adjustment * np.log(counts / counts.sum()),
             margins=self.margins(counts, counts),
-            smoothing=self.label_smoothing,
+            targets=(1 - self.label_smoothing) * np.eye(len(counts)) + self.label_smoothing / len(counts),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class LossParameters:
-    """A `LossVariant` for given class counts: i_kj = offsets_j - margins_k (j = k), in NumPy float64."""
+    """The losses of C labels, in NumPy float64: i_kj = offsets_j - margins_k (j = own_k), for a label k in 0..C-1.
 
-    weights: np.ndarray  # (K,) w
+    For a `LossVariant` the labels are the classes, C = K and own_k = k; for soft labels, own_k is the likeliest class.
+    """
+
+    weights: np.ndarray  # (C,) w
     scales: np.ndarray  # (K,) D
     offsets: np.ndarray  # (K,)
-    margins: np.ndarray  # (K,)
-    smoothing: float  # eps
+    margins: np.ndarray  # (C,)
+    targets: np.ndarray  # (C, K) t
+
+    @cached_property
+    def own(self) -> np.ndarray:
+        """The likeliest class (C,) of each label."""
+        return self.targets.argmax(1)
+
+    @cached_property
+    def hard(self) -> bool:
+        """True if each t_k is a single class."""
+        return bool((self.targets.max(1) == 1).all())
+
+    @cached_property
+    def entropies(self) -> np.ndarray:
+        """The least loss (C,) of each label, over all logits: w_k times the entropy of t_k."""
+        return self.weights * entr(self.targets).sum(1)
 
     def losses_and_residuals(self, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the losses (S,) of logits (S, K) with labels (S,), and p - t (S, K), p the softmax of D z + i.
 
         All is computed relative to the score of the sample's own class, so that tiny losses are accurate.
         """
-        rows = np.arange(len(logits))
+        rows, own = np.arange(len(logits)), self.own[labels]
         scores = logits * self.scales + self.offsets
-        scores[rows, labels] -= self.margins[labels]
-        own = scores[rows, labels]
-        ahead = scores - own[:, None]
+        scores[rows, own] -= self.margins[labels]
+        ahead = scores - scores[rows, own][:, None]
         excess = np.maximum(ahead.max(1) - LARGEST_EXPONENT, 0.0)
         others = np.exp(ahead - excess[:, None])
-        others[rows, labels] = 0.0
+        others[rows, own] = 0.0
         total = others.sum(1)
         residuals = others / (1 + total)[:, None]
-        residuals[rows, labels] = -residuals.sum(1)
+        residuals[rows, own] = -residuals.sum(1)
         losses = np.log1p(total) + excess
-        if self.smoothing:
-            losses += self.smoothing * (own - scores.mean(1))
-            residuals[rows, labels] += self.smoothing
-            residuals -= self.smoothing / logits.shape[1]
+        if not self.hard:
+            targets = self.targets[labels]
+            losses -= (targets * ahead).sum(1)
+            residuals -= targets
+            residuals[rows, own] += 1
         return self.weights[labels] * losses, residuals
 
     def gradients(self, residuals: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -179,7 +199,7 @@ class VariantLoss(torch.nn.Module):
 def losses_and_gradients(problem: UFM, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the losses (S,) of logits (S, K) with labels (S,) in a UFM, and their gradients (S, K), in NumPy."""
     if problem.loss == "MSE":
-        residuals = logits - np.eye(problem.num_classes)[labels]
+        residuals = logits - problem.targets[labels]
         return 0.5 * np.square(residuals).sum(1), residuals
     parameters = problem.loss_parameters
     losses, residuals = parameters.losses_and_residuals(logits, labels)

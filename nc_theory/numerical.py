@@ -1,4 +1,9 @@
-"""Direct minimisation of (UFM) in float64, for problems without a closed form and to check the closed forms."""
+"""Direct minimisation of (UFM) in float64, for problems without a closed form and to check the closed forms.
+
+A stationary point is the global minimum if polar(G) <= sqrt(lambda_W lambda_H) for the matrix G of `lower_bound`.
+Otherwise some v has a larger |G v|, and one more feature coordinate along v, with a column G v of the head, lowers the
+loss: an escape from any stationary point that is not the global minimum. Minimisation and escapes alternate.
+"""
 
 import math
 from dataclasses import dataclass
@@ -7,15 +12,25 @@ from typing import Literal
 import numpy as np
 import torch
 from scipy.optimize import Bounds, OptimizeResult, minimize
+from scipy.sparse.linalg import LinearOperator, minres
 
-from nc_theory.certificate import lower_bound
+from nc_theory.certificate import best_bias, lower_bound
+from nc_theory.copositive import local_maxima
 from nc_theory.losses import losses_and_gradients
 from nc_theory.problem import UFM, Optimum, class_margins
 
-RERUNS = 10  # of L-BFGS-B, each from the last result
-KICK = 1e-2  # length of a step away from zero, in scaled variables
+ROUNDS = 100  # of minimisation and escapes
+SHORT, LONG = 200, 20_000  # steps of L-BFGS-B: as long as there are directions with |G v| > 1 + COARSE, and then
+COARSE = 1e-2
+FALL = 1e-14  # relative fall of the value in a round below which no more rounds follow
+NEWTON_STEPS, KRYLOV_STEPS = 5, 300
+DIFFERENCE = 1e-6  # relative to the point
+ESCAPE = 1e-9  # a direction with |G v| > 1 + ESCAPE, in scaled variables, leads down
+ALIKE = 0.9  # cosine of two directions of escape from which on the second is left out
+FIRST_STEP, HALVINGS = 2.0, 30  # of the step along the directions of escape
 UNUSED = 1e-6  # of the largest feature: no feature goes further in a direction that is not used
-DEAD = 1e-4  # features shorter than this, in scaled variables, are at zero
+ZERO = 1e-6  # of the largest length: a shorter feature is zero
+DEPENDENT = 1e-12  # eigenvalue of the Gram matrix of normalised rank-one terms at which one of them can go
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +54,17 @@ def solve_numerically(
     *,
     dim: int | None = None,
     level: Literal["class", "sample"] = "class",
-    starts: int = 4,
+    starts: int = 1,
     seed: int = 0,
 ) -> Minimum:
-    """Minimise a UFM in float64 with L-BFGS-B from random starts, and return a `Minimum`.
+    """Minimise a UFM in float64 with L-BFGS-B and escapes from stationary points, and return a `Minimum`.
 
-    Every other start gives each class a feature of its own; from the others, a class may never leave zero. The
-    variants of the cross entropy stop at the first start whose result is certified to be the minimum.
+    dim: the largest number of features d; default: as many as the optimum needs. With fewer than that, the lower bound
+    cannot be reached, and minima may be local. level: "class" has one feature per class, weighted n_k/N, since features
+    collapse at a minimum; "sample" leaves all N features free. starts: the number of starts: the first is at zero
+    features, except at level "sample", and the others are random, with K features. seed: of the starts.
 
-    dim: the number of features d. Default: K, and 2K for the variants, where features share directions and d = K has
-    other local minima. level: "class" has one feature per class, weighted n_k/N, since features collapse at a minimum;
-    "sample" leaves all N features free. starts: the number of starts. seed: of the starts.
-
-    Raises ValueError for d < K, and for counts that are not whole numbers at level "sample".
+    Raises ValueError for depth_linear > 1, and for counts that are not whole numbers at level "sample".
 
     With W = sqrt(c / lambda_W) V and h_j = sqrt(c / (lambda_H m_j)) u_j, where h_j stands for m_j samples, both
     penalties are (c/2) |.|^2. The problem divided by c is then well scaled for any lambdas.
@@ -59,20 +72,17 @@ def solve_numerically(
     Example:
         >>> from nc_theory import UFM, closed_form, solve_numerically
         >>> problem = UFM([10, 20], lambda_w=1e-2, lambda_h=1e-3)
-        >>> minimum = solve_numerically(problem, starts=2)
+        >>> minimum = solve_numerically(problem)
         >>> f"{minimum.optimum.loss:.6f} {closed_form(problem).loss:.6f}"
         '0.086163 0.086163'
     """
-    num_classes, counts = problem.num_classes, problem.counts.numpy()
-    plain = problem.variant.is_plain
-    if dim is None:
-        dim = num_classes if plain else 2 * num_classes
-    if dim < num_classes:
-        raise ValueError(f"the theory needs as many features as classes: d = {dim} < K = {num_classes}")
+    counts = problem.counts.numpy()
+    if problem.depth_linear > 1:
+        raise ValueError("direct minimisation is for depth_linear = 1")
     if level == "class":
-        labels, multiplicity = np.arange(num_classes), counts
+        labels, multiplicity = np.arange(len(counts)), counts
     elif (counts == counts.round()).all():
-        labels = np.repeat(np.arange(num_classes), counts.astype(int))
+        labels = np.repeat(np.arange(len(counts)), counts.astype(int))
         multiplicity = np.ones(len(labels))
     else:
         raise ValueError("level sample needs whole class counts")
@@ -80,10 +90,9 @@ def solve_numerically(
     random = np.random.default_rng(seed)
     ends = []
     for start in range(starts):
-        ends.append(scaled.solve(random, apart=start % 2 == 0))
-        ends.sort(key=lambda end: end.fun)
-        if not plain and scaled.optimum(ends[0]).certified:
-            break
+        at_zero = start == 0 and level == "class"
+        ends.append(scaled.solve(scaled.zero() if at_zero else scaled.random_point(random)))
+    ends.sort(key=lambda end: end.fun)
     return Minimum(
         optimum=scaled.optimum(ends[0]),
         losses=[end.fun * scaled.cost for end in ends],
@@ -94,13 +103,13 @@ def solve_numerically(
 class ScaledProblem:
     """(UFM) in the scaled variables (V, U, b) of `solve_numerically`, divided by c, with its gradient, for SciPy.
 
-    labels, multiplicity: (S,) class of each feature, and the number of samples that it stands for.
+    labels, multiplicity: (S,) class of each feature, and the number of samples that it stands for. dim: the largest
+    number of features, or None. A point is a flat vector, from which the number of its features follows.
     """
 
-    def __init__(self, problem: UFM, labels: np.ndarray, multiplicity: np.ndarray, dim: int) -> None:
+    def __init__(self, problem: UFM, labels: np.ndarray, multiplicity: np.ndarray, dim: int | None) -> None:
         counts = problem.counts.numpy()
-        self.problem, self.labels = problem, labels
-        self.shapes = (len(counts), dim), (len(labels), dim)
+        self.problem, self.labels, self.dim = problem, labels, dim
         root_w, root_h = math.sqrt(problem.lambda_w), math.sqrt(problem.lambda_h)
         self.cost = root_w * root_h * math.exp(0.5 * np.log(counts).mean())  # c
         self.head_scale = math.sqrt(self.cost) / root_w
@@ -111,17 +120,18 @@ class ScaledProblem:
         self.bias_decay = problem.bias_decay / self.cost
 
     def split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return V (K, d), U (S, d) and b (K,) of a flat vector, as views (b: zeros if there is no bias)."""
-        (num_classes, dim), (samples, _) = self.shapes
-        head, features, bias = np.split(x, [num_classes * dim, (num_classes + samples) * dim])
-        return (
-            head.reshape(num_classes, dim),
-            features.reshape(samples, dim),
-            bias if self.problem.bias else np.zeros(num_classes),
-        )
+        """Return V (K, d), U (S, d) and b (K,) of a point, as views (b: zeros if there is no bias)."""
+        rows, samples = self.problem.num_classes, len(self.labels)
+        dim = len(x) // (rows + samples) if not self.problem.bias else (len(x) - rows) // (rows + samples)
+        head, features, bias = np.split(x, [rows * dim, (rows + samples) * dim])
+        return head.reshape(rows, dim), features.reshape(samples, dim), bias if self.problem.bias else np.zeros(rows)
+
+    def join(self, head: np.ndarray, features: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """Return the point of V, U and b, the reverse of `split`."""
+        return np.concatenate([head.ravel(), features.ravel(), bias if self.problem.bias else []])
 
     def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the value of the scaled problem at a flat vector, and its gradient."""
+        """Return the value of the scaled problem at a point, and its gradient."""
         head, features, bias = self.split(x)
         logits = features @ head.T * self.logit_scale[:, None] + bias
         losses, gradients = losses_and_gradients(self.problem, logits, self.labels)
@@ -129,82 +139,173 @@ class ScaledProblem:
         value += 0.5 * self.bias_decay * np.square(bias).sum()
         pull = gradients * self.weight[:, None]
         scaled = pull * self.logit_scale[:, None]
-        parts = [(scaled.T @ features + head).ravel(), (scaled @ head + features).ravel()]
+        return value, self.join(
+            scaled.T @ features + head, scaled @ head + features, pull.sum(0) + self.bias_decay * bias
+        )
+
+    # -----------------------------------------------------------------------------------------------------
+    # Starts, minimisation and escapes
+    # -----------------------------------------------------------------------------------------------------
+
+    def zero(self) -> np.ndarray:
+        """Return the point without features, at the best bias."""
+        rows = self.problem.num_classes
+        bias = np.zeros(rows)
         if self.problem.bias:
-            parts.append(pull.sum(0) + self.bias_decay * bias)
-        return value, np.concatenate(parts)
+            bias = best_bias(self.problem, np.zeros((len(self.problem.class_counts), rows)), bias)
+        return self.join(np.zeros((rows, 0)), np.zeros((len(self.labels), 0)), bias)
 
-    def solve(self, random: np.random.Generator, apart: bool) -> OptimizeResult:
-        """Run L-BFGS-B from a random start, and return SciPy's result with its `projected_gradient`.
+    def random_point(self, random: np.random.Generator) -> np.ndarray:
+        """Return a random point with K features, or `dim` if that is fewer."""
+        rows = self.problem.num_classes
+        dim = min(rows, self.dim or rows)
+        head, features = (random.standard_normal((count, dim)) for count in (rows, len(self.labels)))
+        return self.join(head, np.abs(features) if self.problem.relu else features, np.zeros(rows))
 
-        apart: start with a feature of its own for each class.
+    def solve(self, x: np.ndarray) -> OptimizeResult:
+        """Alternate between escapes and minimisation from a point, and return SciPy's result.
 
-        The minimiser is run again from its last result as long as the value falls, for two reasons. A line search that
-        fails on rounding ends a run early, which cleared memory repairs. And zero is a critical point for a feature,
-        even if it is not zero at the minimum, so that features at zero are kicked away from it.
+        `fun` and `x` are of the result without features that are zero up to rounding, `projected_gradient` is theirs.
         """
-        head, features = (random.standard_normal(shape) for shape in self.shapes)
-        if self.problem.relu:
-            features = np.abs(features)
-        if apart:
-            features = 0.1 * features + 2 * np.eye(features.shape[1])[self.labels]
-        x = np.concatenate([head.ravel(), features.ravel(), np.zeros(len(head) if self.problem.bias else 0)])
-        low = np.full(len(x), -np.inf)
-        if self.problem.relu:
-            low[head.size : head.size + features.size] = 0.0
-        options = {"maxiter": 20_000, "maxfun": 40_000, "maxcor": 30, "ftol": 0.0, "gtol": 1e-11}
-        bounds = Bounds(low, np.inf)
-
-        def minimum_from(x: np.ndarray) -> OptimizeResult:
-            return minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-
-        best = minimum_from(x)
-        for _ in range(RERUNS - 1):
-            end = minimum_from(self.kick(best.x))
-            if not end.fun < best.fun * (1 - 1e-15):
+        value, short = math.inf, True
+        for _ in range(ROUNDS):
+            if self.split(x)[0].size:
+                x = self.reduced(self.minimum_from(x, SHORT if short else LONG))
+                if not short:
+                    x = self.polished(self.minimum_from(x, LONG))
+            fell = value - (end_value := self.value_and_gradient(x)[0])
+            value = min(value, end_value)
+            moved = self.escaped(x, COARSE if short else ESCAPE) if fell > FALL * value else x
+            if moved is not x:
+                x = moved
+            elif short:
+                short, value = False, math.inf
+            else:
                 break
-            best = end
-        x = best.x
-        gradient = self.value_and_gradient(x)[1]
-        best.projected_gradient = float(np.abs(x - np.maximum(x - gradient, low)).max())
-        return best
+        x = self.without_zeros(x)
+        value, gradient = self.value_and_gradient(x)
+        return OptimizeResult(x=x, fun=value, projected_gradient=largest_slack(x, gradient, self.lower_limits(x)))
 
-    def kick(self, x: np.ndarray) -> np.ndarray:
-        """Return x with the classes that are at zero moved away from it, each in a direction that no other class uses.
+    def lower_limits(self, x: np.ndarray) -> np.ndarray:
+        """Return the least value of each variable of a point."""
+        head, features, bias = self.split(x)
+        least = 0.0 if self.problem.relu else -math.inf
+        return self.join(np.full_like(head, -math.inf), np.full_like(features, least), np.full_like(bias, -math.inf))
 
-        With ReLU there may be no such direction, because orthogonal features that share no axis can still use up all
-        axes. Each class is therefore turned onto an axis of its own first, which at the optimum changes neither W H
-        nor any norm. This does not hold for the variants, where features share directions: there the directions are
-        the axes that are used least.
+    def minimum_from(self, x: np.ndarray, steps: int) -> np.ndarray:
+        """Return the end of L-BFGS-B from a point, after at most so many steps."""
+        options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
+        bounds = Bounds(self.lower_limits(x), math.inf)
+        return minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+
+    def polished(self, x: np.ndarray) -> np.ndarray:
+        """Return the end of Newton's method from a point near a minimum, where rounding of the value stops L-BFGS-B.
+
+        Variables at their limits stay there. Steps are solved for by MINRES, since the Hessian is singular where the
+        frame of the features can turn, with central differences of the gradient.
         """
-        x = x.copy()
-        head, features, bias = self.split(x)  # views of x
-        norms = np.linalg.norm(features, axis=1)
-        dead = norms < DEAD
-        if self.problem.relu and not self.problem.variant.is_plain:
-            directions = np.eye(head.shape[1])[np.argsort(features.sum(0))]
-        elif self.problem.relu:
-            units = np.array([features[self.labels == label].sum(0) for label in range(len(head))])
-            lengths = np.linalg.norm(units, axis=1, keepdims=True)
-            units /= np.where(lengths < DEAD, np.inf, lengths)  # the direction of a class at zero is rounding
-            columns = head @ units.T
-            head[:], features[:] = 0, 0
-            head[:, : len(head)] = columns
-            features[np.arange(len(features)), self.labels] = norms
-            directions = np.eye(*head.shape)[np.unique(self.labels[dead])]
-        else:
-            directions = np.linalg.svd(features)[2][::-1]  # the unused directions and the least used ones first
-        gradients = losses_and_gradients(self.problem, np.tile(bias, (len(features), 1)), self.labels)[1]
-        for number, label in enumerate(np.unique(self.labels[dead])):
-            own, direction = dead & (self.labels == label), directions[number]
-            features[own] = KICK * direction
-            fall = -gradients[own][0]  # where the loss falls fastest from zero
-            head += KICK * np.outer(fall / np.linalg.norm(fall), direction)
+        limits = self.lower_limits(x)
+        gradient = self.value_and_gradient(x)[1]
+        slack = largest_slack(x, gradient, limits)
+        for _ in range(NEWTON_STEPS):
+            free = (x > limits) | (gradient < 0)
+
+            def curvature(vector: np.ndarray, x: np.ndarray = x, free: np.ndarray = free) -> np.ndarray:
+                step = np.zeros_like(x)
+                step[free] = DIFFERENCE * np.linalg.norm(x) * vector / max(np.linalg.norm(vector), 1e-300)
+                change = self.value_and_gradient(x + step)[1] - self.value_and_gradient(x - step)[1]
+                return change[free] * np.linalg.norm(vector) / (2 * DIFFERENCE * np.linalg.norm(x))
+
+            size = np.count_nonzero(free)
+            hessian = LinearOperator((size, size), matvec=curvature, dtype=np.float64)
+            moved = x.copy()
+            moved[free] += minres(hessian, -gradient[free], rtol=1e-4, maxiter=KRYLOV_STEPS)[0]
+            moved = np.maximum(moved, limits)
+            new_gradient = self.value_and_gradient(moved)[1]
+            new_slack = largest_slack(moved, new_gradient, limits)
+            if not new_slack < slack / 2:
+                break
+            x, gradient, slack = moved, new_gradient, new_slack
         return x
 
+    def dual_matrix(self, x: np.ndarray) -> np.ndarray:
+        """Return G / sqrt(lambda_W lambda_H) (K, C) of `lower_bound`, at the class means of a point."""
+        head, features, bias = self.split(x)
+        logits = self.class_means(features) @ (head * self.head_scale).T + bias
+        counts = self.problem.counts.numpy()
+        gradients = losses_and_gradients(self.problem, logits, np.arange(len(counts)))[1]
+        lam = math.sqrt(self.problem.lambda_w) * math.sqrt(self.problem.lambda_h)
+        return -(gradients * (np.sqrt(counts) / (counts.sum() * lam))[:, None]).T
+
+    def escaped(self, x: np.ndarray, excess: float) -> np.ndarray:
+        """Return a point with a lower value and more features, or x itself if |G v| <= 1 + excess for each v found."""
+        head, features, bias = self.split(x)
+        matrix = self.dual_matrix(x)
+        if self.problem.relu:
+            values, directions = local_maxima(matrix.T @ matrix)
+        else:
+            values, directions = np.linalg.eigh(matrix.T @ matrix)
+        chosen: list[int] = []
+        for number in np.argsort(-values):
+            direction = directions[:, number]
+            if values[number] <= (1 + excess) ** 2 or (self.dim and head.shape[1] + len(chosen) == self.dim):
+                break
+            if all(direction @ directions[:, other] < ALIKE for other in chosen):
+                chosen.append(number)
+        if not chosen:
+            return x
+        columns = matrix @ directions[:, chosen]
+        columns /= np.linalg.norm(columns, axis=0)
+        rows = directions[self.labels][:, chosen] * np.sqrt(self.class_share)[:, None]
+        value = self.value_and_gradient(x)[0]
+        for length in FIRST_STEP * 0.5 ** np.arange(HALVINGS):
+            moved = self.join(np.hstack([head, length * columns]), np.hstack([features, length * rows]), bias)
+            if self.value_and_gradient(moved)[0] < value:
+                return moved
+        return x
+
+    def reduced(self, x: np.ndarray) -> np.ndarray:
+        """Return the point with fewer features and, at a stationary point, the same logits and penalties.
+
+        W H is the sum over the coordinates of c_j u_j^T. Where these K x C matrices are linearly dependent, their
+        weights can be changed until one of them is zero (Caratheodory), with the penalties unchanged because |c_j| and
+        |u_j| are equal. Without ReLU, the coordinates are those of the singular value decomposition.
+        """
+        head, features, bias = self.split(x)
+        if not self.problem.relu:
+            _, singular, basis = np.linalg.svd(features, full_matrices=False)
+            basis = basis[singular > UNUSED * singular.max(initial=0.0)].T
+            return self.join(head @ basis, features @ basis, bias)
+        used = (features > UNUSED * np.linalg.norm(features, axis=1).max(initial=0.0)).any(0)
+        head, features = head[:, used], features[:, used]
+        while features.size:
+            sizes = np.linalg.norm(head, axis=0) * np.linalg.norm(features, axis=0)
+            gram = (head.T @ head) * (features.T @ features) / np.outer(sizes, sizes)
+            values, vectors = np.linalg.eigh(gram)
+            if values[0] > DEPENDENT:
+                break
+            change = vectors[:, 0] / sizes
+            change /= change[np.abs(change).argmax()]
+            weights = np.maximum(1 - change, 0)
+            keep = weights > DEPENDENT
+            scale = np.sqrt(weights[keep])
+            head, features = head[:, keep] * scale, features[:, keep] * scale
+        return self.join(head, features, bias)
+
+    def without_zeros(self, x: np.ndarray) -> np.ndarray:
+        """Return the point with features shorter than ZERO times the longest set to zero."""
+        head, features, bias = self.split(x)
+        lengths = np.linalg.norm(features * self.feature_scale[:, None], axis=1)
+        features = np.where((lengths > ZERO * lengths.max())[:, None], features, 0.0)
+        return self.join(head, features, bias)
+
+    # -----------------------------------------------------------------------------------------------------
+    # Results
+    # -----------------------------------------------------------------------------------------------------
+
     def class_means(self, features: np.ndarray) -> np.ndarray:
-        """Return the class means (K, d), unscaled, of scaled features (S, d)."""
-        means = np.zeros(self.shapes[0])
+        """Return the class means (C, d), unscaled, of scaled features (S, d)."""
+        means = np.zeros((len(self.problem.class_counts), features.shape[1]))
         np.add.at(means, self.labels, features * self.feature_scale[:, None] * self.class_share[:, None])
         return means
 
@@ -223,30 +324,22 @@ class ScaledProblem:
         gram, logits = means @ means.T, weight @ means.T
         return Optimum(
             problem=self.problem,
-            margins=class_margins(logits),
+            margins=class_margins(logits, self.problem.targets.argmax(1)),
             mean_norms_sq=gram.diag(),
             HTH=gram,
             WWT=weight @ weight.T,
             WH=logits,
             bias=offset,
-            # Singular values of the class means below DEAD times the largest are zero up to the minimiser's error
-            duality=logits @ torch.linalg.pinv(gram, rtol=DEAD**2, hermitian=True),
+            # Singular values of the class means below UNUSED times the largest are zero up to the minimiser's error
+            duality=logits @ torch.linalg.pinv(gram, rtol=UNUSED, hermitian=True),
             loss=float(end.fun * self.cost),
             method="numerical",
             projected_gradient=end.projected_gradient,
-            lower_bound=lower_bound(self.problem, logits, offset),
-            factors=used_directions(weight, means, self.problem.relu),
+            lower_bound=lower_bound(self.problem, logits, offset, gram=gram),
+            factors=(weight, means),
         )
 
 
-def used_directions(weight: torch.Tensor, means: torch.Tensor, relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a head W (K, d) and class means (K, d) in the r <= d directions that the means use, both (K, r).
-
-    With ReLU the directions are axes, so that the means stay non-negative; without it, they are orthonormal.
-    """
-    if relu:
-        used = (means > UNUSED * means.norm(dim=1).max()).any(0)
-        return weight[:, used], means[:, used]
-    _, singular, directions = torch.linalg.svd(means, full_matrices=False)
-    basis = directions[singular > UNUSED * singular[0]].T
-    return weight @ basis, means @ basis
+def largest_slack(x: np.ndarray, gradient: np.ndarray, limits: np.ndarray) -> float:
+    """Return the largest entry of the projected gradient at x, for lower limits of x."""
+    return float(np.abs(x - np.maximum(x - gradient, limits)).max(initial=0.0))

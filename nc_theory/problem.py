@@ -2,9 +2,9 @@
 
     min_{W, H >= 0}  (1/N) sum_i loss(W h_i + b, y_i) + (lambda_W/2) |W|^2 + (lambda_H/2) sum_i |h_i|^2     (UFM)
 
-There are K classes with n_k samples of class k, N = sum n_k, W (K, d), features h_i in R^d, and d >= K. The loss is
-the cross entropy or a variant of it, or |W h + b - e_y|^2 / 2 for MSE (Dang, Tran, Nguyen, Ho, ICML 2024, arXiv
-2401.02058, section 3).
+There are K classes with n_k samples of class k, N = sum n_k, W (K, d), and features h_i in R^d, for d large enough. The
+loss is the cross entropy or a variant of it, or |W h + b - e_y|^2 / 2 for MSE (Dang, Tran, Nguyen, Ho, ICML 2024, arXiv
+2401.02058, section 3). W may be the product of several linear layers, and the labels may be soft, see `UFM`.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
@@ -27,32 +28,52 @@ class UFM:
 
     class_counts: n_k (K,), numbers >= 1, stored as a tuple. lambda_w, lambda_h: the penalties, > 0. loss: CrossEntropy
     or MSE. relu: H >= 0. bias: the head has a bias b (K,), penalised by (bias_decay/2) |b|^2. variant: weights, margins
-    and so on of the cross entropy, see `LossVariant`.
+    and so on of the cross entropy, see `LossVariant`. depth_linear: the number L of linear layers whose product is W;
+    the head's penalty is then (lambda_W/2) sum_l |W_l|^2. L > 1 is for MSE without a bias.
+
+    labels: soft labels (C, K), one row for each of C contexts, stored as tuples. Features then belong to contexts
+    instead of classes, and wherever a shape says K for the classes of features, it is C: class_counts (C,), H (d, C),
+    W H (K, C). For the cross entropy, a row counts how often each class follows its context; class_counts are the sums
+    of the rows and can be left out (next-token prediction). For MSE, the rows are the targets (regression).
 
     `dataclasses.asdict(problem)` can be written as JSON, and `UFM(**loaded)` builds the same problem from it.
 
     Raises ValueError for fewer than two classes, n_k < 1, a lambda that is not positive and finite, an unknown loss, a
-    negative bias_decay, and a variant of MSE.
+    negative bias_decay, a variant of MSE or of soft labels, labels that do not fit, and a depth_linear that is below 1,
+    or above 1 where no optimum is known.
 
     Example:
         >>> from nc_theory import UFM
         >>> problem = UFM(class_counts=[100, 200, 300], lambda_w=5e-3, lambda_h=5e-5)
         >>> problem.num_classes, problem.class_counts, problem.loss
         (3, (100, 200, 300), 'CrossEntropy')
+        >>> UFM(labels=[[3, 1], [0, 5]], lambda_w=5e-3, lambda_h=5e-5).class_counts
+        (4, 5)
     """
 
-    class_counts: Sequence[float]
-    lambda_w: float
-    lambda_h: float
+    class_counts: Sequence[float] = ()
+    lambda_w: float = math.nan
+    lambda_h: float = math.nan
     loss: str = "CrossEntropy"
     relu: bool = True
     bias: bool = False
     bias_decay: float = 0.0
     variant: LossVariant = field(default_factory=LossVariant)
+    depth_linear: int = 1
+    labels: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
-        counts = tuple(int(n) if n == int(n) else n for n in validate_counts(self.class_counts).tolist())
-        object.__setattr__(self, "class_counts", counts)
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss}")
+        counts = self.class_counts
+        if self.labels is not None:
+            labels = validate_labels(self.labels, self.loss)
+            object.__setattr__(self, "labels", tuple(map(tuple, labels.tolist())))
+            counts = counts if len(counts) or self.loss == "MSE" else labels.sum(1).tolist()
+        if not len(counts):
+            raise ValueError("class_counts can be left out only with the labels of a cross entropy")
+        numbers = validate_counts(counts).tolist()
+        object.__setattr__(self, "class_counts", tuple(int(n) if n == int(n) else n for n in numbers))
         for name in ("lambda_w", "lambda_h", "bias_decay"):
             object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.variant, LossVariant):
@@ -60,26 +81,81 @@ class UFM:
         for name, value in (("lambda_W", self.lambda_w), ("lambda_H", self.lambda_h)):
             if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite for a minimiser to exist, got {value}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss}")
         if not 0 <= self.bias_decay < math.inf:
             raise ValueError(f"bias_decay must be >= 0 and finite, got {self.bias_decay}")
         if self.loss == "MSE" and not self.variant.is_plain:
             raise ValueError("class weights, logit adjustment and the like are for the cross entropy, not for MSE")
+        if self.depth_linear < 1:
+            raise ValueError(f"depth_linear must be 1 or more, got {self.depth_linear}")
+        if self.depth_linear > 1 and (self.loss != "MSE" or self.bias or self.labels is not None):
+            raise ValueError("with depth_linear > 1 an optimum is known only for MSE without a bias and soft labels")
+        if self.labels is not None:
+            self._validate_soft()
+
+    def _validate_soft(self) -> None:
+        """Raise ValueError if the labels do not fit the other fields."""
+        labels, counts = np.array(self.labels), self.counts.numpy()
+        if not self.variant.is_plain:
+            raise ValueError("class weights, logit adjustment and the like are for one label a sample, not for labels")
+        if len(labels) != len(counts):
+            raise ValueError(f"labels have {len(labels)} rows, and there are {len(counts)} class_counts")
+        if self.loss == "CrossEntropy" and not np.allclose(labels.sum(1), counts):
+            raise ValueError("class_counts must be the sums of the rows of labels; leave them out")
 
     @property
     def num_classes(self) -> int:
-        return len(self.class_counts)
+        """The number K of classes, or of columns of the labels."""
+        return len(self.class_counts if self.labels is None else self.labels[0])
 
     @property
     def counts(self) -> torch.Tensor:
         """The class counts as a float64 tensor (K,) on the CPU."""
         return torch.tensor(self.class_counts, dtype=torch.float64)
 
+    @property
+    def unique(self) -> bool:
+        """False where minimisers form a line: two classes of equal counts with ReLU and a bias without a penalty.
+
+        The bias then moves logits between the two features at no cost. Unique are the loss and W H + b.
+
+        Example:
+            >>> from nc_theory import UFM
+            >>> UFM([10, 10], 1e-3, 1e-3, bias=True).unique, UFM([10, 20], 1e-3, 1e-3, bias=True).unique
+            (False, True)
+        """
+        alike = len(self.class_counts) == self.num_classes == 2 and len(set(self.class_counts)) == 1
+        return not (alike and self.relu and self.bias and not self.bias_decay)
+
     @cached_property
     def loss_parameters(self) -> LossParameters:
-        """The `LossParameters` of the variant for the class counts."""
-        return self.variant.parameters(self.class_counts)
+        """The `LossParameters` of the variant for the class counts, or of the soft labels."""
+        if self.labels is None:
+            return self.variant.parameters(self.class_counts)
+        labels = np.array(self.labels)
+        contexts, classes = np.zeros(len(labels)), np.zeros(labels.shape[1])
+        targets = labels / labels.sum(1, keepdims=True)
+        return LossParameters(contexts + 1, classes + 1, offsets=classes, margins=contexts, targets=targets)
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """The target (K, K) of each class, one per row, in NumPy: t_k of the cross entropy, e_k of MSE."""
+        if self.loss == "MSE":
+            return np.eye(self.num_classes) if self.labels is None else np.array(self.labels)
+        return self.loss_parameters.targets
+
+    @cached_property
+    def irreducible_loss(self) -> float:
+        """The least mean loss over all logits: the entropy of smoothed or soft labels, and zero otherwise.
+
+        Example:
+            >>> from nc_theory import UFM, LossVariant
+            >>> f"{UFM([10, 20, 30], 5e-3, 5e-5, variant=LossVariant(label_smoothing=0.99)).irreducible_loss:.4f}"
+            '1.0985'
+        """
+        if self.loss == "MSE":
+            return 0.0
+        counts = self.counts.numpy()
+        return float(counts / counts.sum() @ self.loss_parameters.entropies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +202,26 @@ class Optimum:
 
     @property
     def gap(self) -> float:
-        """Relative gap loss / lower_bound - 1: no other W and H have a loss smaller by more than that."""
-        return self.loss / self.lower_bound - 1 if self.lower_bound > 0 else math.inf
+        """Relative gap loss / lower_bound - 1: no other W and H have a loss smaller by more than that.
+
+        Both are taken less the problem's `irreducible_loss`, which no W and H can change.
+        """
+        least = self.problem.irreducible_loss
+        return (self.loss - least) / (self.lower_bound - least) - 1 if self.lower_bound > least else math.inf
+
+    @property
+    def directions(self) -> int:
+        """The number of directions that the features use: the least d at which a network can reach this optimum.
+
+        For free features it is the rank of W H. With ReLU, where features share directions, it is that of the
+        solution found, and another one may need fewer.
+
+        Example:
+            >>> from nc_theory import UFM, solve
+            >>> solve(UFM([1, 200, 300], lambda_w=5e-3, lambda_h=5e-3)).directions
+            2
+        """
+        return int((self.mean_norms_sq > 0).sum()) if self.factors is None else self.factors[0].shape[1]
 
     def head(self, dim: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """Return a W (K, d) of this minimiser for features in R^d, d = `dim`, in float64.
@@ -163,8 +257,9 @@ class Optimum:
 
     def _orthogonal_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W and H^T (K, K) of orthogonal features, each of which has a direction of its own."""
+        alive = self.mean_norms_sq > 0
         norms = self.mean_norms_sq.sqrt()
-        return self.WH / torch.where(norms > 0, norms, 1), norms.diag()
+        return self.WH[:, alive] / norms[alive], norms.diag()[:, alive]
 
     @property
     def certified(self) -> bool:
@@ -199,6 +294,22 @@ def random_frame(
     return frame / frame.norm(dim=0)
 
 
+def validate_labels(labels: ArrayLike, loss: str) -> np.ndarray:
+    """Return soft labels (C, K) as a float64 array.
+
+    Raises ValueError for another shape than (C, K) with K >= 2, and for entries that are not finite or, for the cross
+    entropy, negative, or a row of which is zero.
+    """
+    array = np.asarray(labels, dtype=np.float64)
+    if array.ndim != 2 or array.shape[1] < 2:
+        raise ValueError(f"labels have shape {array.shape}, wanted (contexts, K) with K >= 2")
+    if not np.isfinite(array).all():
+        raise ValueError("labels must be finite")
+    if loss == "CrossEntropy" and (array.min() < 0 or array.sum(1).min() < 1):
+        raise ValueError("labels are counts of each class: every one must be >= 0, and every row needs one or more")
+    return array
+
+
 def validate_counts(class_counts: ArrayLike) -> torch.Tensor:
     """Return class counts (K,) as a float64 tensor on the CPU.
 
@@ -217,8 +328,10 @@ def validate_counts(class_counts: ArrayLike) -> torch.Tensor:
     return counts
 
 
-def class_margins(logits: ArrayLike) -> torch.Tensor:
-    """Return the margins (K,) of logits W H (K, K), one column per class: its logit minus the mean of the others.
+def class_margins(logits: ArrayLike, own: ArrayLike | None = None) -> torch.Tensor:
+    """Return the margins (C,) of logits W H (K, C), one column per class: its logit minus the mean of the others.
+
+    own: the class (C,) of each column; default: 0..K-1. Raises ValueError without it for logits that are not (K, K).
 
     Example:
         >>> from nc_theory import class_margins
@@ -226,7 +339,7 @@ def class_margins(logits: ArrayLike) -> torch.Tensor:
         tensor([4., 6., 3.])
     """
     logits = torch.as_tensor(logits)
-    if logits.ndim != 2 or len(logits) != logits.shape[1]:
+    if logits.ndim != 2 or (own is None and len(logits) != logits.shape[1]):
         raise ValueError(f"logits have shape {tuple(logits.shape)}, wanted (K, K), one column per class")
-    own = logits.diag()
-    return own - (logits.sum(0) - own) / (len(logits) - 1)
+    logit = logits.diag() if own is None else logits[torch.as_tensor(own), torch.arange(logits.shape[1])]
+    return logit - (logits.sum(0) - logit) / (len(logits) - 1)

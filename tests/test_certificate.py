@@ -1,5 +1,6 @@
 """Lower bounds of (UFM), what they certify, and the optimality gap of a network."""
 
+import dataclasses
 import math
 import time
 
@@ -23,6 +24,7 @@ from nc_theory import (
     split_optimum,
 )
 from nc_theory.by_class import solve_by_class
+from nc_theory.copositive import best_relaxation, largest_of_all_supports, local_maxima
 
 SMALL = [10, 18, 33, 60, 110, 200]
 REPRODUCIBLE = {"deadline": None, "derandomize": True, "phases": [Phase.explicit, Phase.generate]}
@@ -264,3 +266,112 @@ def test_two_classes_and_classes_of_one_image(counts, relu, member):
     assert -1e-12 < optimum.gap <= 1e-7
     for name in ("margins", "mean_norms_sq", "HTH", "WWT", "WH", "duality"):
         assert getattr(optimum, name).isfinite().all(), name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Many classes, soft labels, and what is not unique
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_classes", [16, 24, 30])
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_classes_that_share_directions_are_certified(num_classes, bias):
+    counts = np.random.default_rng(num_classes).integers(1, 300, num_classes)
+    product = 0.01 * counts.max() / counts.sum() ** 2
+    optimum = solve(UFM(counts, math.sqrt(product), math.sqrt(product), bias=bias, variant=MEMBERS["VS"]))
+    norms = optimum.mean_norms_sq.sqrt()
+    cosines = optimum.HTH / norms / norms[:, None]
+    assert (cosines - torch.eye(num_classes)).nan_to_num().max() > 0.1
+    assert optimum.certified and optimum.gap > -1e-12
+
+
+def test_the_relaxation_is_a_bound_that_is_exact_where_all_supports_can_be_tried():
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        matrix = random.standard_normal((7, 7))
+        gram = matrix.T @ matrix
+        exact = largest_of_all_supports(gram)
+        assert exact * (1 - 1e-12) <= best_relaxation(gram) <= exact * (1 + 1e-6)
+        assert local_maxima(gram)[0].max() == pytest.approx(exact, rel=1e-9)
+
+
+def test_collapsed_classes_are_zero_in_a_numerical_optimum():
+    optimum = solve(UFM([163, 43, 11, 3], 0.265, 0.00265, variant=MEMBERS["LA"]))
+    assert optimum.method == "numerical" and optimum.certified
+    assert optimum.collapsed.any() and not optimum.collapsed.all()
+    assert (optimum.mean_norms_sq[~optimum.collapsed] > 1e-6).all()
+    assert not optimum.margins[optimum.collapsed].any() and not optimum.HTH[optimum.collapsed].any()
+
+
+def test_the_gap_is_relative_to_what_can_be_changed():
+    problem = UFM([10, 20, 30], 1e-3, 1e-3, variant=LossVariant(label_smoothing=0.99))
+    zero, optimum = math.log(3), solve(problem)
+    assert problem.irreducible_loss < optimum.loss <= zero and zero - problem.irreducible_loss < 2e-4
+    bad = dataclasses.replace(optimum, loss=optimum.loss + 0.1 * (zero - problem.irreducible_loss))
+    assert optimum.certified and bad.gap > 0.05
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_two_classes_with_a_bias_have_a_line_of_minimisers(loss):
+    """Moving the bias between the two total logits leaves the loss what it is, unless something tells them apart."""
+    problem = UFM([50, 50], 1e-2, 1e-3, loss=loss, bias=True)
+    optimum = solve(problem)
+    total = optimum.WH + optimum.bias[:, None]
+    for share in (0.2, 0.5, 0.9):
+        bias = total @ torch.tensor([share, 1 - share], dtype=torch.float64)
+        rest = (total - bias[:, None]).norm(dim=0).sum().item()
+        assert rest == pytest.approx((total[:, 0] - total[:, 1]).norm().item(), rel=1e-12)
+        penalty = math.sqrt(problem.lambda_w * problem.lambda_h * 50) * rest
+        assert penalty == pytest.approx(
+            0.5 * problem.lambda_w * optimum.WWT.trace().item()
+            + 0.5 * problem.lambda_h * 50 * optimum.mean_norms_sq.sum().item(),
+            rel=1e-6,
+        )
+    assert not problem.unique and optimum.certified
+    for other in ({"bias_decay": 0.1}, {"relu": False}, {"class_counts": [50, 51]}, {"class_counts": [50] * 3}):
+        assert dataclasses.replace(problem, **other).unique
+
+
+@pytest.mark.parametrize("relu, bias", [(True, False), (False, False), (True, True)])
+def test_soft_labels(relu, bias):
+    """One-hot rows are the usual problem; other rows are its convex combination, checked by their own minimisation."""
+    counts, arguments = [10, 20, 40], {"lambda_w": 5e-3, "lambda_h": 5e-4, "relu": relu, "bias": bias}
+    hard, usual = solve(UFM(labels=np.diag(counts), **arguments)), solve(UFM(counts, **arguments))
+    assert hard.loss == pytest.approx(usual.loss, rel=1e-9) and hard.certified
+    torch.testing.assert_close(hard.margins, usual.margins, rtol=1e-5, atol=1e-5)
+    labels = np.array([[6, 4, 0, 2], [5, 5, 1, 1], [0, 0, 9, 9], [1, 0, 30, 9], [1, 1, 1, 0]])
+    problem = UFM(labels=labels, **arguments)
+    optimum = solve(problem)
+    assert optimum.WH.shape == (4, 5) and optimum.HTH.shape == (5, 5) and optimum.certified
+    targets = torch.from_numpy(labels / labels.sum(1, keepdims=True))
+    logits = (optimum.WH + optimum.bias[:, None]).T
+    data = -(targets * torch.log_softmax(logits, 1)).sum(1) @ problem.counts / problem.counts.sum()
+    head, features = optimum.head(8), optimum.features(8)
+    penalty = 0.5 * problem.lambda_w * head.square().sum()
+    penalty += 0.5 * problem.lambda_h * problem.counts @ features.square().sum(1)
+    assert optimum.loss == pytest.approx((data + penalty).item(), rel=1e-10)
+    assert optimum.loss > problem.irreducible_loss > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"labels": [1, 2]}, "wanted .contexts, K. with K >= 2"),
+        ({"labels": [[1, -2], [3, 4]]}, "must be >= 0"),
+        ({"labels": [[1, 2], [0, 0]]}, "every row needs one or more"),
+        ({"labels": [[1, 2], [3, math.inf]]}, "labels must be finite"),
+        ({"labels": [[1, 2], [3, 4]], "class_counts": [3, 8]}, "must be the sums of the rows"),
+        ({"labels": [[1, 2], [3, 4]], "loss": "MSE"}, "class_counts can be left out only"),
+        (
+            {"labels": [[1, 2], [3, 4]], "loss": "MSE", "class_counts": [1, 1, 1]},
+            "2 rows, and there are 3 class_counts",
+        ),
+        ({"labels": [[1, 2], [3, 4]], "variant": MEMBERS["LA"]}, "for one label a sample"),
+        ({}, "class_counts can be left out only"),
+        ({"class_counts": [3, 4], "depth_linear": 0}, "depth_linear must be 1 or more"),
+        ({"class_counts": [3, 4], "depth_linear": 2}, "only for MSE without a bias"),
+    ],
+)
+def test_labels_and_depths_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UFM(lambda_w=1e-3, lambda_h=1e-3, **arguments)

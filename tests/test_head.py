@@ -135,7 +135,7 @@ def test_a_fixed_head_takes_no_part_in_a_step():
     [
         ("--head_init optimum --depth_linear 2", "--head_init optimum: only with --depth_linear 1"),
         ("--head_init etf --no-sep_decay", "--head_init etf: without --sep_decay"),
-        ("--head_init optimum --width 3", "as many features as classes"),
+        ("--head_init optimum --width 3", "and the model has 3 features"),
         ("--head_init optimum --weight_decay 0", "--head_init optimum: without a positive --weight_decay"),
     ],
 )

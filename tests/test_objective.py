@@ -156,9 +156,10 @@ def test_the_problem_is_that_of_the_effective_decays():
     "flags, words",
     [
         ({"sep_decay": False}, "without --sep_decay no optimum"),
-        ({"depth_linear": 2}, "with --depth_linear > 1 no optimum"),
+        ({"depth_linear": 2}, "with --depth_linear > 1 an optimum is known only for --loss MSE"),
+        ({"depth_linear": 2, "loss": "MSE", "bias": True}, "only for --loss MSE with --no-bias"),
         ({"weight_decay": 0.0}, "without a positive --weight_decay"),
-        ({"counts": (3,) * 7}, "as many features as classes, the model has 6"),
+        ({"counts": (30,) * 7}, "the optimum has features in 7 directions, and the model has 6 features"),
     ],
 )
 def test_a_run_without_a_known_optimum_says_why(flags, words):
@@ -278,3 +279,14 @@ def test_deferred_class_weights_are_the_cross_entropy_before_and_the_weighted_on
     deferred.use_class_weights(True)
     assert torch.equal(deferred(*batch)[1], make(class_weights=1.0)(*batch)[1])
     assert deferred.variant_loss.weights is table  # which a CUDA graph reads
+
+
+def test_as_many_features_as_the_optimum_needs_are_enough():
+    """Free features without a bias: K - 1; with ReLU, as many as classes that do not collapse."""
+    assert isinstance(make(counts=(30,) * 7, feature_relu=False).problem(), UFM)
+    assert isinstance(make(counts=(30,) * 6 + (1,)).problem(), UFM)
+
+
+def test_mse_with_a_deep_head_has_its_optimum():
+    problem = make(loss="MSE", depth_linear=2).problem()
+    assert problem.depth_linear == 2 and UFM(**make(loss="MSE", depth_linear=2).problems()["nominal"]) == problem

@@ -36,7 +36,7 @@ def test_table(solve):
         assert float(row[3]) == pytest.approx(optimum.margins[k].item(), rel=1e-6)
         assert float(row[5]) == pytest.approx(optimum.mean_norms_sq[k].item(), rel=1e-6)
         assert abs(float(row[4])) < 1e-6 and abs(float(row[7])) < 1e-6
-    assert "relative gap" in out and "4 starts" in out
+    assert "relative gap" in out
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_json_of_a_loss(solve):
         np.testing.assert_allclose(result[name], getattr(expected, name), rtol=1e-9)
     assert result["class_counts"] == [10, 20, 400] and result["certified"] is True
     assert result["loss"] == pytest.approx(expected.loss, rel=1e-12)
-    assert result["gap"] == pytest.approx(result["loss"] / result["lower_bound"] - 1, abs=1e-15)
+    assert result["gap"] == pytest.approx(result["loss"] / result["lower_bound"] - 1, abs=1e-13)
 
 
 def test_many_classes(solve):
@@ -98,7 +98,6 @@ def test_json_of_every_sample(solve):
     [
         (["--class_counts", "5"], "two or more whole numbers"),
         (["--weight_decay", 0], "not a number > 0"),
-        (["--dim", 2], "d = 2 < K = 10"),
         (["--class_weights", "nan"], "--class_weights: 'nan' is not a number >= 0"),
         (["--logit_adjustment", -1], "--logit_adjustment: '-1' is not a number >= 0"),
         (["--label_smoothing", 1], "--label_smoothing: '1' is not a number >= 0 and < 1"),
@@ -107,10 +106,12 @@ def test_json_of_every_sample(solve):
         (["--level", "batch"], "invalid choice"),
         (
             ["--phase_diagram", "x", "--bias"],
-            "--phase_diagram takes --class_counts, --loss, --grid, --seed, not --bias",
+            "--phase_diagram takes --class_counts, --loss, --grid, not --bias",
         ),
         (["--suggest_lambdas", "--loss", "MSE"], "--suggest_lambdas takes --class_counts, --ratio, not --loss"),
         (["--suggest_lambdas", 0.5], "the largest margin must be above"),
+        (["--counts_file", "none.csv"], "--counts_file: no file none.csv"),
+        (["--counts_file", "none.csv", "--loss", "MSE"], "--counts_file takes --weight_decay, --feature_decay_rate"),
         (["--ratio", 1], "--ratio: only with --suggest_lambdas"),
     ],
 )
@@ -128,6 +129,43 @@ def test_suggested_lambdas_are_flags_of_the_solver(solve, flags, margin):
     assert json.loads(out)["closed_form"]["margins"][-1] == pytest.approx(margin, rel=1e-4)
 
 
+BIGRAMS = "context,a,b,c\nx,30,10,0\ny,28,12,0\nz,0,5,40\nw,1,1,1\n"
+
+
+def test_next_token_problem(solve, tmp_path):
+    path = tmp_path / "counts.csv"
+    path.write_text(BIGRAMS)
+    out, _ = solve("--counts_file", path, "--weight_decay", 0.05)
+    assert "certified: no other" in out.splitlines()[-1] and "features at zero            w" in out
+    out, _ = solve("--counts_file", path, "--weight_decay", 0.05, "--json")
+    result, labels = json.loads(out), [[30, 10, 0], [28, 12, 0], [0, 5, 40], [1, 1, 1]]
+    expected = solve_problem(UFM(labels=labels, lambda_w=0.05, lambda_h=5e-5))
+    np.testing.assert_allclose(result["WH"], expected.WH, atol=1e-9)
+    assert result["contexts"] == list("xyzw") and result["collapsed"] == ["w"] and result["certified"]
+
+
+def test_contexts_with_the_same_next_tokens_are_merged(solve, tmp_path):
+    path = tmp_path / "counts.csv"
+    path.write_text("context,a,b,c\nx,30,10,0\nz,0,5,40\ny,60,20,0\n")
+    out, _ = solve("--counts_file", path)
+    assert "share a direction           x, y\n" in out
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("context,a,b\nx,1,2,3\n", "the row of 'x' has 4 cells, the first row 3"),
+        ("context,a,b\nx,1,two\ny,1,2\n", "counts.csv: could not convert"),
+        ("context,a,b\nx,1,-2\ny,1,2\n", "must be >= 0"),
+        ("", "wanted (contexts, K)"),
+    ],
+)
+def test_a_wrong_counts_file_is_one_line(solve, tmp_path, text, words):
+    (tmp_path / "counts.csv").write_text(text)
+    _, error = solve("--counts_file", tmp_path / "counts.csv", status=2)
+    assert words in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_phase_diagram(tmp_path, loss, monkeypatch):
     """The minimiser's zero class means lie above the closed-form threshold, the others below."""
@@ -139,9 +177,7 @@ def test_phase_diagram(tmp_path, loss, monkeypatch):
         return real(ratios, products, collapsed, edges, *rest)
 
     monkeypatch.setattr(solve_ufm, "draw_phases", keep)
-    args = Namespace(
-        class_counts=[50, 50, 50, 50], grid=6, loss=loss, seed=0, phase_diagram=tmp_path / "new" / "phases"
-    )
+    args = Namespace(class_counts=[50, 50, 50, 50], grid=6, loss=loss, phase_diagram=tmp_path / "new" / "phases")
     paths = solve_ufm.phase_diagram(args)
     assert [path.name for path in paths] == ["phases.pdf", "phases.png"] and all(p.stat().st_size > 1000 for p in paths)
     above = drawn["products"][:, None] > drawn["edges"]

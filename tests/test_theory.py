@@ -209,8 +209,6 @@ def test_what_is_not_defined_is_an_error(loss, counts, lambda_w, lambda_h, messa
 
 
 def test_further_errors():
-    with pytest.raises(ValueError, match="as many features as classes"):
-        solve_numerically(UFM([5, 6, 7], 1e-3, 1e-3), dim=2)
     with pytest.raises(ValueError, match="whole class counts"):
         solve_numerically(UFM([5.5, 6], 1e-3, 1e-3), level="sample")
     with pytest.raises(ValueError, match="bias_decay"):
