@@ -83,7 +83,9 @@ def test_the_row_is_that_of_the_checkpoint(train, measure, tmp_path):
     for name, labels in groups.items():
         assert float(row[f"{name}_acc1"]) == pytest.approx(by_class[list(labels)].mean().item())
     accuracies = rows_of(tmp_path / "run" / "class_accuracy.csv")
-    assert list(accuracies[0]) == ["epoch", "split", "class", "n_k", "accuracy"] and len(accuracies) == 2 * 2 * 10
+    assert (
+        list(accuracies[0]) == ["epoch", "split", "class", "name", "n_k", "accuracy"] and len(accuracies) == 2 * 2 * 10
+    )
     found = [float(line["accuracy"]) for line in accuracies if (line["epoch"], line["split"]) == ("2", "test")]
     assert found == pytest.approx(by_class.tolist())
     h, y = features.double().numpy(), data.train.labels.numpy()

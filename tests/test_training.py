@@ -8,6 +8,7 @@ import threading
 import traceback
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -356,12 +357,11 @@ def test_class_accuracies_by_hand():
     counts = [10, 50, 30, 10, 20]
     assert accuracy.overall() == pytest.approx(100 * 7 / 13)
     nan = pytest.approx(math.nan, nan_ok=True)
-    assert accuracy.rows(counts) == [
-        {"split": "test", "class": 0, "n_k": 10, "accuracy": 75},
-        {"split": "test", "class": 1, "n_k": 50, "accuracy": 100},
-        {"split": "test", "class": 2, "n_k": 30, "accuracy": 50},
-        {"split": "test", "class": 3, "n_k": 10, "accuracy": 20},
-        {"split": "test", "class": 4, "n_k": 20, "accuracy": nan},
+    classes = zip("abcde", counts, [75, 100, 50, 20, nan], strict=True)
+    data = SimpleNamespace(num_classes=5, class_names=list("abcde"), class_counts=counts)
+    assert accuracy.rows(data) == [
+        {"split": "test", "class": label, "name": name, "n_k": count, "accuracy": percent}
+        for label, (name, count, percent) in enumerate(classes)
     ]
     expected = {"balanced_acc1": (75 + 100 + 50 + 20) / 4, "many_acc1": 75, "medium_acc1": nan, "few_acc1": 47.5}
     assert accuracy.by_frequency(counts) == expected
