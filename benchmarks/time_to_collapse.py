@@ -75,13 +75,13 @@ SETTINGS = {
     "paper": Setting(
         PAPER,
         random=f"{FALLING} --penalty_start 5 --lr 0.001 --epochs 120",
-        recipe="@scripts/collapse.flags --epochs 25",
+        recipe="@scripts/collapse.flags --lr 0.0005 --epochs 25",
         every=1,
     ),
     "paper_released": Setting(
         f"{PAPER} --objective released",
         random=f"{FALLING} --penalty_start 27 --lr 0.001 --epochs 120",
-        recipe="@scripts/collapse.flags --epochs 25",
+        recipe="@scripts/collapse.flags --lr 0.0005 --epochs 25",
         every=1,
     ),
 }
