@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # scikit-learn 1.9.1: the F statistic of collapsed features can be negative, and its p value NaN.
 # Guess: f_classif gives inf and p = 0 for every feature that is constant within the classes.
-# Seen: of eight features three or more are about -1e17 with p = NaN, the others about 1e17 or inf with p = 0: the sum of
+# Seen: four of eight features are about -1e17 with p = NaN, the others about 1e17 or inf with p = 0: the sum of
 # squares within is a difference of two rounded sums. SelectKBest ranks such features, which separate the classes
 # perfectly, last.
 source "$(dirname "$0")/pinned.sh"

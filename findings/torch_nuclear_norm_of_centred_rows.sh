@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # PyTorch 2.14.1: the gradient of the nuclear norm gives the null direction of a centred matrix a slope of one.
 # Guess: at I - 11^T/K, whose singular values coincide, the gradient is NaN, as that of singular vectors is.
-# Seen: it is finite and its rows sum to 11^T/K, not to 0: U V^T takes in the direction whose singular value is zero. At
+# Seen: it is finite, and its rows sum to the vector of ones, not to 0: U V^T takes in the null direction. At
 # W = 0 it is an orthogonal matrix. Both are subgradients, but a step moves a head off sum_k w_k = 0. torch from PyPI
 # brings its CUDA libraries, some gigabytes; to use an installed torch 2.14.1, set FINDINGS_INSTALLED=1. We ran it on the
 # CPU in that way only.
