@@ -117,6 +117,11 @@ class NeuralCollapse(Metric):
             row = nc_metrics(self.class_statistics(), optimum=self.optimum)
         return {name: self.moments.new_tensor(row[name]) for name in columns}
 
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another NeuralCollapse, or of its `metric_state`."""
+        super().merge_state(incoming_state)
+        self._computed = None  # torchmetrics 1.9 keeps the result of an earlier `compute`
+
     def class_statistics(self) -> ClassStatistics:
         """Return the `nc_metrics.ClassStatistics` of the samples seen so far, as after both passes.
 
