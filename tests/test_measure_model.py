@@ -338,3 +338,39 @@ def test_files_that_are_no_such_weights_are_named(content, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         load_weights(torch.nn.Linear(2, 3), path)
     assert error.value.status == 2
+
+
+# docs/runtimes.md
+
+
+def test_a_model_of_onnxruntime_is_measured_as_its_pytorch_twin(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    from nc_layers import head_input, layer_statistics
+    from nc_metrics import nc_metrics
+
+    torch.manual_seed(0)
+    twin = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3)).eval()
+    values = [onnx.numpy_helper.from_array(value.numpy(), name) for name, value in twin.state_dict().items()]
+    make, float_ = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [
+        make.make_node("Gemm", ["x", "0.weight", "0.bias"], ["a"], transB=1),
+        make.make_node("Relu", ["a"], ["h"]),
+        make.make_node("Gemm", ["h", "2.weight", "2.bias"], ["z"], transB=1),
+    ]
+    ends = [make.make_tensor_value_info(name, float_, ["N", size]) for name, size in (("x", 6), ("z", 3))]
+    graph = make.make_graph(nodes, "twin", ends[:1], ends[1:], values)
+    file = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=8)
+    onnx.save(file, tmp_path / "model.onnx")
+
+    (recipe,) = python_examples("docs/runtimes.md")
+    exec(recipe, names := {})
+    model, inputs = names["OnnxModel"](str(tmp_path / "model.onnx")), torch.randn(40, 6)
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
+    np.testing.assert_allclose(model(inputs).detach(), session.run(None, {"x": inputs.numpy()})[0], atol=1e-6)
+
+    batches = [(inputs[:25], torch.arange(25) % 3), (inputs[25:], torch.arange(15) % 3)]
+    assert head_input(model) == "fc"
+    found = nc_metrics(layer_statistics(model, batches, ["fc"], 3)["fc"], model.fc.weight.detach())
+    wanted = nc_metrics(layer_statistics(twin, batches, ["2"], 3)["2"], twin[2].weight.detach())
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6, nan_ok=True)
