@@ -58,8 +58,6 @@ def test_cells_are_the_means_and_worst_seeds_of_the_row_that_the_label_names():
     for cell, values in zip(cells, expected, strict=True):
         tolerance = 0.05 if len(values) == 1 else 1e-12  # minutes have one digit
         assert [float(number) for number in cell] == pytest.approx(values, rel=0.05, abs=tolerance)
-            values, rel=0.05, abs=0.05 if len(values) == 1 else 1e-12
-        )
 
 
 def test_a_table_takes_over_the_folder_of_its_runs(monkeypatch, tmp_path):
