@@ -25,6 +25,7 @@ from cli import (
     keyword_arguments,
     name_of,
     name_or_function,
+    parsed_or,
     real_path,
     run_label,
     true_or_false,
@@ -71,10 +72,7 @@ def data_set(text):
     if text.endswith(".npz"):
         path = real_path(text)
         return path if Path(path).exists() else text  # else it is looked for in --data_dir
-    try:
-        return name_of(SOURCES)(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, nor a FILE.npz") from None
+    return parsed_or(name_of(SOURCES), text, "a FILE.npz")
 
 
 def make_parser(doc=None):

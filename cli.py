@@ -88,6 +88,14 @@ class Share:
         return max(round(self.percent / 100 * epochs), self.low)
 
 
+def parsed_or(parse, text, other):
+    """Return parse(text), an argparse type; where it fails, the error says that the text is no `other` either."""
+    try:
+        return parse(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor {other}") from None
+
+
 def epochs_or_share(low):
     """Return an argparse type: a whole number of epochs >= low, or a `Share` of --epochs such as 36%."""
     whole = bounded(int, low, high=2**31 - 1)
@@ -95,10 +103,7 @@ def epochs_or_share(low):
     def parse(text):
         if re.fullmatch(r"\d{1,2}(\.\d+)?%", text):
             return Share(float(text[:-1]), low)
-        try:
-            return whole(text)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}, nor a share of --epochs such as 36%") from None
+        return parsed_or(whole, text, "a share of --epochs such as 36%")
 
     return parse
 
@@ -128,10 +133,7 @@ def name_or_function(names):
     def parse(text):
         if found := FILE_FUNCTION.fullmatch(text):
             return f"{existing_or_new_dir(found[1])}:{found[2]}"
-        try:
-            return named(text)
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{error}, nor FILE.py:function") from None
+        return parsed_or(named, text, "FILE.py:function")
 
     return parse
 

@@ -420,26 +420,27 @@ def load_data(
         if wanted > there:
             raise UserError(f"{dataset}: {class_text(label, names)} has {there} training images, {wanted} are wanted")
 
-    chosen = first_of_each(labels, counts)
+    rows = class_rows(labels, counts)
+    chosen = np.sort(np.concatenate(rows))  # in the order of the data set
     if test_images is None:
         rest = np.setdiff1d(np.arange(len(labels)), chosen)
         test_images, test_labels = arrays.train_images[rest], labels[rest]
     statistics = channel_statistics if arrays.train_images.ndim > 2 else feature_statistics
     mean, std = (source.mean, source.std) if source.mean else statistics(arrays.train_images)
-    note_equal_images(arrays.train_images, labels, counts, names)
+    note_equal_images(arrays.train_images, rows, names)
     return Data(
         to_split(arrays.train_images[chosen], labels[chosen], mean, std, image_size),
         to_split(test_images, test_labels, mean, std, image_size),
         counts,
         names,
-        class_hashes(arrays, counts),
+        [class_hash(arrays, of_class) for of_class in rows],
     )
 
 
 def whiten(data, eps):
     """Return `data` with images whitened by ZCA: P (x - m), P = (C + eps v I)^(-1/2), in float32.
 
-    m (D,) and C (D, D): mean and covariance of the training images x, flattened to D = 3072 values. v: the mean of the
+    m (D,) and C (D, D): mean and covariance of the training images x, flattened to D values. v: the mean of the
     eigenvalues of C. P is scaled such that the training images have a mean square of 1 (Krizhevsky, 2009, appendix A).
     Raises UserError if D is above WHITENED_VALUES.
     """
@@ -455,11 +456,11 @@ def whiten(data, eps):
     scale = (len(variances) / (variances / shrunk).sum()).sqrt()
     matrix = ((directions * (scale * shrunk.rsqrt())) @ directions.T).float()
 
-    def whitened(split):
-        pixels = (split.images.flatten(1) - mean) @ matrix
-        return Split(pixels.view(split.pixels.shape), split.labels, split.black)
+    def whitened(split, centred):
+        return Split((centred @ matrix).view(split.pixels.shape), split.labels, split.black)
 
-    return dataclasses.replace(data, train=whitened(data.train), test=whitened(data.test))
+    test = whitened(data.test, data.test.images.flatten(1) - mean)
+    return dataclasses.replace(data, train=whitened(data.train, centred), test=test)
 
 
 def class_rows(labels, counts):
@@ -467,29 +468,24 @@ def class_rows(labels, counts):
     return [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]
 
 
-def class_hashes(arrays, counts):
-    """Return for each class a hash of its training images: of their marks if they have some, else of their pixels."""
-    hashes = []
-    for rows in class_rows(arrays.train_labels, counts):
-        if arrays.marks:
-            content = "\n".join(arrays.marks[row] for row in rows).encode(errors="surrogateescape")
-        else:
-            content = np.ascontiguousarray(arrays.train_images[rows])
-        hashes.append(hashlib.blake2b(content, digest_size=6).hexdigest())
-    return hashes
+def class_hash(arrays, rows):
+    """Return a hash of the training images in `rows`: of their marks if they have some, else of their pixels."""
+    if arrays.marks:
+        content = "\n".join(arrays.marks[row] for row in rows).encode(errors="surrogateescape")
+    else:
+        content = np.ascontiguousarray(arrays.train_images[rows])
+    return hashlib.blake2b(content, digest_size=6).hexdigest()
 
 
-def note_equal_images(images, labels, counts, names):
-    """Print the classes all of whose training images are equal: something is likely to be wrong with them."""
-    for label, rows in enumerate(class_rows(labels, counts)):
-        first = images[rows[0]]
-        if len(rows) > 1 and all(np.array_equal(images[row], first) for row in rows[1:]):
-            print(f"note       all {len(rows)} training images of {class_text(label, names)} are equal", flush=True)
+def note_equal_images(images, rows, names):
+    """Print the classes all of whose training images are equal: something is likely to be wrong with them.
 
-
-def first_of_each(labels, counts):
-    """Return the indices of the first counts[k] samples of each class k, in the order of the data set."""
-    return np.sort(np.concatenate(class_rows(labels, counts)))
+    rows: for each class, the indices of its training images.
+    """
+    for label, of_class in enumerate(rows):
+        first = images[of_class[0]]
+        if len(of_class) > 1 and all(np.array_equal(images[row], first) for row in of_class[1:]):
+            print(f"note       all {len(of_class)} training images of {class_text(label, names)} are equal", flush=True)
 
 
 def channel_statistics(images):

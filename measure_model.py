@@ -12,7 +12,6 @@ NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules(
 measured at its input. With --epochs there is a row for each epoch, too, and the figure has curves over the epochs.
 """
 
-import importlib.util
 import inspect
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ from engine.tables import write_table
 from image_files import list_folder, open_rgb
 from nc_layers import head_input, head_weight, layer_statistics
 from nc_metrics import nc_metrics
-from utils import UserError, atomic_write, message_of, run_script
+from utils import UserError, atomic_write, message_of, run_file, run_script
 
 PANELS = {"NC1": "log", "CDNV": "log", "NCM_acc1": "linear"}  # columns of the figure and their axes
 LABELS = {"NC1": "NC1", "CDNV": "CDNV", "NCM_acc1": "nearest class mean, accuracy (%)"}
@@ -179,13 +178,11 @@ def load_function(path, name):
     folder, ours = Path(path).resolve().parent, Path(__file__).resolve().parent
     hide_modules(ours, folder)
     sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # dataclasses look there
+    stem = Path(path).stem
     try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"--model {path}: {type(error).__name__}: {message_of(error)}") from None
+        module = run_file(path, stem if stem not in sys.modules else f"file_of_{stem}")
+    except UserError as error:
+        raise UserError(f"--model {error}") from None
     if not hasattr(module, name):
         raise UserError(f"--model {path}:{name}: the file has no function {name}")
     function = getattr(module, name)
@@ -207,7 +204,7 @@ def hide_modules(ours, folder):
 
 
 class Images(Dataset):
-    """`images.ImageFiles` as pairs (transformed image, label)."""
+    """`image_files.ImageFiles` as pairs (transformed image, label)."""
 
     def __init__(self, files, transform):
         self.files, self.labels, self.transform = files.paths, files.labels, transform

@@ -26,6 +26,7 @@ __all__ = [
     "BETWEEN",
     "THEORY_COLUMNS",
     "ClassStatistics",
+    "NearestMean",
     "between_class_basis",
     "class_alignment",
     "classical_metrics",
@@ -166,15 +167,13 @@ class ClassStatistics:
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
         self.projected_sum += (centred @ basis).square().sum()
-        nearest = ((h - self.centre) @ self.shifted.T - self.half_norms_sq).argmax(1)
+        nearest = self.nearest_mean(h)
         self.hits += (nearest == y).sum()
         self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
 
     def set_centres(self, centres: torch.Tensor) -> torch.Tensor:
         """Begin the second pass around class means (K, d), and return the basis for them."""
-        self.centres, self.centre = centres, centres.mean(0)
-        self.shifted = centres - self.centre  # |h|^2 - 2 h . mu + |mu|^2 would cancel far from the origin
-        self.half_norms_sq = 0.5 * self.shifted.square().sum(1)
+        self.centres, self.nearest_mean = centres, NearestMean(centres)
         for name in SECOND_PASS:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
@@ -276,6 +275,27 @@ class ClassStatistics:
     def negative_share(self) -> float:
         """Share of the features' entries that are below zero, NaN before the first batch."""
         return float(self.negatives / (self.counts.sum() * self.sums.shape[1]))
+
+
+class NearestMean:
+    """The classifier of features (B, d) that takes the class (B,) whose mean is nearest, for class means (K, d).
+
+    Mensink et al. (2013). Both are float64 tensors on one device; ties go to the first class.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import NearestMean
+        >>> NearestMean(torch.tensor([[0.0, 1.0], [4.0, 0.0]]))(torch.tensor([[1.0, 1.0], [3.0, 3.0]]))
+        tensor([0, 1])
+    """
+
+    def __init__(self, means: torch.Tensor) -> None:
+        self.centre = means.mean(0)  # without it, |h|^2 - 2 h . mu + |mu|^2 would cancel far from the origin
+        self.shifted = means - self.centre
+        self.half_norms_sq = 0.5 * self.shifted.square().sum(1)
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        return ((h - self.centre) @ self.shifted.T - self.half_norms_sq).argmax(1)
 
 
 def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) -> torch.Tensor:
@@ -617,7 +637,7 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
     row["equiangularity_means"] = equiangularity(centred)
     if weight is not None:
         row["self_duality"] = distance(weight, centred)
-        row["UNC3"] = coefficient_of_variation(torch.cosine_similarity(weight, centred, eps=0))
+        row["UNC3"] = coefficient_of_variation(class_alignment(means, weight, counts))
     directions = from_centre / from_centre.norm(dim=1, keepdim=True)
     row["GNC2"] = mean_over_pairs(directions, lambda distances_sq, rows: -distances_sq.log())
     if statistics.basis is not None:
@@ -719,7 +739,8 @@ def regression_collapse(features: ArrayLike, targets: ArrayLike, weight: ArrayLi
         >>> f"{row['NRC1']:.3f} {row['NRC2']:.3f}"
         '0.000 0.000'
     """
-    h, y, w = (torch.as_tensor(part).detach().cpu().double() for part in (features, targets, weight))
+    named = {"features": features, "targets": targets, "the weight": weight}
+    h, y, w = (as_tensor(name, part).cpu().double() for name, part in named.items())
     shapes = tuple(tuple(part.shape) for part in (h, y, w))
     if h.ndim != 2 or shapes[1:] != ((len(h), w.shape[0]), (w.shape[0], h.shape[1])) or w.shape[0] >= min(h.shape):
         raise ValueError(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torchmetrics import Metric
 
-from nc_metrics import ClassStatistics, nc_metrics
+from nc_metrics import ClassStatistics, NearestMean, nc_metrics
 from nc_theory import Optimum
 
 __all__ = ["COLUMNS", "OPTIMUM_COLUMNS", "REFERENCE_COLUMNS", "NeuralCollapse"]
@@ -96,10 +96,7 @@ class NeuralCollapse(Metric):
         self.moments = merge_moments(torch.stack([self.moments, batch_moments(h, y, self.num_classes)]))
         self.negatives = self.negatives + (h < 0).sum()
         if self.reference_means is not None:
-            means = self.reference_means.double()
-            centre = means.mean(0)  # without it, |h|^2 - 2 h . mu + |mu|^2 would cancel far from the origin
-            shifted = means - centre
-            nearest = ((h - centre) @ shifted.T - 0.5 * shifted.square().sum(1)).argmax(1)
+            nearest = NearestMean(self.reference_means.double())(h)
             self.hits = self.hits + (nearest == y).sum()
             self.disagreements = self.disagreements + (math.nan if predicted is None else (nearest != predicted).sum())
 

@@ -54,7 +54,7 @@ def prepare(argv, data, ranks):
     device = pick_device(args.device, args.gpu_id)
     set_precision(args.precision, device)
     keep_freed_memory()
-    data = data or read_data(args)
+    data = read_data(args, data)
     if args.resume:
         run.check_data(data)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device

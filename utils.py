@@ -125,15 +125,20 @@ def load_function(text):
     """Run the file of FILE.py:function and return the function; raise UserError if it fails or has no such function."""
     file_digest(text)
     path, name = FILE_FUNCTION.fullmatch(text).groups()
-    specification = importlib.util.spec_from_file_location(f"file_of_{Path(path).stem}", path)
-    module = sys.modules[specification.name] = importlib.util.module_from_spec(specification)
+    if not callable(function := getattr(run_file(path, f"file_of_{Path(path).stem}"), name, None)):
+        raise UserError(f"{path}: has no function {name}")
+    return function
+
+
+def run_file(path, name):
+    """Run a Python file as the module `name`, and return the module; raise UserError if it fails."""
+    specification = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)  # dataclasses look there
     try:
         specification.loader.exec_module(module)
     except Exception as error:  # of whatever is in the file
         raise UserError(f"{path}: {type(error).__name__}: {message_of(error)}") from None
-    if not callable(function := getattr(module, name, None)):
-        raise UserError(f"{path}: has no function {name}")
-    return function
+    return module
 
 
 def read_arguments(text):

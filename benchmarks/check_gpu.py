@@ -32,7 +32,7 @@ from training import OurTraining
 
 import train_1st_order_unbalanced as train_script
 from args import parse_args
-from datasets import load_data, whiten
+from datasets import load_data
 from engine.checkpoints import load_torch
 from engine.cuda_graph import CudaGraphs
 from engine.device import device_name, keep_freed_memory, pick_device, set_precision
@@ -132,12 +132,9 @@ def paper(device, size, data):
     common = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
     precision = "tf32" if "tf32" in precisions(device) else "fp32"
     command = f"--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --precision {precision}"
-    recipe = f"--weight_decay 0.0001 --feature_decay_rate 0.00001 --epochs 25 --depth_relu 6 --precision {precision}"
-    runs = {
-        "the paper's MLP": (command.split(), data),
-        "the recipe": ([f"@{ROOT}/scripts/collapse.flags", *recipe.split()], whiten(data, 0.01)),
-    }
-    for (name, (words, data)), seconds in zip(runs.items(), size.seconds, strict=True):
+    recipe = f"--weight_decay 0.0001 --feature_decay_rate 0.00001 --lr 0.0005 --epochs 25 --precision {precision}"
+    runs = {"the paper's MLP": command.split(), "the recipe": [f"@{ROOT}/scripts/collapse.flags", *recipe.split()]}
+    for (name, words), seconds in zip(runs.items(), size.seconds, strict=True):
         with tempfile.TemporaryDirectory() as folder:
             run, began = MeasuredRun(Run(folder)), time.perf_counter()
             train_for(seconds, [*words, *common.split()], run, data)

@@ -10,7 +10,6 @@ seconds of training on one core, that was, for both recipes and as a ratio; a se
 include the whitening of the images. The last seeds may be trained with the recipe alone (--random_seeds).
 """
 
-import argparse
 import math
 import os
 import statistics
@@ -26,8 +25,7 @@ from common import ROOT, make_parser, report
 
 from analysis.settings import read_measured_run
 from args import parse_args
-from datasets import whiten
-from engine.training import read_data
+from engine.training import load_images, read_data
 
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]
 SMALL_COUNTS = "--class_counts 100,100,200,200,300,300,400,400,500,500"
@@ -68,8 +66,9 @@ SETTINGS = {
     "resnet18": Setting(
         "--model ResNet18 --planes 16 --dataset cifar10 --class_counts 10,10,20,20,30,30,40,40,50,50 "
         "--weight_decay 0.005 --feature_decay_rate 0.0005 --bn_statistics training_set",
-        random="@scripts/random_head.flags --no-revive --lr 0.001 --batch_size 60 --epochs 600",
-        recipe="@scripts/collapse_resnet.flags",
+        random="@scripts/collapse_resnet.flags",
+        recipe="@scripts/collapse.flags --no-revive --whiten 0 --batch_size 60 --epochs 120 --patience 36% "
+        "--penalty_warmup_epochs 20%",
         every=5,
     ),
     "paper": Setting(
@@ -126,10 +125,9 @@ def seconds_to_whiten(setting, options):
     """Return the time that whitening the images of a setting's recipe takes on one core."""
     words = [*setting.recipe.split(), *setting.flags.split(), "--data_dir", options.data_dir]
     args = parse_args(argv=words)
-    data = read_data(argparse.Namespace(**vars(args) | {"whiten": 0}))
+    images = load_images(args)
     start = time.perf_counter()
-    if args.whiten:
-        whiten(data, args.whiten)
+    read_data(args, images)
     return time.perf_counter() - start
 
 

@@ -71,7 +71,8 @@ class Measurement:
         weight = head_weight(self.model.fc)
         # The gap is that of W and h in the problem that they are compared with, which may be one without a bias
         bias = self.model.fc[-1].bias if optimum and optimum.problem.bias else None
-        losses, zero_samples = torch.zeros(2, self.data.num_classes, dtype=torch.float64)
+        losses = torch.zeros(self.data.num_classes, dtype=torch.float64)
+        zero_samples = torch.zeros_like(losses, device=self.device)
         train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
         passes = self.forward(self.data.train)
         if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
@@ -79,7 +80,7 @@ class Measurement:
         for logits, features, labels in passes:
             statistics.update(features, labels)
             train.update(logits, labels)
-            zero_samples.index_add_(0, labels.cpu(), (features == 0).all(1).double().cpu())
+            zero_samples.index_add_(0, labels, (features == 0).all(1).double())
         statistics.merge(self.ranks.sum)
         if not statistics.sums.isfinite().all():
             raise UserError("the features overflow: there is nothing to measure", FAILED_WORK)
@@ -115,7 +116,7 @@ class Measurement:
             losses = self.ranks.sum(losses) / statistics.counts.cpu()
             gap = gap_shares(optimum, weight, statistics.means, losses, statistics.within_sums, bias)
             row |= gap.columns()
-        parts = geometry(statistics.means, weight) | {"zero_samples": self.ranks.sum(zero_samples)}
+        parts = geometry(statistics.means, weight) | {"zero_samples": self.ranks.sum(zero_samples).cpu()}
         if optimum:
             parts |= {f"{name}_theory": getattr(optimum, name) for name in GEOMETRY}
             parts |= {name: getattr(gap, name.removeprefix("gap_")) for name in GAP_COLUMNS[1:]}

@@ -7,13 +7,14 @@ import torch
 from datasets import load_data, whiten
 from engine.batches import Batches
 from engine.checkpoints import TrainingState
+from engine.comparison import solved
 from engine.cuda_graph import GraphedStep
 from engine.device import autocast
 from engine.optim import Schedule, is_capturable, make_optimizer, set_learning_rate
 from engine.ranks import OneProcess
 from engine.step_log import new_rows
 from models import build_model
-from nc_theory import simplex_etf, solve
+from nc_theory import simplex_etf
 from objective import Objective
 from utils import UserError
 
@@ -80,7 +81,7 @@ class Training:
         head, problem = self.model.fc[-1], self.objective.problem()
         if isinstance(problem, str):
             raise UserError(f"--head_init {kind}: {problem}")
-        optimum, generator = solve(problem), torch.Generator().manual_seed(seed)
+        optimum, generator = solved(problem), torch.Generator().manual_seed(seed)
         try:
             weight = optimum.head(head.in_features, generator)
             if kind == "etf":
@@ -136,9 +137,9 @@ class Training:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def read_data(args):
-    """Return the `datasets.Data` of the flags, on the CPU."""
-    data = load_data(
+def load_images(args):
+    """Return the `datasets.Data` that the flags name, on the CPU."""
+    return load_data(
         args.dataset,
         args.data_dir,
         imbalance=args.imbalance,
@@ -149,7 +150,12 @@ def read_data(args):
         test_list=args.test_list,
         image_size=args.image_size,
     )
-    return whiten(data, args.whiten) if args.whiten else data
+
+
+def read_data(args, images=None):
+    """Return the `datasets.Data` of a run, on the CPU: `images`, by default those of `load_images`, after --whiten."""
+    images = images or load_images(args)
+    return whiten(images, args.whiten) if args.whiten else images
 
 
 def make_model(args, num_classes, shape=(3, 32, 32)):

@@ -24,7 +24,7 @@ from analysis.figures import draw_runs
 from analysis.summary import written
 from engine.run import Run
 from engine.tables import MeasuredRun
-from scripts.tables import TABLES
+from scripts.tables import TABLES, summary_of
 from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,8 +117,7 @@ def markdown(name, results):
     """Return a table of SHOWN, or that of the check of a GPU, as Markdown."""
     if name == CHECK:
         return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
-    table = SHOWN[name]
-    summary = pd.read_csv(results / f"{table.summary or name}.csv")
+    table, summary = SHOWN[name], pd.read_csv(results / f"{summary_of(name)}.csv")
     summary.index = [setting_of(folders.split()[0]) for folders in summary["folders"]]
     lines = [["", table.title, *table.heads, ""], ["", *["---"] * (1 + len(table.heads)), ""]]
     for row in table.shown or table.settings:
