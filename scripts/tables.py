@@ -181,13 +181,31 @@ TABLES = {
         x="step",
     ),
     "paper_command": Table(
-        what="The paper's command with its MLP, for both objectives; for a GPU",
-        time="by the time of a step, 6 minutes for 4,000 epochs on an H100",
+        what="The paper's command with its MLP, for both objectives, in TF32 and in fp32; for a GPU",
+        time="by the time of a step, 5 to 7 minutes for 4,000 epochs on an H100",
         expected="unknown: we have not run it",
         one_at_a_time=True,
         flags=f"{PAPER} --batch_size 256 --save_every 50 --nc_every 10",
-        settings={"paper": Setting("--objective paper"), "released": Setting("--objective released")},
-        x="minutes",
+        settings={
+            "paper_tf32": Setting("--objective paper --precision tf32"),
+            "released_tf32": Setting("--objective released --precision tf32"),
+            "paper": Setting("--objective paper"),
+            "released": Setting("--objective released"),
+        },
+    ),
+    "paper_resnet18": Table(
+        what="ResNet18 with N = 30,000 images: the recipe with a head at the optimum, and the paper's command; for a GPU",
+        time="by the images a second, 5 minutes and 2.5 hours on an H100",
+        expected="unknown: we have not run it",
+        one_at_a_time=True,
+        flags="--model ResNet18 --precision tf32 --save_every 50 --nc_every 10",
+        settings={
+            "optimum": Setting(
+                "@scripts/collapse_resnet.flags --head_init optimum --head_fixed --bn_statistics training_set "
+                "--batch_size 256 --epochs 120 --feature_decay_rate 0.00001 --weight_decay 0.0001"
+            ),
+            "paper": Setting(f"{PAPER} --batch_size 256"),
+        },
     ),
     "plain": Table(
         what="Plain Adam in fp32 and bf16 on 3,000 CIFAR-10 images; on digits a head with bias, and MSE; one seed each",

@@ -8,7 +8,6 @@ import threading
 import traceback
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
