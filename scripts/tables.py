@@ -194,7 +194,7 @@ TABLES = {
         },
     ),
     "paper_resnet18": Table(
-        what="ResNet18 with N = 30,000 images: the recipe with a head at the optimum, and the paper's command; for a GPU",
+        what="ResNet18 with N = 30,000: the recipe with a head at the optimum, and the paper's command; for a GPU",
         time="by the images a second, 5 minutes and 2.5 hours on an H100",
         expected="unknown: we have not run it",
         one_at_a_time=True,
