@@ -180,7 +180,7 @@ def test_the_papers_experiments(checkout, dataset):
 
 @pytest.mark.parametrize(
     "table, runs",
-    [("recipe", 30), ("small", 15), ("small_digits", 15), ("paper", 2), ("plain", 4)],
+    [("recipe", 30), ("small", 15), ("small_digits", 15), ("paper", 6), ("plain", 4)],
 )
 def test_the_runs_of_a_table(checkout, tmp_path, table, runs):
     folder, stub = checkout
