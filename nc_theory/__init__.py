@@ -25,7 +25,7 @@ from nc_theory.closed_form import (
 from nc_theory.copositive import polar
 from nc_theory.diagnosis import Convergence, Diagnosis, convergence, diagnose
 from nc_theory.duality import FocalLoss, dual_bound
-from nc_theory.gap import GAP_COLUMNS, GapBounds, GapShares, gap_bounds, gap_shares
+from nc_theory.gap import GAP_COLUMNS, SHARES, GapBounds, GapShares, gap_bounds, gap_shares
 from nc_theory.geometries import self_duality, seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
@@ -36,6 +36,7 @@ __all__ = [
     "GAP_COLUMNS",
     "LOSSES",
     "MOST_CLASSES",
+    "SHARES",
     "UFM",
     "Convergence",
     "Diagnosis",
@@ -93,7 +94,7 @@ def solve(problem: UFM) -> Optimum:
 def split_optimum(problem: UFM) -> Optimum | None:
     """Return the Optimum of a UFM that splits by class, without direct minimisation, or None if it does not split.
 
-    Beyond MOST_CLASSES classes, the result for a variant of the cross entropy with ReLU and no bias is the best with
+    Beyond MOST_CLASSES classes, the result for MSE, or for the cross entropy without a bias, with ReLU is the best with
     orthogonal features, even if features share directions at the minimum. Its `gap` is then large.
 
     Example:
@@ -104,7 +105,7 @@ def split_optimum(problem: UFM) -> Optimum | None:
         True
     """
     optimum = closed_form(problem)
-    if optimum is None and problem.relu and not problem.bias:
+    if optimum is None and problem.relu and (problem.loss == "MSE" or not problem.bias):
         optimum = solve_by_class(problem)
         if not abs(optimum.gap) <= SPLIT and problem.num_classes <= MOST_CLASSES:
             return None

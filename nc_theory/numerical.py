@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import Bounds, OptimizeResult, minimize
 from scipy.sparse.linalg import LinearOperator, minres
 
-from nc_theory.certificate import best_bias, lower_bound
+from nc_theory.certificate import best_bias, certify
 from nc_theory.copositive import local_maxima
 from nc_theory.losses import losses_and_gradients
 from nc_theory.problem import UFM, Optimum, class_margins
@@ -22,6 +22,8 @@ from nc_theory.problem import UFM, Optimum, class_margins
 ROUNDS = 100  # of minimisation and escapes
 SHORT, LONG = 200, 20_000  # steps of L-BFGS-B: as long as there are directions with |G v| > 1 + COARSE, and then
 COARSE = 1e-2
+MEMORY, LEAST_MEMORY = 30, 5  # steps that L-BFGS-B remembers; its own time grows with their square, so that
+MEMORY_ENTRIES = 150_000  # in large problems it remembers no more than this over the number of variables
 FALL = 1e-14  # relative fall of the value in a round below which no more rounds follow
 NEWTON_STEPS, KRYLOV_STEPS = 5, 300
 DIFFERENCE = 1e-6  # relative to the point
@@ -194,7 +196,8 @@ class ScaledProblem:
 
     def minimum_from(self, x: np.ndarray, steps: int) -> np.ndarray:
         """Return the end of L-BFGS-B from a point, after at most so many steps."""
-        options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": 30, "ftol": 0.0, "gtol": 1e-12}
+        memory = min(MEMORY, max(LEAST_MEMORY, MEMORY_ENTRIES // len(x)))
+        options = {"maxiter": steps, "maxfun": 2 * steps, "maxcor": memory, "ftol": 0.0, "gtol": 1e-12}
         bounds = Bounds(self.lower_limits(x), math.inf)
         return minimize(self.value_and_gradient, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
 
@@ -322,6 +325,7 @@ class ScaledProblem:
         parts = head * self.head_scale, self.class_means(features), bias
         weight, means, offset = (torch.from_numpy(np.array(part)) for part in parts)
         gram, logits = means @ means.T, weight @ means.T
+        certificate = certify(self.problem, logits, offset, gram=gram)
         return Optimum(
             problem=self.problem,
             margins=class_margins(logits, self.problem.targets.argmax(1)),
@@ -335,8 +339,9 @@ class ScaledProblem:
             loss=float(end.fun * self.cost),
             method="numerical",
             projected_gradient=end.projected_gradient,
-            lower_bound=lower_bound(self.problem, logits, offset, gram=gram),
+            lower_bound=certificate.bound,
             factors=(weight, means),
+            certificate=certificate,
         )
 
 
