@@ -126,9 +126,14 @@ def gap_shares(
         duality += 0.5 * problem.bias_decay * np.square(offset + proof.gradients.sum(0) / problem.bias_decay)
     scaled = np.sqrt(counts)[:, None] * means
     within = 0.5 * problem.lambda_h * spreads if math.isfinite(proof.bound) else np.full(len(counts), math.nan)
-    pairs = curvature * (scaled @ scaled.T)
-    shares = [torch.from_numpy(share) for share in (margins, duality, within, pairs)]
-    return GapShares(optimum.lower_bound, *shares, irreducible_loss=problem.irreducible_loss)
+    return GapShares(
+        optimum.lower_bound,
+        margins=torch.from_numpy(margins),
+        duality=torch.from_numpy(duality),
+        within=torch.from_numpy(within),
+        means=torch.from_numpy(curvature * (scaled @ scaled.T)),
+        irreducible_loss=problem.irreducible_loss,
+    )
 
 
 def array_of(values: ArrayLike) -> np.ndarray:
