@@ -11,6 +11,8 @@ True
 
 __version__ = "1.0.0"
 
+from collections.abc import Callable
+
 from nc_theory.by_class import solve_by_class
 from nc_theory.certificate import lower_bound
 from nc_theory.closed_form import (
@@ -77,10 +79,11 @@ MOST_CLASSES = 200  # beyond which direct minimisation takes too long for a prob
 SPLIT = 1e-9  # largest gap of the class-by-class solution at which the problem counts as split
 
 
-def solve(problem: UFM) -> Optimum:
+def solve(problem: UFM, report: Callable[[str], object] | None = None) -> Optimum:
     """Return the Optimum of a UFM; its `gap` tells how close to the minimum it is proved to be.
 
-    It is found in closed form or class by class where the problem splits, else by direct minimisation.
+    It is found in closed form or class by class where the problem splits, else by direct minimisation, which calls
+    `report` after each round with what was reached, in words.
 
     Example:
         >>> from nc_theory import UFM, solve
@@ -88,7 +91,7 @@ def solve(problem: UFM) -> Optimum:
         >>> optimum.method, optimum.certified
         ('closed form', True)
     """
-    return split_optimum(problem) or solve_numerically(problem).optimum
+    return split_optimum(problem) or solve_numerically(problem, report=report).optimum
 
 
 def split_optimum(problem: UFM) -> Optimum | None:

@@ -6,6 +6,7 @@ loss: an escape from any stationary point that is not the global minimum. Minimi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,13 +59,16 @@ def solve_numerically(
     level: Literal["class", "sample"] = "class",
     starts: int = 1,
     seed: int = 0,
+    report: Callable[[str], object] | None = None,
 ) -> Minimum:
     """Minimise a UFM in float64 with L-BFGS-B and escapes from stationary points, and return a `Minimum`.
 
     dim: the largest number of features d; default: as many as the optimum needs. With fewer than that, the lower bound
     cannot be reached, and minima may be local. level: "class" has one feature per class, weighted n_k/N, since features
     collapse at a minimum; "sample" leaves all N features free. starts: the number of starts: the first is at zero
-    features, except at level "sample", and the others are random, with K features. seed: of the starts.
+    features, except at level "sample", and the others are random, with K features. seed: of the starts. report: called
+    after each round with what was reached, in words: for 100 classes that share directions there are about ten rounds
+    of a second each.
 
     Raises ValueError for depth_linear > 1, and for counts that are not whole numbers at level "sample".
 
@@ -93,7 +97,7 @@ def solve_numerically(
     ends = []
     for start in range(starts):
         at_zero = start == 0 and level == "class"
-        ends.append(scaled.solve(scaled.zero() if at_zero else scaled.random_point(random)))
+        ends.append(scaled.solve(scaled.zero() if at_zero else scaled.random_point(random), report))
     ends.sort(key=lambda end: end.fun)
     return Minimum(
         optimum=scaled.optimum(ends[0]),
@@ -164,7 +168,7 @@ class ScaledProblem:
         head, features = (random.standard_normal((count, dim)) for count in (rows, len(self.labels)))
         return self.join(head, np.abs(features) if self.problem.relu else features, np.zeros(rows))
 
-    def solve(self, x: np.ndarray) -> OptimizeResult:
+    def solve(self, x: np.ndarray, report: Callable[[str], object] | None = None) -> OptimizeResult:
         """Alternate between escapes and minimisation from a point, and return SciPy's result.
 
         `fun` and `x` are of the result without features that are zero up to rounding, `projected_gradient` is theirs.
@@ -177,6 +181,8 @@ class ScaledProblem:
                     x = self.polished(self.minimum_from(x, LONG))
             fell = value - (end_value := self.value_and_gradient(x)[0])
             value = min(value, end_value)
+            if report:
+                report(f"minimising, loss {value * self.cost:.8g} with {self.split(x)[0].shape[1]} features")
             moved = self.escaped(x, COARSE if short else ESCAPE) if fell > FALL * value else x
             if moved is not x:
                 x = moved
