@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,15 @@ def solve(args):
     )
     split, result = split_optimum(problem), {}
     if split is None or problem.num_classes <= MOST_CLASSES:
-        found = solve_numerically(problem, dim=args.dim, level=args.level, starts=args.restarts, seed=args.seed)
+        with Progress(None, "round") as progress:
+            found = solve_numerically(
+                problem,
+                dim=args.dim,
+                level=args.level,
+                starts=args.restarts,
+                seed=args.seed,
+                report=progress.step if sys.stderr.isatty() else None,  # elsewhere it would write to the output
+            )
         result = {
             "minimised": plain(found.optimum),
             "losses_of_starts": found.losses,

@@ -122,6 +122,13 @@ def test_rare_classes(run_here, monkeypatch, tmp_path):
         )
 
 
+def test_certify(run_here, tmp_path):
+    out = run_here("certify", "--small 2 --medium 1 --classes 6")
+    rows = rows_of(tmp_path / "certify_cpu.csv")
+    assert [row["classes"] for row in rows[3:]] == ["6"] * 8 and all(13 <= int(row["classes"]) for row in rows[:3])
+    assert {row["certified"] for row in rows} == {"True"} and "6 classes: 8 of 8 certified" in out
+
+
 def test_a_class_is_lost_only_if_the_theorem_keeps_it(run_here, monkeypatch, tmp_path):
     """With all features zero every class is lost, but at penalties where zero is the optimum none is."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
