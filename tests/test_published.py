@@ -91,6 +91,8 @@ def test_the_published_scalar_problem():
             np.testing.assert_allclose(found.margins, grid[values.argmin(0)], atol=1e-5)
             alive = found.margins[found.margins > 0].numpy()
             assert (alive >= (depth - 1) / depth).all()
+    two_layers = closed_form(UFM([200, 100, 50, 50], 2e-3, 2e-4, loss="MSE", depth_linear=2))
+    np.testing.assert_allclose(two_layers.margins, [0.989103, 0.982664, 0.972384, 0.972384], atol=5e-7)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
