@@ -378,8 +378,8 @@ LOSSES = {
 TABLES["shuttle"] = Table(
     what="Four losses on Shuttle, 7 classes of 8 to 36,469 rows, with a head fixed at the optimum, three seeds each; "
     "DIR is that of `scripts/get_data.sh shuttle DIR`",
-    time="6 minutes for a run on a core that others use as well",
-    expected="classes of 40 rows or more within 1.2 % of the optimum (cross entropy, seed 1)",
+    time="2 to 5 minutes for a run on a core that others use as well",
+    expected="with cross entropy, classes of 40 rows or more within 0.6 % of the optimum",
     flags="@scripts/collapse.flags --whiten 0 --dataset shuttle.npz --width 128 --depth_relu 3 --batch_size 512 "
     "--lr 0.002 --weight_decay 0.001 --feature_decay_rate 0.000001 --epochs 50 --save_every 50",
     seeds=3,

@@ -398,3 +398,11 @@ def test_suggested_lambdas_give_the_margin_and_no_collapse():
         suggest_lambdas([*[1000] * 9, 1], margin=5.0)
     edge = math.log(10 * math.sqrt(1000) - 9)  # where the class of 1 collapses
     assert not solve(UFM([*[1000] * 9, 1], *suggest_lambdas([*[1000] * 9, 1], edge * (1 + 1e-9)))).collapsed.any()
+
+
+def test_the_optimum_of_vs_misclassifies_the_rarest_classes_of_shuttle():
+    """As docs/natural_imbalance.md says; with the cross entropy every class has its largest logit."""
+    counts = [36469, 40, 137, 7123, 2614, 8, 11]
+    variants = LossVariant(), LossVariant(logit_adjustment=1, logit_scaling=0.3)
+    largest = [solve(UFM(counts, 1e-3, 1e-6, variant=variant)).WH.argmax(0).tolist() for variant in variants]
+    assert largest == [[0, 1, 2, 3, 4, 5, 6], [0, 2, 2, 3, 4, 2, 2]]
