@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nc_theory import (
     LOSSES,
     UFM,
+    LossVariant,
     class_curve,
     class_margins,
     closed_form,
