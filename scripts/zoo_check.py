@@ -39,12 +39,13 @@ TIMM = (
     "resmlp_12_224 resnetv2_50 rexnet_100 tf_efficientnet_lite0 tnt_s_patch16_224 vit_tiny_patch16_224 volo_d1_224"
 ).split()
 TRANSFORMERS = (  # of images, then of text
-    "vit deit beit swin convnext resnet mobilenet_v2 dinov2 "
+    "vit beit swin convnext resnet mobilenet_v2 dinov2 "
     "bert roberta distilbert electra albert deberta-v2 gpt2 gpt_neo gpt_neox opt bloom llama mistral qwen2 gemma phi "
     "t5 bart xlnet"
 ).split()
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-CLASSES, IMAGES, TOKENS = 4, 20, 12
+SMALL |= {"num_key_value_heads": 2, "head_dim": 16, "pooler_hidden_size": 32}
+CLASSES, IMAGES, TOKENS, EOS = 4, 20, 12, 2
 COLUMNS = ("model", "result", "head", "features", "W h + b", "NC1", "reason")
 
 
@@ -83,10 +84,10 @@ def check(name):
             statistics = layer_statistics(model, loader, [head], CLASSES)[head]
     except ValueError as error:
         return {"result": "refused", "reason": " ".join(str(error).split())}
-    module, collected = model.get_submodule(head), []
+    module, collected = model.eval().get_submodule(head), []
     handle = module.register_forward_hook(lambda module, inputs, output: collected.append(inputs[0]))
     with torch.no_grad():
-        outputs = [model.eval()(**batch) if isinstance(batch, dict) else model(batch) for batch, _ in loader]
+        outputs = [model(**batch) if isinstance(batch, dict) else model(batch) for batch, _ in loader]
     handle.remove()
     logits = torch.cat([getattr(output, "logits", output) for output in outputs]).double()
     h = torch.cat(collected).double()
@@ -124,17 +125,18 @@ def of_transformers(source, name):
 
     config = transformers.AutoConfig.for_model(name, num_labels=CLASSES)
     for key, value in SMALL.items():
-        if hasattr(config, key):
+        if hasattr(config, key) and not hasattr(config, "depths"):
             setattr(config, key, value)
     if name in TRANSFORMERS[: TRANSFORMERS.index("bert")]:
         model = transformers.AutoModelForImageClassification.from_config(config)
         return model, images(getattr(config, "image_size", 64), "pixel_values"), None
-    config.pad_token_id = 0
+    config.pad_token_id, config.eos_token_id, config.decoder_start_token_id = 0, EOS, 0
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     labels = torch.arange(IMAGES) % CLASSES
     lengths = torch.randint(3, TOKENS + 1, (IMAGES,))
     mask = (torch.arange(TOKENS) < lengths[:, None]).long()
     ids = torch.randint(5, 50, (IMAGES, TOKENS)) * mask
+    ids[torch.arange(IMAGES), lengths - 1] = EOS  # which BART and T5 classify
     parts = zip(ids.split(5), mask.split(5), labels.split(5), strict=True)
     return model, [({"input_ids": x, "attention_mask": m}, y) for x, m, y in parts], lengths - 1
 
