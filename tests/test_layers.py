@@ -119,7 +119,7 @@ def test_random_augmentation_between_the_passes_is_noticed(per_class):
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Identity(), nn.Linear(40, 3))
-    with pytest.warns(UserWarning, match="layer '1': the two passes over the loader had different features"):
+    with pytest.warns(UserWarning, match="layer '1': the two passes had different features"):
         layer_statistics(model, Augmented(), ["1"], 3)
     ratios = []
     for _ in range(100):
