@@ -78,6 +78,9 @@ def check(name):
     source, _, plain = name.rpartition(":")
     model, loader, last = (of_transformers if source == "transformers" else of_images)(source, plain)
     labels = torch.cat([batch[1] for batch in loader])
+    for weight in model.parameters():  # some heads start at zero, and so do their logits
+        if weight.ndim == 2 and not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
     try:
         with warnings.catch_warnings(action="ignore"):
             head = head_input(model, loader[0][0])
