@@ -51,6 +51,7 @@ COLUMNS = ("model", "result", "head", "features", "W h + b", "NC1", "reason")
 
 def main(path, names):
     torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)  # as in layer_statistics, for the same rounding of the features
     names = names or [
         *TORCHVISION,
         *(f"timm:{name}" for name in TIMM),
