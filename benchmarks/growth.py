@@ -3,8 +3,8 @@
     python benchmarks/growth.py
     python benchmarks/growth.py --size 100000,512,10000 --pairs 1      (N, d and K; of measuring alone)
 
-Measuring means both passes and all columns, on features that are already in memory and not part of the peak memory. An
-epoch is one of the MLP with N = 30,000.
+Measuring means both passes and all columns, on features that are already in memory and not part of the peak memory,
+of which the optimum that they are compared with is a part. An epoch is one of the MLP with N = 30,000.
 """
 
 import multiprocessing
@@ -58,7 +58,8 @@ def measure(num, dim, num_classes, *, device, repeats):
     labels = torch.arange(num_classes, device=device).repeat_interleave(counts[0])
     features = torch.rand(len(labels), dim, device=device)
     features[torch.arange(len(labels)), labels % dim] += 10
-    weight, optimum = torch.randn(num_classes, dim, device=device), solve(UFM(counts, 1e-4, 1e-6))
+    weight = torch.randn(num_classes, dim, device=device)
+    before, optimum = peak_memory(device), solve(UFM(counts, 1e-4, 1e-6))
     batches = list(zip(features.split(BATCH), labels.split(BATCH), strict=True))
 
     def work():
@@ -70,7 +71,6 @@ def measure(num, dim, num_classes, *, device, repeats):
         nc_metrics(sums, weight, optimum)
         geometry(sums.means, weight)
 
-    before = peak_memory(device)
     times = time_in_turn({"measuring": work}, repeats, device)["measuring"]
     row = {"N": num, "d": dim, "K": num_classes, "seconds": statistics.median(times)}
     row["peak, MB"] = (peak_memory(device) - before) / 2**20
