@@ -31,7 +31,7 @@ SHAPES = [(batch, 1024) for batch in (32, 64, 128, 256, 512, 1024)] + [(256, wid
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="steps of a timed training run")
-    parser.add_argument("--size", type=lambda text: [int(word) for word in text.split(",")], help="N,d,K, this one only")
+    parser.add_argument("--size", type=lambda text: [int(word) for word in text.split(",")], help="N,d,K: only these")
     options = parser.parse_args()
     device = pick_device(options.device, 0)
     context = multiprocessing.get_context("spawn")  # a process for each size, because peak memory never falls
