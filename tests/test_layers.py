@@ -351,7 +351,7 @@ def expected_weight(head):
         lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)),
         lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1), nn.Flatten()),
     ],
-    ids="linear weight_norm orthogonal weight_norm_hook spectral_norm lora saved quantised chain batch_norm conv".split(),
+    ids="linear weight_norm orthogonal old_norm spectral_norm lora saved quantised chain batch_norm conv".split(),
 )
 @pytest.mark.filterwarnings("ignore")
 def test_heads_that_are_no_plain_linear_layer(make):
