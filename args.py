@@ -23,6 +23,7 @@ from cli import (
     existing_or_new_dir,
     imbalance_profile,
     keyword_arguments,
+    layer_names,
     name_of,
     name_or_function,
     parsed_or,
@@ -497,6 +498,12 @@ def make_parser(doc=None):
     add = group(parser, "measuring")
     add("--nc_every", type=from_zero, default=0, metavar="N", help="epochs between measurements in training; 0: none")
     add(
+        "--nc_layers",
+        type=layer_names,
+        metavar="L,L,...",
+        help="layers that --nc_every measures, too, named as in model.named_modules(); head: the head (default: none)",
+    )
+    add(
         "--until",
         roles=(OFF_BY_DEFAULT,),
         type=positive,
@@ -667,6 +674,8 @@ def contradiction(args, defaults):
         return f"--optimizer_args {name}: is set by the training loop"
     if args.class_weights_from and not args.class_weights:
         return "--class_weights_from: also give --class_weights"
+    if args.nc_layers and not args.nc_every:
+        return "--nc_layers: also give --nc_every, the epochs between measurements"
     if args.until and not args.nc_every:
         return "--until: also give --nc_every, the epochs between the measurements that it looks at"
     if args.stratified and args.no_shuffle:

@@ -164,6 +164,14 @@ def class_count_list(text):
     return counts
 
 
+def layer_names(text):
+    """An argparse type: names of layers, separated by commas, without repetitions."""
+    names = list(dict.fromkeys(text.split(",")))
+    if "" in names:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of layers like layers.1,layers.3,head")
+    return names
+
+
 def imbalance_profile(text):
     if text in ("paper", "balanced"):
         return text

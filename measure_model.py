@@ -23,20 +23,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
-from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
-from cli import Parser, bounded
+from analysis.figures import draw_layers
+from analysis.panels import LAYER_PANELS
+from analysis.style import STYLE_FILE, TEXT_WIDTH
+from cli import Parser, bounded, layer_names
 from engine.checkpoints import load_weights
 from engine.device import pick_device
-from engine.measurement import BATCH, load_run
+from engine.measurement import Batches, load_run, measure_layers, named_layers
 from engine.run import Run
 from engine.tables import write_table
 from image_files import list_folder, open_rgb
-from nc_layers import head_input, head_weight, layer_statistics
-from nc_metrics import nc_metrics
 from utils import UserError, atomic_write, message_of, run_file, run_script
-
-PANELS = {"NC1": "log", "CDNV": "log", "NCM_acc1": "linear"}  # columns of the figure and their axes
-LABELS = {"NC1": "NC1", "CDNV": "CDNV", "NCM_acc1": "nearest class mean, accuracy (%)"}
 
 
 def main():
@@ -56,7 +53,7 @@ def main():
     write_table(args.out / "layers.csv", table)
     draw(table, args.out)
     keys = table.columns.intersection(["epoch", "layer", "split", "d"]).tolist()
-    print(table[[*keys, *PANELS]].to_string(index=False, float_format="{:.4g}".format))
+    print(table[[*keys, *LAYER_PANELS]].to_string(index=False, float_format="{:.4g}".format))
     print(f"all columns in {args.out / 'layers.csv'}, figure in {args.out / 'layers.pdf'} and .png")
 
 
@@ -69,7 +66,7 @@ def make_parser():
     add(
         "--layers",
         required=True,
-        type=lambda text: text.split(","),
+        type=layer_names,
         metavar="L,L,...",
         help="names of the layers, in order of depth",
     )
@@ -106,8 +103,7 @@ def epochs_of_text(text):
 def measure_run(args, device):
     """Yield the rows of --run at its last checkpoint, or at each of --epochs, with the epoch in the first column."""
     _, data, model = load_run(args.run, data_dir=args.data_dir)
-    splits = {"train": data.train, "test": data.test}
-    loaders = {name: [*zip(s.images.split(BATCH), s.labels.split(BATCH), strict=True)] for name, s in splits.items()}
+    loaders = {"train": Batches(data.train), "test": Batches(data.test)}
     if not args.epochs:
         yield measure(model.to(device), loaders, args.layers, data.num_classes)
         return
@@ -226,43 +222,17 @@ class Images(Dataset):
 
 def measure(model, loaders, layers, num_classes, quiet=False):
     """Return a row of metrics for each layer and split, as a DataFrame; raise ValueError as `layer_statistics`."""
-    if "head" in layers:
-        head = head_input(model, next(iter(loaders["train"]))[0])
-        if not quiet:
-            print(f"head: the input of {head}")
-        layers = list(dict.fromkeys(head if name == "head" else name for name in layers))
-    train = layer_statistics(model, loaders["train"], layers, num_classes)
-    statistics = {"train": train}
-    if len(loaders["test"]):
-        statistics["test"] = layer_statistics(model, loaders["test"], layers, num_classes, reference=train)
-    rows = []
-    for layer in layers:
-        means = train[layer].means
-        weight = head_weight(model.get_submodule(layer)) if train[layer].at_head else None
-        if weight is not None and weight.shape != means.shape:  # a head for other classes
-            weight = None
-        for split, of_split in statistics.items():
-            rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})
-    table = pd.DataFrame(rows)
-    return table.drop(columns=[column for column in table if column not in PANELS and table[column].isna().all()])
+    if "head" in layers and not quiet:
+        print(f"head: the input of {named_layers(model, ['head'], next(iter(loaders['train']))[0])['head']}")
+    table = pd.DataFrame(measure_layers(model, loaders, layers, num_classes))
+    return table.drop(columns=[column for column in table if column not in LAYER_PANELS and table[column].isna().all()])
 
 
 @style.context(STYLE_FILE)
 def draw(table, folder):
-    """Draw NC1, CDNV and nearest-class-mean accuracy against depth as layers.pdf and layers.png in `folder`.
-
-    Of several epochs, they are drawn against the epoch: a colour for each layer, a marker for each split.
-    """
-    x, curves = ("epoch", ["layer", "split"]) if "epoch" in table else ("layer", ["split"])
+    """Draw the figure of layers as layers.pdf and layers.png in `folder`."""
     figure = Figure(figsize=(TEXT_WIDTH, 2.4))
-    for axis, (column, scale) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for key, rows in table.groupby(curves, sort=False):
-            first = [table[name].unique().tolist().index(part) for name, part in zip(curves, key, strict=True)]
-            style_of_curve = {"color": COLOURS[first[0] % len(COLOURS)], "marker": "os"[first[-1]]}
-            axis.plot(rows[x], rows[column], label=", ".join(key), **style_of_curve)
-        axis.set(yscale=scale, title=LABELS[column], xlabel="epoch" if x == "epoch" else "")
-        axis.tick_params("x", rotation=45 if x == "layer" else 0)
-    axis.legend()
+    draw_layers(figure.subplots(1, len(LAYER_PANELS)), table)
     for kind in ("pdf", "png"):
         with atomic_write(folder / f"layers.{kind}") as file:
             figure.savefig(file, format=kind)

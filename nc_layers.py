@@ -34,7 +34,6 @@ HEADS = ("fc", "classifier", "head", "heads", "score")  # names of classifiers i
 LOGITS = ("logits", "out")  # names of the logits in an output with names
 ROWS = 64  # samples of the first batch on which W h + b is compared with the head's output
 CHUNK = 2**24  # entries of W that are compared at a time
-DIRECTIONS = 16  # random directions in which the class means of the two passes are compared
 
 Features = Callable[..., torch.Tensor]
 
@@ -104,30 +103,20 @@ def layer_statistics(
     modules = find_layers(model, layers)
     if reference is not None and (missing := set(modules) - set(reference)):
         raise ValueError(f"the reference has no layer {', '.join(sorted(missing))}: it has {', '.join(reference)}")
-    drifts: dict[str, Drift] = {}
     with undisturbed(model), torch.no_grad(), Recorder(model, modules, num_classes, features, device) as recorder:
         if reference is None:
             statistics = {name: ClassStatistics(num_classes, between) for name in modules}
             for name, h, labels, _ in recorder.batches(loader):
                 statistics[name].update(h, labels)
-            drifts = {name: Drift(of_layer) for name, of_layer in statistics.items()}
         else:
             statistics = {name: reference[name].for_other_samples() for name in modules}
         for name, h, labels, predictions in recorder.batches(loader):
             statistics[name].update_within(h, labels, predictions)
-            if name in drifts:
-                drifts[name].update(h, labels)
     for name, found in statistics.items():
         found.at_head = recorder.heads[name] is not None
         if reference is None and not torch.equal(found.counts, found.within_counts):
             raise ValueError("the second pass over the loader has other samples than the first")
-    for name, drift in drifts.items():
-        if share := drift.share():
-            warnings.warn(
-                f"layer {name!r}: the two passes over the loader had different features, by random augmentation or "
-                f"dropout: the class means moved by {share:.2g} of the scatter within classes, and NC1 is wrong",
-                stacklevel=2,
-            )
+        found.warn_of_drift(f"layer {name!r}: ", "by random augmentation or dropout")
     if not recorder.predicted:
         warnings.warn(f"NC4 is NaN: the model returns no logits of shape (B, {num_classes})", stacklevel=2)
     return statistics
@@ -147,31 +136,6 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """Return {dotted name: module} without what torch.compile wraps around them, whose hooks are not called."""
     wrapped = {name: module for name, module in model.named_modules() if not hasattr(module, "_orig_mod")}
     return {".".join(part for part in name.split(".") if part != "_orig_mod"): wrapped[name] for name in wrapped}
-
-
-class Drift:
-    """How far the class means of the second pass are from those of the first, in a few random directions."""
-
-    def __init__(self, statistics: ClassStatistics) -> None:
-        self.statistics, means = statistics, statistics.means
-        generator = torch.Generator().manual_seed(0)
-        self.directions = torch.randn(means.shape[1], DIRECTIONS, generator=generator).to(means)
-        self.sums = -statistics.sums @ self.directions  # (K, DIRECTIONS) in the end, sums of h - mu_k
-        self.eps = torch.finfo(means.dtype).eps
-
-    def update(self, h: torch.Tensor, labels: Any) -> None:
-        """Add a batch of the second pass."""
-        self.sums.index_add_(
-            0, torch.as_tensor(labels, device=h.device).long(), h.to(self.directions) @ self.directions
-        )
-        self.eps = torch.finfo(h.dtype).eps
-
-    def share(self) -> float:
-        """Return sum_k n_k |shift of mean k|^2 over the scatter within classes; 0 if it is negligible or rounding."""
-        counts, within = self.statistics.counts, self.statistics.within_sums.sum()
-        moved = (self.sums.square().mean(1) / counts).sum()
-        size = (counts * self.statistics.means.square().sum(1)).sum() + within
-        return float(moved / within) if moved > 1e-4 * within and moved > (64 * self.eps) ** 2 * size else 0.0
 
 
 class Head(NamedTuple):

@@ -45,7 +45,8 @@ BETWEEN = ("classes", "means", "samples")
 TILE = 2**22  # entries of a K x K matrix that are processed at a time
 CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
-SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
+SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements", "shifts")
+DIRECTIONS = 16  # random directions in which sums of h - mu are compared with zero
 
 
 class ClassStatistics:
@@ -88,6 +89,10 @@ class ClassStatistics:
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
+        self.shifts = zeros(num_classes, DIRECTIONS)  # (K, DIRECTIONS) sums of h_i - mu_k in random directions
+        self.own_samples = True  # the second pass is over the samples of the first
+        self.eps = torch.finfo(torch.float32).eps  # of the type of the features in the second pass
+        self.drift_warned = False
         self.at_head = False  # the features are the input of a head (`nc_layers`)
         self.basis: torch.Tensor | None = None  # (d, r) B with pinv(Sigma_B) = B B^T; None before the second pass
 
@@ -150,7 +155,7 @@ class ClassStatistics:
         if not self.sums.shape[1]:
             self.sums = h.new_zeros(self.num_classes, h.shape[1], dtype=torch.float64)
             self.counts, self.negatives = self.counts.to(h.device), self.negatives.to(h.device)
-        self.sums.index_add_(0, y, h)
+        self.sums.index_add_(0, y, h.double())
         self.counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.negatives += (h < 0).sum()
 
@@ -163,7 +168,9 @@ class ClassStatistics:
         """
         h, y, predicted = self.validate_batch(features, labels, predictions)
         basis = self.set_centres(self.means) if self.basis is None else self.basis
+        self.eps, h = torch.finfo(h.dtype).eps, h.double()
         centred = h - self.centres[y]
+        self.shifts.index_add_(0, y, centred @ self.directions)
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
         self.projected_sum += (centred @ basis).square().sum()
@@ -177,12 +184,15 @@ class ClassStatistics:
         for name in SECOND_PASS:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
+        generator = torch.Generator().manual_seed(0)  # the same in all processes
+        self.directions = torch.randn(centres.shape[1], DIRECTIONS, generator=generator).to(centres)
         return self.basis
 
     def for_other_samples(self) -> "ClassStatistics":
         """Return statistics with these class means, for a second pass over other samples, such as a test set."""
         other = ClassStatistics(self.num_classes, self.between)
         other.counts, other.sums, other.negatives = self.counts, self.sums, self.negatives
+        other.own_samples = False
         return other
 
     def merge(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -207,7 +217,7 @@ class ClassStatistics:
     def validate_batch(
         self, features: ArrayLike, labels: ArrayLike, predictions: ArrayLike | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Return a batch as detached tensors on one device: float64 features, int64 labels, and predictions if given.
+        """Return a batch as detached tensors on one device: features, int64 labels, and predictions if given.
 
         Raises ValueError if it is wrong.
         """
@@ -233,14 +243,14 @@ class ClassStatistics:
                     f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
                 )
         if predictions is None:
-            return h.double(), y, None
+            return h, y, None
         predicted = as_tensor("predictions", predictions, h.device)
         if predicted.shape != y.shape or predicted.is_floating_point() or predicted.is_complex():
             raise ValueError(
                 f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
                 f"{tuple(y.shape)}, such as logits.argmax(1)"
             )
-        return h.double(), y, predicted.long()
+        return h, y, predicted.long()
 
     def require_samples(self) -> None:
         """Raise ValueError if a class has no samples."""
@@ -270,6 +280,30 @@ class ClassStatistics:
             return "all features are zero (dead ReLUs)"
         known = self.basis is not None and within_sum.sqrt() <= rounding.max() * self.counts.sum().sqrt()
         return "all features are equal" if known else "the class means are equal"
+
+    @property
+    def drift(self) -> float:
+        """How far the features of the second pass are from the class means of the first; 0 if that is rounding.
+
+        sum_k |sum_i (h_i - mu_k)|^2 / n_k, over the scatter within classes. The inner sums, over the samples of class
+        k, vanish if both passes had the same features.
+        """
+        if self.basis is None or not self.own_samples:
+            return 0.0
+        within, counts = self.within_sums.sum(), self.within_counts.clamp(min=1)
+        moved = (self.shifts.square().mean(1) / counts).sum()
+        size = (counts * self.centres.square().sum(1)).sum() + within
+        return float(moved / within) if moved > 1e-4 * within and moved > (64 * self.eps) ** 2 * size else 0.0
+
+    def warn_of_drift(self, name: str, reason: str, stacklevel: int = 2) -> None:
+        """Warn, once, if the two passes had different features. name, reason: of whose, and why, for the text."""
+        if not self.drift_warned and (drift := self.drift):
+            self.drift_warned = True
+            warnings.warn(
+                f"{name}the two passes had different features, {reason}: the class means moved by {drift:.2g} of the "
+                "scatter within classes, and NC1 is wrong",
+                stacklevel=stacklevel + 1,
+            )
 
     @property
     def negative_share(self) -> float:
@@ -437,8 +471,8 @@ def nc_metrics(
 
     Raises ValueError for a class without samples, for features that are not finite, for W of another shape than (K, d),
     and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
-    negative, or if it needs more features than d. If all class means are equal, such as those of features that are all
-    zero, it warns, and what compares them is NaN.
+    negative, if it needs more features than d, and if the two passes had different features. If all class means are
+    equal, such as those of features that are all zero, it warns, and what compares them is NaN.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -453,6 +487,7 @@ def nc_metrics(
     means, counts = statistics.means, statistics.counts
     if (wrong := ~statistics.within_sums.isfinite()).any():
         raise ValueError(f"there are features in the second pass that are not finite, of {listed(wrong)}")
+    statistics.warn_of_drift("", "or other samples, or `update` was called after `update_within`")
     if optimum is not None:
         validate_optimum(optimum, statistics)
     if reason := statistics.degeneracy:

@@ -93,6 +93,7 @@ class NeuralCollapse(Metric):
         h, y, predicted = self.validate_batch(features, target, predictions)
         if h.shape[1] != self.feature_dim or not h.isfinite().all():
             raise ValueError(f"features have shape {tuple(h.shape)}, wanted finite (B, {self.feature_dim})")
+        h = h.double()
         self.moments = merge_moments(torch.stack([self.moments, batch_moments(h, y, self.num_classes)]))
         self.negatives = self.negatives + (h < 0).sum()
         if self.reference_means is not None:

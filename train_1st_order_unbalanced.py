@@ -28,6 +28,7 @@ from engine.step_log import check_finite, epoch_means
 from engine.tables import UNTIL, MeasuredRun
 from engine.training import Training, make_model, read_data
 from models import to_device
+from nc_layers import find_layers
 from utils import Interrupted, Progress, UserError, is_first_rank, run_script
 
 
@@ -59,6 +60,10 @@ def prepare(argv, data, ranks):
         run.check_data(data)
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model, data = to_device(make_model(args, data.num_classes, data.shape), data, device)
+    try:
+        find_layers(model, [name for name in args.nc_layers or () if name != "head"])
+    except ValueError as error:
+        raise UserError(f"--nc_layers: {error}") from None
     training = Training(args, data, model, device, ranks)
     if args.until and isinstance(problem := training.objective.problem(), str):
         raise UserError(f"--until: {problem}")
@@ -101,7 +106,9 @@ def train(args, run, training):
         open_loggers(vars(args), run.folder, "train", draw_heatmaps, first_epoch=state.epoch + 1) as loggers,
         checkpoints,
     ):
-        measurement = Measurement(measured, training.model, training.data, args.precision, stop.check, training.ranks)
+        measurement = Measurement(
+            measured, training.model, training.data, args.precision, stop.check, training.ranks, args.nc_layers
+        )
         try:
             batches = training.batches.draw(state.epoch + 1)
             for epoch in range(state.epoch + 1, args.epochs + 1):

@@ -19,6 +19,7 @@ from PIL import Image
 from analysis.panels import (
     ACCURACY_PANELS,
     FRAMES,
+    LAYER_PANELS,
     MATRICES,
     NC_PANELS,
     THEOREM_PANELS,
@@ -30,7 +31,7 @@ from analysis.panels import (
     training_panels,
 )
 from analysis.settings import geometry_epochs, listed, make_settings, thinned
-from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH, style_of
+from analysis.style import COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH, style_of
 from engine.run import note_drawn
 from utils import atomic_write, shortened
 
@@ -39,6 +40,7 @@ FIGURES = {  # name: the figure of settings against x, or None if there are no d
     "theorem": lambda settings, x: theorem(settings),
     "class_accuracy": lambda settings, x: class_accuracy(settings),
     "training": lambda settings, x: training(settings, x),
+    "layers": lambda settings, x: layers(settings),
 }
 VECTOR_CLASSES = 30  # number of classes above which a PDF holds heatmaps as bitmaps instead of vector graphics
 NAMED_CLASSES = 12  # largest number of classes whose names are written beside axes and points
@@ -115,6 +117,38 @@ def training(settings, x):
     """Return the figure of TRAINING_PANELS, or None if no run has a log."""
     has_log = any(len(run.log) for setting in settings for run in setting.runs)
     return curves(training_panels(settings), settings, x) if has_log else None
+
+
+def layers(settings):
+    """Return the figure of LAYER_PANELS against the epoch, of the first run of each setting; None without --nc_layers.
+
+    It has a row of panels for each setting.
+    """
+    rows = [(setting, table) for setting in settings if len(table := setting.runs[0].layers)]
+    if not rows:
+        return None
+    figure = Figure(figsize=(TEXT_WIDTH, 2.4 * len(rows)))
+    axes = figure.subplots(len(rows), len(LAYER_PANELS), squeeze=False)
+    for of_setting, (setting, table) in zip(axes, rows, strict=True):
+        draw_layers(of_setting, table)
+        of_setting[0].set_ylabel(plain(setting.note))
+    return figure
+
+
+def draw_layers(axes, table):
+    """Draw LAYER_PANELS of a table of layers against depth, or, if it has several epochs, against the epoch.
+
+    Against the epoch there is a colour for each layer, and a marker for each split.
+    """
+    x, columns = ("epoch", ["layer", "split"]) if "epoch" in table else ("layer", ["split"])
+    for axis, (column, (title, scale)) in zip(axes, LAYER_PANELS.items(), strict=True):
+        for key, rows in table.groupby(columns, sort=False):
+            first = [table[name].unique().tolist().index(part) for name, part in zip(columns, key, strict=True)]
+            style = style_of(first[0]) | {"marker": MARKERS[first[-1]]}
+            axis.plot(rows[x], rows[column], label=plain(", ".join(key)), **style)
+        axis.set(yscale=scale, title=title, xlabel="epoch" if x == "epoch" else "")
+        axis.tick_params("x", rotation=45 if x == "layer" else 0)
+    axes[-1].legend()
 
 
 def draw_curves(axis, panel, several):

@@ -76,6 +76,11 @@ THEOREM_PANELS = [
     Panel(r"margin $M_k$", "", {"margins": ""}, "linear"),
     Panel(r"class-mean norm $\|\mu_k\|^2$", "", {"mean_norms_sq": ""}, "linear"),
 ]
+LAYER_PANELS = {  # column: title and scale
+    "NC1": ("NC1", "log"),
+    "CDNV": ("CDNV", "log"),
+    "NCM_acc1": ("nearest class mean, accuracy (%)", "linear"),
+}
 ACCURACY_PANELS = [Panel("test accuracy", "%", {"test_accuracy": ""}, "linear")]
 
 

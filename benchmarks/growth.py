@@ -1,9 +1,10 @@
 """Time how the cost of measuring grows with N, d and K, and that of an epoch with batch size and width.
 
     python benchmarks/growth.py
+    python benchmarks/growth.py --size 100000,512,10000 --pairs 1      (N, d and K; of measuring alone)
 
-Measuring means both passes and all columns, on features that are already in memory and not part of the peak memory. An
-epoch is one of the MLP with N = 30,000.
+Measuring means both passes and all columns, on features that are already in memory and not part of the peak memory,
+of which the optimum that they are compared with is a part. An epoch is one of the MLP with N = 30,000.
 """
 
 import multiprocessing
@@ -30,14 +31,16 @@ SHAPES = [(batch, 1024) for batch in (32, 64, 128, 256, 512, 1024)] + [(256, wid
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=10, help="steps of a timed training run")
+    parser.add_argument("--size", type=lambda text: [int(word) for word in text.split(",")], help="N,d,K: only these")
     options = parser.parse_args()
     device = pick_device(options.device, 0)
     context = multiprocessing.get_context("spawn")  # a process for each size, because peak memory never falls
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as elsewhere:
-        sizes = [(int(num * options.fraction), dim, num_classes) for num, dim, num_classes in SIZES]
+        sizes = [options.size] if options.size else [(int(num * options.fraction), dim, k) for num, dim, k in SIZES]
         rows = list(elsewhere.map(partial(measure, device=device, repeats=options.pairs), *zip(*sizes, strict=True)))
     report("growth_measuring", rows, device, options.out)
-
+    if options.size:
+        return
     keep_freed_memory()
     data, rows = random_images(options.fraction), []
     for batch, width in SHAPES:
@@ -55,7 +58,8 @@ def measure(num, dim, num_classes, *, device, repeats):
     labels = torch.arange(num_classes, device=device).repeat_interleave(counts[0])
     features = torch.rand(len(labels), dim, device=device)
     features[torch.arange(len(labels)), labels % dim] += 10
-    weight, optimum = torch.randn(num_classes, dim, device=device), solve(UFM(counts, 1e-4, 1e-6))
+    weight = torch.randn(num_classes, dim, device=device)
+    before, optimum = peak_memory(device), solve(UFM(counts, 1e-4, 1e-6))
     batches = list(zip(features.split(BATCH), labels.split(BATCH), strict=True))
 
     def work():
@@ -67,7 +71,6 @@ def measure(num, dim, num_classes, *, device, repeats):
         nc_metrics(sums, weight, optimum)
         geometry(sums.means, weight)
 
-    before = peak_memory(device)
     times = time_in_turn({"measuring": work}, repeats, device)["measuring"]
     row = {"N": num, "d": dim, "K": num_classes, "seconds": statistics.median(times)}
     row["peak, MB"] = (peak_memory(device) - before) / 2**20

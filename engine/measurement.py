@@ -1,4 +1,4 @@
-"""Measure a model at an epoch: a row of metrics, the geometry, and the accuracy of each class."""
+"""Measure a model at an epoch: a row of metrics, the geometry, the accuracy of each class, and layers."""
 
 import contextlib
 import math
@@ -16,8 +16,8 @@ from engine.ranks import OneProcess
 from engine.run import Run
 from engine.tables import GEOMETRY
 from engine.training import make_model, read_data
-from nc_layers import head_weight
-from nc_metrics import ClassStatistics, geometry, nc_metrics
+from nc_layers import head_input, head_weight, layer_statistics
+from nc_metrics import THEORY_COLUMNS, ClassStatistics, geometry, nc_metrics
 from nc_theory import GAP_COLUMNS, gap_shares
 from nc_theory.losses import losses_and_gradients
 from utils import FAILED_WORK, UserError, is_first_rank
@@ -30,10 +30,11 @@ class Measurement:
     """Measure a model on the training and test images, and add the results to the rows of a `MeasuredRun`.
 
     after_batch: called after every batch; it may raise to abandon a measurement. ranks: `Ranks` that share the images.
+    layers: names of layers that `record` measures, too; every rank measures them on all images.
     """
 
-    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None):
-        self.run, self.model, self.data, self.precision = run, model, data, precision
+    def __init__(self, run, model, data, precision="fp32", after_batch=lambda: None, ranks=None, layers=None):
+        self.run, self.model, self.data, self.precision, self.layers = run, model, data, precision, layers
         self.device, self.after_batch, self.ranks = data.train.labels.device, after_batch, ranks or OneProcess()
         self.notes = set()
 
@@ -46,7 +47,24 @@ class Measurement:
         for logger in loggers:
             logger.scalars("nc", row)
             logger.heatmaps(parts, epoch)
+        if self.layers:
+            self.run.add_layers(epoch, self.measure_layers())
         return row
+
+    def measure_layers(self):
+        """Return what the function `measure_layers` does, in the precision and with the BatchNorm of `measure`."""
+        self.model.eval()
+        splits = {"train": self.data.train, "test": self.data.test}
+        loaders = {name: Batches(split, self.after_batch) for name, split in splits.items()}
+        with warnings.catch_warnings(record=True) as caught:
+            try:
+                with self.batch_norm(), autocast(self.precision, self.device):
+                    rows = measure_layers(self.model, loaders, self.layers, self.data.num_classes)
+            except ValueError as error:
+                raise UserError(f"--nc_layers: {error}", FAILED_WORK) from None
+        for warning in caught:
+            self.note(str(warning.message), f"--nc_layers: {warning.message}")
+        return rows
 
     @torch.inference_mode()
     def measure(self):
@@ -149,6 +167,50 @@ def top5(train, test):
     if train.data.num_classes <= 5:
         return {}
     return {"train_acc5": train.overall(top=5), "test_acc5": test.overall(top=5)}
+
+
+class Batches:
+    """A split's pairs (images, labels), batch by batch, for `layer_statistics`; calls `after_batch` after each."""
+
+    def __init__(self, split, after_batch=lambda: None):
+        self.split, self.after_batch = split, after_batch
+
+    def __len__(self):
+        return -(-len(self.split) // BATCH)
+
+    def __iter__(self):
+        for pixels, labels in zip(self.split.pixels.split(BATCH), self.split.labels.split(BATCH), strict=True):
+            yield self.split.normalise(pixels), labels
+            self.after_batch()
+
+
+def named_layers(model, layers, inputs):
+    """Return {name: name in the model} of layers, of which "head" is the model's head, found with a batch of inputs."""
+    return {name: head_input(model, inputs) if name == "head" else name for name in layers}
+
+
+def measure_layers(model, loaders, layers, num_classes):
+    """Return a row (a dict) of metrics for each layer and split; raise ValueError as `layer_statistics`.
+
+    loaders: {"train": loader, "test": loader or an empty one}. Test samples are measured against the training means.
+    layers: as in `named_layers`. The columns that compare with an optimum are left out.
+    """
+    layers = list(dict.fromkeys(named_layers(model, layers, next(iter(loaders["train"]))[0]).values()))
+    train = layer_statistics(model, loaders["train"], layers, num_classes)
+    statistics = {"train": train}
+    if len(loaders["test"]):
+        statistics["test"] = layer_statistics(model, loaders["test"], layers, num_classes, reference=train)
+    rows = []
+    for layer in layers:
+        means = train[layer].means
+        weight = head_weight(model.get_submodule(layer)) if train[layer].at_head else None
+        if weight is not None and weight.shape != means.shape:  # a head for other classes
+            weight = None
+        for split, of_split in statistics.items():
+            row = nc_metrics(of_split[layer], weight)
+            columns = {name: value for name, value in row.items() if name not in THEORY_COLUMNS}
+            rows.append({"layer": layer, "split": split, "d": means.shape[1], **columns})
+    return rows
 
 
 class ClassAccuracy:

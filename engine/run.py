@@ -3,7 +3,7 @@
 config.json            flags, class counts, the UFM problem that training corresponds to, versions, device
 epoch_001.pth, ...     weights (`engine.checkpoints`)
 last.pt                the state from which training resumes
-train_log.jsonl, nc_metrics.csv, class_accuracy.csv, geometry/    (`engine.tables`)
+train_log.jsonl, nc_metrics.csv, class_accuracy.csv, nc_layers.csv, geometry/    (`engine.tables`)
 figures/               PDF and PNG, and .drawn, a list of those that we drew
 report.html            the report of this run, if Plotly is installed
 """
@@ -57,8 +57,8 @@ class Run:
 
     def tables(self):
         """Return the paths of all CSV files that measurements may write."""
-        accuracies = [self.folder / f"class_accuracy{suffix}.csv" for suffix in BN_SUFFIXES.values()]
-        return [self.folder / f"nc_metrics{suffix}.csv" for suffix in SUFFIXES] + accuracies
+        names = [f"{name}{suffix}.csv" for name in ("class_accuracy", "nc_layers") for suffix in BN_SUFFIXES.values()]
+        return [self.folder / name for name in [*(f"nc_metrics{suffix}.csv" for suffix in SUFFIXES), *names]]
 
     def check_startable(self, resume, force):
         """Raise UserError if the folder holds another run and neither --resume nor --force is given."""

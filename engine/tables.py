@@ -3,6 +3,7 @@
 train_log.jsonl        a line per epoch of training
 nc_metrics.csv         a row per measured epoch
 class_accuracy.csv     a row per measured epoch, split and class
+nc_layers.csv          a row per measured epoch, layer of --nc_layers and split
 geometry/epoch_001.npz the K x K matrices of an epoch, measured and of the optimum
 
 Their names have a suffix for each --bn_statistics and --theory that is not the default, such as nc_metrics_bn.csv.
@@ -50,6 +51,7 @@ class MeasuredRun:
         self.suffix = BN_SUFFIXES[bn_statistics] + THEORY_SUFFIXES[theory]
         self.csv = self.folder / f"nc_metrics{self.suffix}.csv"
         self.accuracy_csv = self.folder / f"class_accuracy{BN_SUFFIXES[bn_statistics]}.csv"
+        self.layers_csv = self.folder / f"nc_layers{BN_SUFFIXES[bn_statistics]}.csv"
         self.report = self.folder / f"report{self.suffix}.html"
 
     @property
@@ -81,6 +83,11 @@ class MeasuredRun:
         """Read nc_metrics.csv again, since another process may have added rows, and return it."""
         self.rows = read_rows(self.csv)
         return self.rows
+
+    @property
+    def layers(self):
+        """nc_layers.csv as a DataFrame, sorted by epoch; empty if there is no file."""
+        return read_rows(self.layers_csv)
 
     def has_reached(self, limit, epochs):
         """Return True if all columns of UNTIL were at most `limit` in the last two rows of these epochs."""
@@ -143,6 +150,12 @@ class MeasuredRun:
                 replace_epoch(self.accuracy_csv, epoch, accuracies)
             self.rows = replace_epoch(self.csv, epoch, [row])
 
+    @first_rank_only
+    def add_layers(self, epoch, rows):
+        """Write the rows (dicts) of the layers at an epoch."""
+        with self.lock():
+            replace_epoch(self.layers_csv, epoch, [{"epoch": epoch, **row} for row in rows])
+
     @contextlib.contextmanager
     def lock(self):
         """Lock the rows for this process, after waiting if another one is adding a row."""
@@ -171,9 +184,9 @@ def read_rows(path):
         text = path.read_text()
         if len({len(cells) for cells in csv.reader(io.StringIO(text))}) > 1:
             raise ValueError  # pandas would fill a truncated row with empty cells
-        table = pd.read_csv(io.StringIO(text), converters={"name": str})  # a class may be called "nan"
-        numbers = table.drop(columns=["split", "name"], errors="ignore")
-        numbers = numbers.astype({name: float for name in numbers if name not in ("epoch", "class", "n_k")})
+        table = pd.read_csv(io.StringIO(text), converters={"name": str, "layer": str})  # a class may be called "nan"
+        numbers = table.drop(columns=["split", "name", "layer"], errors="ignore")
+        numbers = numbers.astype({name: float for name in numbers if name not in ("epoch", "class", "n_k", "d")})
         if table["epoch"].dtype != int:
             raise ValueError
     except (ValueError, KeyError, TypeError, csv.Error):

@@ -246,16 +246,17 @@ def cross_entropy_geometry(problem: UFM, margins: torch.Tensor, method: str) -> 
     inner = margins - added_margins(problem, counts)  # the margin in the scores that the softmax sees
     cross_entropy = torch.log1p((num_classes - 1) * (-inner).exp())
     cross_entropy = cross_entropy + problem.variant.label_smoothing * log_shrink.exp() * inner
-    cross_entropy = cross_entropy * torch.from_numpy(problem.loss_parameters.weights)
+    cross_entropy = cross_entropy * torch.from_numpy(problem.variant.weights(problem.class_counts))
     loss = (counts / counts.sum() * cross_entropy + penalty).sum().item()
-    centring = torch.eye(num_classes, dtype=torch.float64) - 1 / num_classes
+    rows_gram = columns_sq.diag()  # in place, because of 10,000 classes a matrix takes 0.8 GB
+    rows_gram.sub_((columns_sq[:, None] + columns_sq).div_(num_classes)).add_(columns_sq.sum() / num_classes**2)
     return Optimum(
         problem=problem,
         margins=margins,
         mean_norms_sq=norms_sq,
         HTH=norms_sq.diag(),
-        WWT=columns_sq.diag() - (columns_sq[:, None] + columns_sq) / num_classes + columns_sq.sum() / num_classes**2,
-        WH=centring * margins,
+        WWT=rows_gram,
+        WH=torch.eye(num_classes, dtype=torch.float64).sub_(1 / num_classes).mul_(margins),
         bias=torch.zeros_like(counts),
         duality=self_duality(counts),
         loss=loss,

@@ -19,7 +19,7 @@ def self_duality(class_counts: ArrayLike) -> torch.Tensor:
                 [-1., -2.,  6.]], dtype=torch.float64)
     """
     roots = validate_counts(class_counts).sqrt()
-    return len(roots) * roots.diag() - roots
+    return (len(roots) * roots).diag().sub_(roots)
 
 
 def simplex_etf(

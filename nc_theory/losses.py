@@ -86,11 +86,16 @@ class LossVariant:
         """Return the margins C (n_min / n)^(1/4) (P,) of classes of `sizes` (P,) samples; all NumPy arrays."""
         return self.ldam_margin * (np.min(class_counts) / np.asarray(sizes)) ** 0.25
 
+    def weights(self, class_counts: ArrayLike) -> np.ndarray:
+        """Return the weights w (K,) of the classes."""
+        counts = np.asarray(class_counts, dtype=np.float64)
+        return np.exp(self.log_weights(counts, counts)) if self.class_weights else np.ones(len(counts))
+
     def parameters(self, class_counts: ArrayLike) -> LossParameters:
         """Return the `LossParameters` for class counts (K,)."""
         counts = np.asarray(class_counts, dtype=np.float64)
         return LossParameters(
-            weights=np.exp(self.log_weights(counts, counts)) if self.class_weights else np.ones(len(counts)),
+            weights=self.weights(counts),
             scales=(counts / counts.max()) ** self.logit_scaling,
             offsets=self.logit_adjustment * np.log(counts / counts.sum()),
             margins=self.margins(counts, counts),

@@ -68,6 +68,8 @@ def test_the_papers_command():
         ("--penalty_start 5 --penalty_hold_epochs 60% --penalty_fall_epochs 40%", ["sum must be less than --epochs"]),
         ("--penalty_warmup_epochs 9 --epochs 9", ["--penalty_warmup_epochs 9", "less than --epochs 9"]),
         ("--until 0.01", ["--until", "--nc_every"]),
+        ("--nc_layers fc", ["--nc_layers", "--nc_every"]),
+        ("--nc_layers fc, --nc_every 1", ["'fc,' is not a list of layers"]),
         ("--until 0 --nc_every 1", ["--until", "not a number > 0"]),
         ("--stratified --no_shuffle", ["--stratified and --no_shuffle"]),
         ("--warmup_epochs -1", ["--warmup_epochs", ">= 0"]),
@@ -175,11 +177,11 @@ def test_a_flag_changes_the_name_exactly_if_it_changes_training():
     assert len(names) == len(values) + 4
     assert "_my_losses.focal-paper_" in run_name(parse("--loss folder/my_losses.py:focal"))
     assert run_name(parse("--loss ./my_losses.py:focal")) == run_name(parse("--loss my_losses.py:focal"))
-    same = (
-        "--epochs 5 --save_every 3 --nc_every 7 --device cpu --data_dir x --recompute --watch --theory nominal --resume"
-    )
+    same = "--epochs 5 --save_every 3 --nc_every 7 --nc_layers fc --device cpu --data_dir x"
+    same += " --recompute --watch --theory nominal --resume"
     assert run_name(parse(same)) == run_name(parse())
-    others = {"bias", "feature_relu", "n_max", "epochs", "save_every", "nc_every", "run_name", *flags_with(THIS_CALL)}
+    others = {"bias", "feature_relu", "n_max", "epochs", "save_every", "run_name", "nc_every", "nc_layers"}
+    others |= {*flags_with(THIS_CALL)}
     covered = {*values, *others}
     assert covered == {action.dest for action in make_parser()._actions} - {"help"}
 

@@ -147,18 +147,19 @@ def train_here(monkeypatch, *flags):
     training.main()
 
 
-@pytest.mark.parametrize("call", [1, 5, 21, 22, 25, 26, 50])  # of 21 steps an epoch, and 4 batches that are measured
+@pytest.mark.parametrize("call", [1, 5, 21, 22, 25, 26, 31, 32, 62])  # of 21 steps an epoch, and 10 measured batches
 def test_a_run_stopped_at_any_step_ends_as_an_uncut_one(monkeypatch, tmp_path, call):
-    """In the middle of an epoch, after its last step, and in the first and last batch of its measurement."""
+    """In the middle of an epoch, after its last step, and in the first and last batch of its two measurements."""
     monkeypatch.chdir(tmp_path)
     flags = [*TINY, "--epochs", 3, "--save_every", 1, "--nc_every", 1, "--penalty_start", 4, "--penalty_fall_epochs", 2]
+    flags += ["--nc_layers", "layers.1,head"]
     train_here(monkeypatch, *flags, "--save_path", "whole")
     assert [line["penalty_scale"] for line in log_of(tmp_path / "whole")] == [4, 2, 1]
     stop_at(monkeypatch, call)
     with pytest.raises(Interrupted):
         train_here(monkeypatch, *flags, "--save_path", "cut")
     state = load_torch("cut/last.pt")
-    steps = 21 * ((call - 1) // 25) + min((call - 1) % 25 + 1, 21)
+    steps = 21 * ((call - 1) // 31) + min((call - 1) % 31 + 1, 21)
     assert 21 * state["epoch"] + state["steps"] == steps, "every step before the signal is kept"
     train_here(monkeypatch, *flags, "--save_path", "cut", "--resume")
     assert same_runs(tmp_path / "whole", tmp_path / "cut")

@@ -1,5 +1,6 @@
 """Statistics of layers against features collected by hand, and models that are left as they were."""
 
+import copy
 import warnings
 import weakref
 
@@ -119,7 +120,7 @@ def test_random_augmentation_between_the_passes_is_noticed(per_class):
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Identity(), nn.Linear(40, 3))
-    with pytest.warns(UserWarning, match="layer '1': the two passes over the loader had different features"):
+    with pytest.warns(UserWarning, match="layer '1': the two passes had different features"):
         layer_statistics(model, Augmented(), ["1"], 3)
     ratios = []
     for _ in range(100):
@@ -308,6 +309,18 @@ class Adapted(nn.Module):
         return self.base_layer(h) + 3 * self.lora_B["default"](self.lora_A["default"](h))
 
 
+class Saved(nn.Module):
+    """A Linear layer and the copy of it that is trained and called, with the names of PEFT's modules_to_save."""
+
+    def __init__(self):
+        super().__init__()
+        self.modules_to_save = nn.ModuleDict({"default": nn.Linear(8, 3)})
+        self.original_module = nn.Linear(8, 3)
+
+    def forward(self, h):
+        return self.modules_to_save["default"](h)
+
+
 def quantised():
     return torch.ao.nn.quantized.dynamic.Linear.from_float(calibrated(nn.Linear(8, 3)))
 
@@ -332,12 +345,13 @@ def expected_weight(head):
         lambda: nn.utils.weight_norm(nn.Linear(8, 3)),
         lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3)),
         Adapted,
+        Saved,
         quantised,
         lambda: nn.Sequential(nn.Dropout(), nn.Linear(8, 5), nn.Linear(5, 3)),
         lambda: nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3)),
         lambda: nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 3, 1), nn.Flatten()),
     ],
-    ids="linear weight_norm orthogonal weight_norm_hook spectral_norm lora quantised chain batch_norm conv".split(),
+    ids="linear weight_norm orthogonal old_norm spectral_norm lora saved quantised chain batch_norm conv".split(),
 )
 @pytest.mark.filterwarnings("ignore")
 def test_heads_that_are_no_plain_linear_layer(make):
@@ -346,6 +360,90 @@ def test_heads_that_are_no_plain_linear_layer(make):
     assert found.at_head and nc_metrics(found)["NC1"] == pytest.approx(by_hand(model.features())[0], rel=1e-4)
     torch.testing.assert_close(head_weight(model.fc).float(), expected_weight(model.fc), rtol=2e-2, atol=1e-4)
     assert layer_statistics(model, LOADER, [head_input(model, IMAGES)], 3).popitem()[1].at_head
+
+
+class Int8(torch.Tensor):
+    """Weights like those of torchao's tensors: 8-bit numbers and scales, which stay such for double() and the like."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        self = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.numbers = (weight / self.scale).round().to(torch.int8)
+        return self
+
+    def dequantize(self):
+        return self.numbers * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            x, weight, *bias = args
+            return nn.functional.linear(x, weight.dequantize(), *bias)
+        kept = (torch.Tensor.double, torch.Tensor.to, torch.Tensor.float, torch.Tensor.detach)
+        return args[0] if function in kept else super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError(f"{function} of 8-bit numbers")
+
+
+def test_a_head_of_8_bit_tensors():
+    model = Body(fc=nn.Linear(8, 3)).eval()
+    exact = model.fc.weight.detach()
+    model.fc.weight = nn.Parameter(Int8(exact), requires_grad=False)
+    found = layer_statistics(model, LOADER, ["fc"], 3)["fc"]
+    assert found.at_head and nc_metrics(found)["NC1"] == pytest.approx(by_hand(model.features())[0], rel=1e-4)
+    weight = head_weight(model.fc)
+    assert torch.equal(weight, model.fc.weight.dequantize().double()) and not torch.equal(weight, exact.double())
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
+def test_a_head_that_is_sharded(tmp_path):
+    """FSDP2, whose parameters are DTensors, in a group of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    whole = Body(fc=nn.Linear(8, 3)).eval()
+    model = copy.deepcopy(whole)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        for part in (model.body, model.fc, model):
+            fully_shard(part)
+        assert type(model.fc.weight) is torch.distributed.tensor.DTensor
+        found = layer_statistics(model, LOADER, ["body", "fc"], 3)["fc"]
+        assert torch.equal(head_weight(model.fc), whole.fc.weight.detach().double()) and head_input(model) == "fc"
+        model(IMAGES).sum().backward()  # it can still be trained
+    finally:
+        torch.distributed.destroy_process_group()
+    assert found.at_head and nc_metrics(found)["NC1"] == pytest.approx(by_hand(whole.features())[0], rel=1e-4)
+
+
+class OnMPS(torch.Tensor):
+    """A tensor that says it is on Apple's MPS, and that has no float64 until it is on the CPU."""
+
+    device = property(lambda self: torch.device("mps"))
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double or any(of is torch.float64 for of in (*args, *(kwargs or {}).values())):
+            raise TypeError("MPS has no float64")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_features_on_mps_are_summed_on_the_cpu():
+    expected = layer_statistics(rotation(lambda h, made: made["fc"]), LOADER, ["body", "fc"], 3)
+    loader = [(x.as_subclass(OnMPS), y) for x, y in LOADER]
+    model = rotation(lambda h, made: made["fc"])
+    model.fc.weight = nn.Parameter(model.fc.weight.detach().as_subclass(OnMPS))
+    found = layer_statistics(model, loader, ["body", "fc"], 3)
+    for layer, of_layer in found.items():
+        assert nc_metrics(of_layer) == pytest.approx(nc_metrics(expected[layer]), nan_ok=True)
+    assert type(found["fc"].sums) is type(head_weight(model.fc)) is torch.Tensor
+    with pytest.raises(TypeError, match="MPS has no float64"):
+        loader[0][0].double()
 
 
 def test_parallel_heads_are_no_chain():

@@ -634,6 +634,57 @@ def test_processes_merge_of_which_one_has_no_batch():
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Two passes that differ
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_update_and_update_within_in_one_loop_are_noticed():
+    """The class means are then those of the first batch; of 300 directions, the 16 random ones see the size."""
+    features, labels, _ = samples([60, 50, 40], 300)
+    statistics = ClassStatistics(3)
+    for part in (slice(0, 40), slice(40, 150)):
+        statistics.update(features[part], labels[part])
+        statistics.update_within(features[part], labels[part])
+    first = np.stack([features[:40][labels[:40] == k].mean(0) for k in range(3)])
+    sums = np.stack([(features - first[labels])[labels == k].sum(0) for k in range(3)])
+    expected = (np.square(sums).sum(1) / [60, 50, 40]).sum() / np.square(features - first[labels]).sum()
+    assert statistics.drift == pytest.approx(expected, rel=0.5) and expected > 0.02
+    words = f"the two passes had different features, .* moved by {statistics.drift:.2g} of the scatter within classes"
+    with pytest.warns(UserWarning, match=words) as caught:
+        nc_metrics(statistics)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        nc_metrics(statistics)  # said once
+
+
+def test_a_second_pass_over_fewer_samples_is_noticed_also_by_processes_that_merge():
+    features, labels, _ = samples([30, 20], 8)
+    processes = [ClassStatistics(2) for _ in range(2)]
+    for statistics, part in zip(processes, (slice(0, 25), slice(25, 50)), strict=True):
+        statistics.update(features[part], labels[part])
+    assert not merged(processes)
+    processes[0].update_within(features[:25], labels[:25])
+    assert not merged(processes)
+    for statistics in processes:
+        with pytest.warns(UserWarning, match="the two passes had different features"):
+            nc_metrics(statistics)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [1.0, 1e-4, 0.0])
+def test_rounding_and_other_samples_are_no_different_pass(dtype, noise):
+    """Rounding of the features' own type, such as that of a GPU that sums in another order."""
+    features, labels, _ = samples([30, 20], 8, noise=noise)
+    statistics, h = ClassStatistics(2), torch.from_numpy(features).to(dtype)
+    other = h * (1 + torch.finfo(dtype).eps * torch.from_numpy(np.random.default_rng(0).choice([-1, 0, 1], h.shape)))
+    statistics.update(h, labels)
+    statistics.update_within(other.to(dtype), labels)
+    test = statistics.for_other_samples()
+    test.update_within(h + 1, labels)
+    assert statistics.drift == test.drift == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Degenerate features, and classes that merge
 # ---------------------------------------------------------------------------------------------------------
 

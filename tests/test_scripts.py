@@ -267,6 +267,51 @@ def test_measuring_while_training_gives_the_rows_of_validate(train, measure, tmp
     assert rows_of(tmp_path / "run" / "nc_metrics.csv") == rows
 
 
+LAYERS = [*TINY, "--save_every", 1, "--nc_every", 2, "--nc_layers", "layers.1,head"]
+
+
+def test_layers_measured_while_training(train, run_script, tmp_path):
+    """Training goes on as without; a resumed run ends with the same rows, which are those of measure_model.py."""
+    train(*LAYERS, "--epochs", 3, "--save_path", "whole")
+    train(*LAYERS, "--epochs", 1, "--save_path", "cut")
+    train(*LAYERS, "--epochs", 3, "--save_path", "cut", "--resume")
+    train(*TINY, "--save_every", 1, "--epochs", 3, "--save_path", "without")
+    for name in ("cut", "without"):
+        assert same_weights(tmp_path / "whole" / "epoch_003.pth", tmp_path / name / "epoch_003.pth")
+    text = (tmp_path / "whole" / "nc_layers.csv").read_text()
+    assert text == (tmp_path / "cut" / "nc_layers.csv").read_text()
+    assert not (tmp_path / "without" / "nc_layers.csv").exists()
+
+    rows = rows_of(tmp_path / "whole" / "nc_layers.csv")
+    keys = [(row["epoch"], row["layer"], row["split"]) for row in rows]
+    assert keys == [(e, name, split) for e in "13" for name in ("layers.1", "fc") for split in ("train", "test")]
+    run_script("measure_model.py", "--run", "whole", "--layers", "layers.1,head", "--epochs", "1,3")
+    for row, later in zip(rows, rows_of(tmp_path / "layers" / "layers.csv"), strict=True):
+        assert {name: row[name] for name in later} == later
+    (of_head,) = (row for row in rows if (row["epoch"], row["layer"], row["split"]) == ("3", "fc", "train"))
+    for name in ("NC1", "NC0", "NC2_W", "CDNV", "NC4"):
+        measured = rows_of(tmp_path / "whole" / "nc_metrics.csv")[-1][name]
+        assert float(of_head[name]) == pytest.approx(float(measured), rel=1e-5), name
+    run_script("plot_nc.py", "whole", "cut")
+    assert {path.stem for path in (tmp_path / "figures").glob("layers.*")} == {"layers"}
+    train(*TINY, "--epochs", 1, "--save_path", "whole", "--force")
+    assert not (tmp_path / "whole" / "nc_layers.csv").exists()
+    _, error = train(*TINY, "--nc_every", 1, "--nc_layers", "layer.1", "--save_path", "no", status=2)
+    assert "--nc_layers: the model has no layer 'layer.1'; the nearest names are layers.1" in error
+
+
+@pytest.mark.parametrize("flags", ["--bn_statistics training_set", "--precision bf16"])
+def test_layers_are_measured_as_the_run_is(train, tmp_path, flags):
+    """With the same statistics of BatchNorm, and in the same precision."""
+    net = "--dataset digits --class_counts 9,9,9,9,9,9,9,9,9,9 --model ResNet18 --planes 2 --epochs 1 --batch_size 30"
+    train(*net.split(), *flags.split(), "--nc_every", 1, "--nc_layers", "layer1,head", "--save_path", "run")
+    suffix = "_bn" if "bn" in flags else ""
+    row = next(r for r in rows_of(tmp_path / "run" / f"nc_layers{suffix}.csv") if r["layer"] == "fc")
+    measured = rows_of(tmp_path / "run" / f"nc_metrics{suffix}.csv")[-1]
+    for name in ("NC1", "CDNV", "NC4", "NCM_acc1"):
+        assert float(row[name]) == pytest.approx(float(measured[name]), rel=1e-5), name
+
+
 def test_done_rows_are_kept_and_damaged_checkpoints_named(train, measure, tmp_path):
     train(*TINY, "--epochs", 3, "--save_every", 1, "--save_path", "run")
     (tmp_path / "run" / "epoch_002.pth").write_bytes((tmp_path / "run" / "epoch_002.pth").read_bytes()[:500])
