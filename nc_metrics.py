@@ -33,9 +33,11 @@ __all__ = [
     "distance",
     "geometry",
     "nc1",
+    "nc1_corrected",
     "nc1_trace",
     "nc5",
     "nc_metrics",
+    "noise_share",
     "other_geometries",
     "regression_collapse",
 ]
@@ -45,7 +47,10 @@ BETWEEN = ("classes", "means", "samples")
 TILE = 2**22  # entries of a K x K matrix that are processed at a time
 CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
-SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements")
+SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "products", "hits", "disagreements")
+PROBES = 64  # random directions in which the scatter outside the span of the class means is known
+NOISE = 0.1  # share of noise in a direction of the class means, from which on a warning is given
+NO_SIGNAL = 0.5  # share of noise from which on NC1 cannot be corrected
 
 
 class ClassStatistics:
@@ -86,8 +91,10 @@ class ClassStatistics:
         self.within_counts = zeros(num_classes)  # (K,) samples of each class in the second pass
         self.within_sums = zeros(num_classes)  # (K,) sums of |h_i - mu_k|^2
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
+        self.products = zeros(0, 0)  # (d, r + p) sum of (h_i - mu_{y_i})(h_i - mu_{y_i})^T times [B, probes]
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
+        self.own_samples = True  # the class means are those of the samples of the second pass
         self.at_head = False  # the features are the input of a head (`nc_layers`)
         self.basis: torch.Tensor | None = None  # (d, r) B with pinv(Sigma_B) = B B^T; None before the second pass
 
@@ -135,6 +142,7 @@ class ClassStatistics:
         basis = statistics.set_centres(means)
         statistics.within_counts, statistics.within_sums = counts.clone(), within_sums.clone()
         statistics.projected_sum = (basis * (scatter @ basis)).sum()
+        statistics.products = scatter @ torch.cat([basis, statistics.probes], 1)
         scalars = [counts.new_zeros(()) + number for number in (negatives, hits, disagreements)]
         statistics.negatives, statistics.hits, statistics.disagreements = scalars
         return statistics
@@ -166,7 +174,9 @@ class ClassStatistics:
         centred = h - self.centres[y]
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
-        self.projected_sum += (centred @ basis).square().sum()
+        projected = centred @ basis
+        self.projected_sum += projected.square().sum()
+        self.products += centred.T @ torch.cat([projected, centred @ self.probes], 1)
         nearest = self.nearest_mean(h)
         self.hits += (nearest == y).sum()
         self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
@@ -177,12 +187,14 @@ class ClassStatistics:
         for name in SECOND_PASS:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
+        self.probes = probes_outside(self.basis) if self.basis.shape[1] == self.num_classes - 1 else self.basis[:, :0]
+        self.products = self.basis.new_zeros(len(self.basis), self.basis.shape[1] + self.probes.shape[1])
         return self.basis
 
     def for_other_samples(self) -> "ClassStatistics":
         """Return statistics with these class means, for a second pass over other samples, such as a test set."""
         other = ClassStatistics(self.num_classes, self.between)
-        other.counts, other.sums, other.negatives = self.counts, self.sums, self.negatives
+        other.counts, other.sums, other.negatives, other.own_samples = self.counts, self.sums, self.negatives, False
         return other
 
     def merge(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -315,10 +327,14 @@ def listed(classes: torch.Tensor) -> str:
 
 def between_class_root(means: torch.Tensor, counts: torch.Tensor, between: str) -> torch.Tensor:
     """Return R (K, d) with Sigma_B = R^T R, the centred and weighted class means; see `between_class_basis`."""
+    weights, shares = between_class_weights(counts, between)
+    return weights.sqrt()[:, None] * (means - shares @ means)
+
+
+def between_class_weights(counts: torch.Tensor, between: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights (K,) of the class means in Sigma_B, and those in its centre; see `between_class_basis`."""
     shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
-    centred = means - (uniform if between == "means" else shares) @ means
-    weights = shares if between == "samples" else uniform
-    return weights.sqrt()[:, None] * centred
+    return shares if between == "samples" else uniform, uniform if between == "means" else shares
 
 
 def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str = "classes") -> torch.Tensor:
@@ -343,6 +359,21 @@ def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str 
     eigenvalues = singular.square()
     kept = eigenvalues > eigenvalues[0] * means.shape[1] * torch.finfo(torch.float64).eps
     return (vectors[kept] / singular[kept, None]).T
+
+
+def probes_outside(basis: torch.Tensor) -> torch.Tensor:
+    """Return directions P (d, p) orthogonal to B (d, r), with P P^T equal to I - B pinv(B), in expectation for large d.
+
+    They are the columns of I for d <= PROBES, and else the same random ones for every d x r matrix.
+    """
+    dim = len(basis)
+    if dim <= PROBES:
+        probes = torch.eye(dim, dtype=basis.dtype, device=basis.device)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(dim, PROBES, generator=generator, dtype=torch.float64).to(basis) / PROBES**0.5
+    span = basis / basis.norm(dim=0)  # the columns of B are orthogonal
+    return probes - span @ (span.T @ probes)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -418,6 +449,7 @@ def nc_metrics(
     the classes that the optimum does not collapse.
 
     NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
+    NC1_corrected   NC1 less its bias from the noise of the class means, see `nc1_corrected`
     NC1_trace       trace(Sigma_W) / trace(Sigma_B), see `nc1_trace`
     NC0             |sum_k w_k| / |W|, w_k the rows of W: zero at a stationary point of the cross entropy with weight
                     decay on W, because the gradient of the cross entropy sums to zero over the rows. This does not
@@ -433,12 +465,14 @@ def nc_metrics(
 
     In Sigma_B of NC1 every class mean has weight 1/K and is centred at mu_G, the mean of all samples, in which it has
     weight n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
-    well, and between="means" centres them at the mean of the class means. Only NC1 and NC1_trace depend on this.
+    well, and between="means" centres them at the mean of the class means. Only the columns NC1,
+    NC1_corrected and NC1_trace depend on this.
 
     Raises ValueError for a class without samples, for features that are not finite, for W of another shape than (K, d),
     and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
     negative, or if it needs more features than d. If all class means are equal, such as those of features that are all
-    zero, it warns, and what compares them is NaN.
+    zero, it warns, and what compares them is NaN. It also warns if `noise_share` is above 0.1: NC1 then depends on the
+    number of samples.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -457,7 +491,15 @@ def nc_metrics(
         validate_optimum(optimum, statistics)
     if reason := statistics.degeneracy:
         warnings.warn(f"{reason}: what compares class means is NaN", stacklevel=2)
-    row = {"NC1": nc1(statistics), "NC1_trace": nc1_trace(statistics)}
+    row = {"NC1": nc1(statistics), "NC1_corrected": math.nan, "NC1_trace": nc1_trace(statistics)}
+    share, bias = noise_of_means(statistics)
+    row["NC1_corrected"] = corrected(statistics, share, bias)
+    if share > NOISE:
+        warnings.warn(
+            f"NC1 depends on the number of samples: {min(share, 1):.0%} of the class means' variance in their smallest "
+            "direction is noise, Sigma_W / n_k; compare NC1_corrected or NC1_trace, or measure more samples",
+            stacklevel=2,
+        )
     w = None if weight is None else validate_weight(weight, means)
     if w is not None:
         row["NC0"] = (w.sum(0).norm() / w.norm()).item()
@@ -550,6 +592,115 @@ def nc1_trace(statistics: ClassStatistics) -> float:
         return math.nan
     between = between_class_root(statistics.means, statistics.counts, statistics.between).square().sum()
     return float(statistics.within_sums.sum() / statistics.within_counts.sum() / between)
+
+
+def nc1_corrected(statistics: ClassStatistics) -> float:
+    """Return NC1 of the distribution of which the samples are drawn, without the bias that the noise of means brings.
+
+    The mean of n_k samples has a noise of covariance S_k / n_k, which Sigma_B takes for distance between classes; hence
+    NC1 is too small, the more so the fewer samples there are. To second order in the noise, its expected effect on
+    trace(Sigma_W pinv(Sigma_B)) is a sum of traces of Sigma_W, the class means and the counts (`noise_of_means`), which
+    is subtracted. Sigma_W is divided by N - K instead of N. In normal samples, what is left is of order 1 / n_k^2.
+
+    The class covariances S_k may differ in size, but are taken to have the shape of Sigma_W; a class of one sample is
+    given its size, too. Where NC1 is near zero, the result can be negative. NaN without the second pass, for class
+    means of other samples (`for_other_samples`), without samples to spare (N < K + 2), and where `noise_share` is
+    above 0.5.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import ClassStatistics, nc1, nc1_corrected
+        >>> labels = torch.arange(3).repeat_interleave(10)
+        >>> h = 3 * torch.eye(3, 8)[labels] + torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+        >>> statistics = ClassStatistics(num_classes=3)
+        >>> statistics.update(h, labels)
+        >>> statistics.update_within(h, labels)
+        >>> f"{nc1(statistics):.2f} {nc1_corrected(statistics):.2f}, of the distribution {2 / 9:.2f}"
+        '0.19 0.21, of the distribution 0.22'
+    """
+    return corrected(statistics, *noise_of_means(statistics))
+
+
+def noise_share(statistics: ClassStatistics) -> float:
+    """Return the share of noise in the direction of the class means that has most of it; NaN as `nc1_corrected`.
+
+    The noise of a class mean, of variance trace(S_k) / n_k, against the variance of the class means in their smallest
+    direction; with more classes than directions of the features, Sigma_W / n_k against Sigma_B.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import ClassStatistics, noise_share
+        >>> labels = torch.arange(3).repeat_interleave(10)
+        >>> h = 3 * torch.eye(3, 8)[labels] + torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+        >>> statistics = ClassStatistics(num_classes=3)
+        >>> statistics.update(h, labels)
+        >>> statistics.update_within(h, labels)
+        >>> f"{noise_share(statistics):.2f}"
+        '0.12'
+    """
+    return noise_of_means(statistics)[0]
+
+
+def corrected(statistics: ClassStatistics, share: float, bias: float) -> float:
+    """Return NC1 with Sigma_W divided by N - K, less its bias; NaN where too much is noise."""
+    if not share <= NO_SIGNAL:
+        return math.nan
+    spare = statistics.counts.sum() - statistics.num_classes
+    return float(statistics.projected_sum / spare / statistics.num_classes) - bias
+
+
+def noise_of_means(statistics: ClassStatistics) -> tuple[float, float]:
+    """Return the `noise_share`, and the bias of NC1 from the noise of the class means, to second order; NaN if unknown.
+
+    With S the covariance within classes, R (K, d) of `between_class_root` and its noise E, whose rows have the
+    covariances E[E_ia E_jb] = C_ij S_ab, the bias is the mean of the second-order term of trace(S pinv((R+E)^T (R+E))),
+    divided by K. It is written with X = pinv(R), G = R R^T, F = X^T S X, and Q the projection off the span of R's rows:
+
+        r = K - 1  tr F tr FC + 2 tr FCF - 4 tr X^T SQSX C G^-1 - 2 tr X^T SQSX tr G^-1 C - 2 tr F C G^-1 tr QS
+                   + tr G^-1 C G^-1 tr QSQS
+        r < K - 1  tr F tr FC + 2 tr FFC - tr FF (tr C - tr C U U^T), U the left singular vectors of R
+
+    S^2 is estimated without the bias that the square of a sample covariance has in normal samples.
+    """
+    counts, num_classes = statistics.counts, statistics.num_classes
+    spare = counts.sum() - num_classes
+    if statistics.basis is None or not statistics.own_samples or spare < 2 or statistics.degeneracy:
+        return math.nan, math.nan
+    within = statistics.within_sums.sum() / spare  # trace of S
+    if not within:
+        return 0.0, 0.0
+    variances = torch.where(counts > 1, statistics.within_sums / (counts - 1).clamp(min=1), within)
+    sizes = variances / within / counts  # (K,) the noise of the mean of class k has the covariance sizes_k S
+    weights, shares = between_class_weights(counts, statistics.between)
+    basis, products = statistics.basis, statistics.products / spare
+    rank, scales = basis.shape[1], basis.norm(dim=0)  # of B = V / singular values
+    left = weights.sqrt()[:, None] * (between_class_root(statistics.means, counts, statistics.between) @ basis)
+    left = left - shares[:, None] * left.sum(0)
+    c = left.T * sizes @ left  # (r, r) C in the coordinates of R's singular vectors
+    inner, outer = products[:, :rank], products[:, rank:]
+    f = basis.T @ inner
+    if rank < num_classes - 1:
+        total = (sizes * (weights * (1 - 2 * shares) + shares.square())).sum()  # trace of C
+        squared = unbiased_square(f @ f, f, f.trace(), spare)
+        bias = f.trace() * (f * c).sum() + 2 * (squared * c).sum() - squared.trace() * (total - c.trace())
+        share = total * torch.linalg.eigvalsh(f)[-1]
+    else:
+        span, inverse = basis / scales, scales.square()  # V, and the diagonal of G^-1
+        outside = within - (span * inner / scales).sum()
+        across, outer = (part - span @ (span.T @ part) for part in (inner, outer))  # Q S X and Q S Q
+        w = unbiased_square(across.T @ across, f, outside, spare)
+        q = ((outer.square().sum() - outside.square() / spare) / (1 + 1 / spare - 2 / spare**2)).clamp(min=0)
+        bias = f.trace() * (f * c).sum() + 2 * (f @ f * c).sum() + (c.diag() * inverse.square()).sum() * q
+        bias -= (4 * w + 2 * outside * f).mul(c * inverse).sum() + 2 * w.trace() * (c.diag() * inverse).sum()
+        share = within * torch.linalg.eigvalsh(scales[:, None] * c * scales)[-1]
+    return float(share), float(bias) / num_classes
+
+
+def unbiased_square(
+    product: torch.Tensor, part: torch.Tensor, trace: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """Return S M S less its bias, from `product`, `part` S, and trace(S M); S has `spare` degrees of freedom."""
+    return (product - part * trace / spare) / (1 + 1 / spare)
 
 
 # ---------------------------------------------------------------------------------------------------------

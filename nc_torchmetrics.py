@@ -21,7 +21,10 @@ from nc_theory import Optimum
 
 __all__ = ["COLUMNS", "OPTIMUM_COLUMNS", "REFERENCE_COLUMNS", "NeuralCollapse"]
 
-COLUMNS = ("NC1", "NC1_trace", "CDNV", "GNC2", "ETF_HTH", "SELI_HTH", "cv_mean_norms", "equiangularity_means")
+COLUMNS = (
+    *("NC1", "NC1_corrected", "NC1_trace", "CDNV", "GNC2"),
+    *("ETF_HTH", "SELI_HTH", "cv_mean_norms", "equiangularity_means"),
+)
 OPTIMUM_COLUMNS = ("NC2_H", "norm_rel_err")
 REFERENCE_COLUMNS = ("NC4", "NCM_acc1")
 

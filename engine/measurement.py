@@ -97,6 +97,7 @@ class Measurement:
             accuracy.merge(self.ranks.sum)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* entries are negative|.* class means is NaN")  # noted once instead
+            warnings.filterwarnings("ignore", "NC1 depends on")  # the training set is no sample: it is what is measured
             metrics = nc_metrics(statistics, weight, optimum if optimum and optimum.problem.unique else None)
         if optimum and optimum.problem.relu and (share := statistics.negative_share) > 0:
             self.note(

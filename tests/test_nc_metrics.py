@@ -18,8 +18,11 @@ from nc_metrics import (
     ClassStatistics,
     class_alignment,
     geometry,
+    nc1,
+    nc1_corrected,
     nc5,
     nc_metrics,
+    noise_share,
     regression_collapse,
 )
 from nc_theory import LOSSES, UFM, self_duality, seli, simplex_etf, solve
@@ -638,7 +641,8 @@ def test_processes_merge_of_which_one_has_no_batch():
 # ---------------------------------------------------------------------------------------------------------
 
 COMPARING = set(
-    "NC1 NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4 CDNV GNC2".split()
+    "NC1 NC1_corrected NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4".split()
+    + ["CDNV", "GNC2"]
 )
 
 
@@ -724,6 +728,64 @@ def test_nc1_trace(between):
     assert nc_metrics(statistics_of(features, labels, 4, between=between))["NC1_trace"] == pytest.approx(expected)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The noise of class means
+# ---------------------------------------------------------------------------------------------------------
+
+
+def sampled(random, means, counts, root):
+    """ClassStatistics of normal samples around means (K, d), of the covariance root root^T, larger in odd classes."""
+    labels = np.repeat(np.arange(len(means)), counts)
+    noise = random.standard_normal((len(labels), means.shape[1])) @ root.T
+    return statistics_of(means[labels] + (1 + labels[:, None] % 2) * noise, labels, len(means), batch=len(labels))
+
+
+@pytest.mark.parametrize("least", [5, 20, 200])
+@pytest.mark.parametrize(("num_classes", "dim", "size"), [(6, 12, 0.25), (20, 5, 0.25), (5, 80, 0.2), (9, 8, 0.15)])
+def test_corrected_nc1_is_that_of_the_distribution(num_classes, dim, size, least):
+    """The mean over many small data sets, against the value that the distribution has by definition."""
+    random = np.random.default_rng(dim)
+    means, root = random.standard_normal((num_classes, dim)), size * random.standard_normal((dim, dim)) / dim**0.5
+    means += 3 * np.eye(num_classes, dim)
+    counts = least + np.arange(num_classes) % 3
+    shares, centred = counts / counts.sum(), means - counts @ means / counts.sum()
+    within = shares @ (1 + np.arange(num_classes) % 2) ** 2 * root @ root.T
+    exact = np.trace(within @ scipy.linalg.pinv(centred.T @ centred / num_classes)) / num_classes
+    repeats = 200 if least == 5 else 60
+    found = [sampled(random, means, counts, root) for _ in range(repeats)]
+    plain, corrected = np.array([[nc1(of), nc1_corrected(of)] for of in found]).T / exact
+    share = np.mean([noise_share(of) for of in found])
+    error, plain_error = abs(corrected.mean() - 1), abs(plain.mean() - 1)
+    assert error <= share**2 + 3 * corrected.std() / repeats**0.5
+    assert least > 5 or plain_error > max(0.05, 3 * error)
+
+
+def test_a_noisy_nc1_is_a_warning_and_too_noisy_a_one_is_not_corrected(recwarn):
+    random, means = np.random.default_rng(0), 3 * np.eye(4, 30)
+    rows = {}
+    for size in (0.01, 0.25, 1.0):
+        statistics = sampled(random, means, np.full(4, 6), size * np.eye(30))
+        rows[size] = nc_metrics(statistics), noise_share(statistics), [str(recwarn.pop().message) for _ in recwarn.list]
+    (quiet, _, none), (noisy, share, (text,)), (lost, most, _) = rows.values()
+    assert not none and quiet["NC1_corrected"] == pytest.approx(quiet["NC1"] * 24 / 20, rel=1e-2)
+    assert 0.1 < share < 0.5 and noisy["NC1_corrected"] > noisy["NC1"]
+    assert text.startswith(f"NC1 depends on the number of samples: {share:.0%} of the class means' variance in their")
+    assert most > 0.5 and math.isnan(lost["NC1_corrected"]) and lost["NC1"] > 0
+
+
+def test_what_cannot_be_corrected_is_nan():
+    features, labels, _ = samples([1, 16, 27], 8)
+    statistics = statistics_of(features, labels, 3)
+    assert nc1_corrected(statistics) == pytest.approx(nc1(statistics), rel=0.5)  # a class of one sample
+    other = statistics.for_other_samples()
+    other.update_within(features, labels)
+    single = statistics_of(features[:3], np.arange(3), 3)
+    for of in (other, single):
+        assert math.isnan(nc1_corrected(of)) and math.isnan(noise_share(of))
+    collapsed = statistics_of(np.eye(3, 8)[labels], labels, 3)
+    assert (nc1_corrected(collapsed), noise_share(collapsed)) == (0, 0)
+
+
 def test_a_class_without_samples_is_an_error():
     statistics = ClassStatistics(4)
     with pytest.raises(ValueError, match="found none of class 0, 1, 2, 3"):
@@ -757,7 +819,7 @@ def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
     assert math.isnan(ClassStatistics(3).negative_share) and statistics.negative_share == 0
     nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
 
-    features[:3, :6] *= -1  # 18 of 18 * 8 entries
+    features[labels == 1, :3] *= -1  # 18 of 18 * 8 entries
     statistics = statistics_of(features, labels, 3)
     assert statistics.negative_share == pytest.approx(1 / 8)
     nc_metrics(statistics, weight)
