@@ -15,7 +15,7 @@ dist(A, B) = |A/|A| - B/|B|| in Frobenius norms. `nc_layers` gathers the statist
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from numpy.typing import ArrayLike
@@ -60,8 +60,10 @@ class ClassStatistics:
     float64, are moved to the CPU. No autograd graph is kept.
 
     between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. device: that of the
-    features, which only a process without a batch must know, for `merge`. Raises ValueError for a name that is not in
-    BETWEEN.
+    features, which only a process without a batch must know, for `merge`. classes: the classes to measure, of the
+    num_classes of the head; by default all. Labels and predictions are numbers of the head's classes, and labels must
+    be among these. The results are in their order. Raises ValueError for a name that is not in BETWEEN, and for
+    classes that are not different numbers from 0 to num_classes - 1.
 
     Example:
         >>> from nc_metrics import ClassStatistics
@@ -76,10 +78,18 @@ class ClassStatistics:
         tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, num_classes: int, between: str = "classes", device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        between: str = "classes",
+        device: torch.device | str | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         if between not in BETWEEN:
             raise ValueError(f"between is {between!r}, wanted one of {', '.join(BETWEEN)}")
-        self.num_classes, self.between = num_classes, between
+        self.head_classes, self.between = num_classes, between
+        self.classes = None if classes is None else validate_classes(classes, num_classes)
+        self.num_classes = num_classes = num_classes if self.classes is None else len(self.classes)
 
         @torch.inference_mode(False)  # otherwise they could not be changed outside inference mode
         def zeros(*shape: int) -> torch.Tensor:
@@ -110,6 +120,8 @@ class ClassStatistics:
         hits: torch.Tensor | float = math.nan,
         disagreements: torch.Tensor | float = math.nan,
         between: str = "classes",
+        num_classes: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> "ClassStatistics":
         """Return the statistics, as after both passes, of samples whose moments are known.
 
@@ -117,7 +129,8 @@ class ClassStatistics:
         samples of each class (K,). scatter: the sum of (h_i - mu_{y_i})(h_i - mu_{y_i})^T over all samples (d, d). All
         are float64 tensors on one device. negatives: entries of the features that are below zero. hits, disagreements:
         samples whose nearest class mean is that of their own class, and is not the predicted class. What depends on
-        one of these three is NaN without it. between: as in the constructor.
+        one of these three is NaN without it. between: as in the constructor, and so are num_classes, by default K, and
+        classes, K of them.
 
         Raises ValueError for other shapes, and for a class without samples.
 
@@ -129,14 +142,16 @@ class ClassStatistics:
             >>> f"{nc1(statistics):.3f}"
             '0.125'
         """
-        num_classes, dim = means.shape
+        count, dim = means.shape
         shapes = tuple(tuple(moment.shape) for moment in (counts, within_sums, scatter))
-        if shapes != ((num_classes,), (num_classes,), (dim, dim)):
+        if shapes != ((count,), (count,), (dim, dim)):
             raise ValueError(
                 f"counts, within_sums and scatter have shapes {', '.join(map(str, shapes))}, wanted (K,), (K,) and "
-                f"(d, d) for means of shape (K, d) = {(num_classes, dim)}"
+                f"(d, d) for means of shape (K, d) = {(count, dim)}"
             )
-        statistics = cls(num_classes, between)
+        statistics = cls(num_classes or count, between, classes=classes)
+        if statistics.num_classes != count:
+            raise ValueError(f"there are means of {count} classes, wanted {statistics.num_classes}")
         statistics.counts, statistics.sums = counts, means * counts[:, None]
         statistics.require_samples()
         basis = statistics.set_centres(means)
@@ -193,7 +208,7 @@ class ClassStatistics:
 
     def for_other_samples(self) -> "ClassStatistics":
         """Return statistics with these class means, for a second pass over other samples, such as a test set."""
-        other = ClassStatistics(self.num_classes, self.between)
+        other = ClassStatistics(self.head_classes, self.between, classes=self.classes)
         other.counts, other.sums, other.negatives, other.own_samples = self.counts, self.sums, self.negatives, False
         return other
 
@@ -240,10 +255,14 @@ class ClassStatistics:
         y = y.long()
         if len(y):
             low, high = torch.stack(y.aminmax()).tolist()
-            if low < 0 or high >= self.num_classes:
+            if low < 0 or high >= self.head_classes:
                 raise ValueError(
-                    f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
+                    f"labels go from {low} to {high}, wanted 0 to {self.head_classes - 1} for {self.head_classes} "
+                    "classes"
                 )
+            if (other := (position := self.positions(y)) < 0).any():
+                raise ValueError(f"there are labels of class {y[other][0]}, which is not in `classes`")
+            y = position
         if predictions is None:
             return h.double(), y, None
         predicted = as_tensor("predictions", predictions, h.device)
@@ -252,19 +271,38 @@ class ClassStatistics:
                 f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
                 f"{tuple(y.shape)}, such as logits.argmax(1)"
             )
-        return h.double(), y, predicted.long()
+        return h.double(), y, self.positions(predicted.long())
+
+    def positions(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the positions in `classes` of the head's classes (B,); -1 for those that are not in it."""
+        if self.classes is None:
+            return labels
+        position = torch.full((self.head_classes,), -1, device=labels.device)
+        position[list(self.classes)] = torch.arange(self.num_classes, device=labels.device)
+        return position[labels.clamp(0, self.head_classes - 1)]
 
     def require_samples(self) -> None:
         """Raise ValueError if a class has no samples."""
         if (empty := self.counts == 0).any():
-            raise ValueError(f"every class needs a sample before its mean is known, found none of {listed(empty)}")
+            raise ValueError(
+                f"every class needs a sample before its mean is known, found none of {self.listed(empty)}; to measure "
+                "the others alone, give `classes`"
+            )
+
+    def listed(self, marked: torch.Tensor) -> str:
+        """Return the classes that a bool tensor (K,) marks as text, by their numbers in the head."""
+        if self.classes is None:
+            return listed(marked)
+        of_head = torch.zeros(self.head_classes, dtype=torch.bool)
+        of_head[torch.tensor(self.classes)[marked.cpu()]] = True
+        return listed(of_head)
 
     @property
     def means(self) -> torch.Tensor:
         """Class means (K, d); ValueError if a class has no samples, or features that are not finite."""
         self.require_samples()
         if (wrong := ~self.sums.isfinite().all(1)).any():
-            raise ValueError(f"there are features that are not finite, of {listed(wrong)}")
+            raise ValueError(f"there are features that are not finite, of {self.listed(wrong)}")
         return self.sums / self.counts[:, None]
 
     @property
@@ -317,6 +355,16 @@ def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) 
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} are a {type(values).__name__} that makes no tensor of numbers: {error}") from None
     return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def validate_classes(classes: Sequence[int], num_classes: int) -> tuple[int, ...]:
+    """Return some of a head's classes as ints; raise ValueError if they are not different numbers of such classes."""
+    numbers = as_tensor("classes", classes)
+    if numbers.ndim != 1 or len(numbers) < 2 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(f"classes are {classes!r}, wanted two or more whole numbers")
+    if len(set(found := numbers.tolist())) < len(found) or min(found) < 0 or max(found) >= num_classes:
+        raise ValueError(f"classes are {found}, wanted different numbers from 0 to {num_classes - 1}")
+    return tuple(found)
 
 
 def listed(classes: torch.Tensor) -> str:
@@ -443,10 +491,11 @@ def nc_metrics(
 ) -> dict[str, float]:
     """Return a row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d), if any.
 
-    weight: W; without one, the columns that need it are absent. optimum: a `nc_theory.Optimum` to compare with; without
-    one, the columns that need it are NaN. The paper is Dang, Tran, Nguyen, Ho (ICML 2024, arXiv 2401.02058). The
-    columns below are zero in perfect collapse to the optimum of the cross entropy. Margins and norms are compared for
-    the classes that the optimum does not collapse.
+    weight: W; without one, the columns that need it are absent. If the statistics have `classes`, W may be that of the
+    whole head: the rows of these classes are compared, and NC0 is that of all rows. optimum: a `nc_theory.Optimum` to
+    compare with; without one, the columns that need it are NaN. The paper is Dang, Tran, Nguyen, Ho (ICML 2024, arXiv
+    2401.02058). The columns below are zero in perfect collapse to the optimum of the cross entropy. Margins and norms
+    are compared for the classes that the optimum does not collapse.
 
     NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
     NC1_corrected   NC1 less its bias from the noise of the class means, see `nc1_corrected`
@@ -486,7 +535,7 @@ def nc_metrics(
     """
     means, counts = statistics.means, statistics.counts
     if (wrong := ~statistics.within_sums.isfinite()).any():
-        raise ValueError(f"there are features in the second pass that are not finite, of {listed(wrong)}")
+        raise ValueError(f"there are features in the second pass that are not finite, of {statistics.listed(wrong)}")
     if optimum is not None:
         validate_optimum(optimum, statistics)
     if reason := statistics.degeneracy:
@@ -500,9 +549,13 @@ def nc_metrics(
             "direction is noise, Sigma_W / n_k; compare NC1_corrected or NC1_trace, or measure more samples",
             stacklevel=2,
         )
-    w = None if weight is None else validate_weight(weight, means)
-    if w is not None:
-        row["NC0"] = (w.sum(0).norm() / w.norm()).item()
+    w = None
+    if weight is not None:
+        all_rows = w = as_tensor("the weight", weight).double()
+        if statistics.classes is not None and len(w) == statistics.head_classes:
+            w = w[list(statistics.classes)]
+        w = validate_weight(w, means)
+        row["NC0"] = (all_rows.sum(0).norm() / all_rows.norm()).item()
     row |= distances_to_optimum(means, w, counts, optimum)
     differing = torch.zeros_like(means) if reason else means  # equal up to rounding, which is no geometry
     return row | other_geometries(differing, w, counts) | classical_metrics(statistics, w)

@@ -641,8 +641,8 @@ def test_processes_merge_of_which_one_has_no_batch():
 # ---------------------------------------------------------------------------------------------------------
 
 COMPARING = set(
-    "NC1 NC1_corrected NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4".split()
-    + ["CDNV", "GNC2"]
+    "NC1 NC1_corrected NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4 CDNV "
+    "GNC2".split()
 )
 
 
