@@ -36,7 +36,7 @@ from engine.run import Run
 from engine.tables import write_table
 from image_files import list_folder, open_rgb
 from nc_layers import head_input, head_weight, layer_statistics
-from nc_metrics import nc_metrics
+from nc_metrics import nc_metrics, untrained_classes
 from utils import UserError, atomic_write, message_of, run_file, run_script
 
 PANELS = {"NC1": "log", "CDNV": "log", "NCM_acc1": "linear"}  # columns of the figure and their axes
@@ -317,6 +317,9 @@ def measure(model, loaders, layers, num_classes, classes=None, quiet=False):
         weight = head_weight(model.get_submodule(layer)) if train[layer].at_head else None
         if weight is not None and weight.shape != (num_classes, means.shape[1]):  # a head for other classes
             weight = None
+        if weight is not None and not quiet and (untrained := untrained_classes(weight)):
+            shown = ", ".join(map(str, untrained[:10])) + (f" and {len(untrained) - 10:,} more" * (len(untrained) > 10))
+            print(f"note: classes {shown} look untrained: their rows of {layer} are nearly parallel, and short")
         for split, of_split in statistics.items():
             rows.append({"layer": layer, "split": split, "d": means.shape[1], **nc_metrics(of_split[layer], weight)})
     table = pd.DataFrame(rows)

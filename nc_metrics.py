@@ -40,6 +40,7 @@ __all__ = [
     "noise_share",
     "other_geometries",
     "regression_collapse",
+    "untrained_classes",
 ]
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
@@ -50,6 +51,7 @@ FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of Class
 SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "products", "hits", "disagreements")
 PROBES = 64  # random directions in which the scatter outside the span of the class means is known
 NOISE = 0.1  # share of noise in a direction of the class means, from which on a warning is given
+PARALLEL, SHORT = 0.85, 0.6  # cosine and relative norm of the rows of classes that look untrained
 NO_SIGNAL = 0.5  # share of noise from which on NC1 cannot be corrected
 
 
@@ -868,6 +870,44 @@ def class_alignment(means: ArrayLike, weight: ArrayLike, counts: ArrayLike) -> t
     mu = as_tensor("means", means).double()
     n = as_tensor("counts", counts, mu.device).double()
     return torch.cosine_similarity(validate_weight(weight, mu), mu - n @ mu / n.sum(), eps=0)
+
+
+def untrained_classes(weight: ArrayLike) -> list[int]:
+    """Return the classes of a head W (K, d) that look untrained: their rows are nearly parallel, and short.
+
+    The cross entropy pulls the rows of all classes without samples in one direction, that of -sum_i p_ik h_i, and
+    weight decay removes what else they had. So they end nearly equal (cosines of 0.88 to 0.96 in trained heads), and
+    short, because their probabilities p_ik are small. At the optimum, rows of two classes have a cosine below zero, and
+    those of classes that collapse (minority collapse) are equal: these are listed as well. Rows that training has not
+    changed at all are as different as they were at the start, and are not.
+
+    A row is listed if its norm is at most 0.6 of the median norm of the rows that have no cosine above 0.85 with
+    another, and if it has such a cosine with another row as short, or is zero.
+
+    Example:
+        >>> from nc_metrics import untrained_classes
+        >>> untrained_classes([[2.0, -1.0, 0.0], [-1.0, 2.0, 0.0], [-0.5, -0.5, 0.1], [-0.5, -0.5, -0.1]])
+        [2, 3]
+    """
+    w = as_tensor("the weight", weight).double()
+    norms = w.norm(dim=1)
+    distinct = nearest_cosines(w) <= PARALLEL
+    if not distinct.any():
+        return []
+    short = norms <= SHORT * norms[distinct].median()
+    rows = short.nonzero().flatten()
+    return rows[(nearest_cosines(w[short]) > PARALLEL) | (norms[short] == 0)].tolist()
+
+
+def nearest_cosines(rows: torch.Tensor) -> torch.Tensor:
+    """Return the largest cosine of each of the rows (K, d) with another one (K,); -1 if there is none."""
+    directions, step = torch.nn.functional.normalize(rows, eps=1e-300), max(1, TILE // max(1, len(rows)))
+    largest = [rows.new_full((0,), -1.0)]
+    for start in range(0, len(rows), step):
+        cosines = directions[start : start + step] @ directions.T
+        cosines[:, start : start + step].fill_diagonal_(-1)
+        largest.append(cosines.amax(1))
+    return torch.cat(largest)
 
 
 def nc5(means: ArrayLike, ood_features: ArrayLike) -> float:

@@ -24,6 +24,7 @@ from nc_metrics import (
     nc_metrics,
     noise_share,
     regression_collapse,
+    untrained_classes,
 )
 from nc_theory import LOSSES, UFM, self_duality, seli, simplex_etf, solve
 from tests.conftest import documented, full_nc1, samples, statistics_of
@@ -784,6 +785,43 @@ def test_what_cannot_be_corrected_is_nan():
         assert math.isnan(nc1_corrected(of)) and math.isnan(noise_share(of))
     collapsed = statistics_of(np.eye(3, 8)[labels], labels, 3)
     assert (nc1_corrected(collapsed), noise_share(collapsed)) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Classes that look untrained
+# ---------------------------------------------------------------------------------------------------------
+
+
+def trained_head(counts, classes, weight_decay=0.01):
+    """W (classes, 8) after gradient descent on the cross entropy of fixed features, from random rows."""
+    torch.manual_seed(0)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    h = (2 * torch.eye(classes, 8)[labels] + 0.3 * torch.rand(len(labels), 8)).double()
+    w = torch.randn(classes, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=1.0, weight_decay=weight_decay)
+    for _ in range(600):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(h @ w.T, labels).backward()
+        optimizer.step()
+    return w.detach()
+
+
+def test_classes_without_samples_look_untrained_and_others_do_not():
+    assert untrained_classes(trained_head([40, 30, 20, 20, 10, 8], 6)) == []
+    assert untrained_classes(trained_head([40, 30, 20, 20, 10], 8)) == [5, 6, 7]
+    assert untrained_classes(trained_head([40, 30, 20], 30)) == list(range(3, 30))  # most of them
+    assert untrained_classes(torch.cat([trained_head([40, 30], 2), torch.zeros(2, 8)])) == [2, 3]
+
+
+def test_heads_at_the_optimum_and_at_random_look_trained():
+    random = np.random.default_rng(0)
+    assert untrained_classes(solve(UFM([20, 50, 80, 100], 5e-3, 5e-5)).head(8)) == []
+    assert untrained_classes(random.standard_normal((300, 64))) == []
+    common = random.standard_normal((300, 64)) + 10  # cosines of 0.99, but no row is short
+    assert untrained_classes(common) == []
+    collapsed = solve(UFM([2, 2, 80, 100, 120], 1e-2, 1e-2))
+    assert collapsed.collapsed.tolist() == [True, True, False, False, False]
+    assert untrained_classes(collapsed.head(8)) == [0, 1]
 
 
 def test_a_class_without_samples_is_an_error():
