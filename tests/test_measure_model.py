@@ -342,16 +342,16 @@ def test_a_damaged_image_is_named(run_script, images, tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 DATA, *EXAMPLES = python_examples("docs/measuring.md")
-TITLES = "torchvision optimum test timm transformers lightning torchmetrics".split()
+TITLES = "torchvision optimum test classes timm transformers lightning torchmetrics".split()
 
 
 @pytest.mark.parametrize("title, code", [*zip(TITLES, EXAMPLES, strict=True)], ids=TITLES)
 def test_the_examples_of_the_docs_run(title, code, capsys, monkeypatch, tmp_path):
-    if title not in ("optimum", "test"):
+    if title not in ("optimum", "test", "classes"):
         pytest.importorskip(title, reason=f"{title} is not installed")
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for part in [DATA, *(EXAMPLES[: EXAMPLES.index(code)] if title in ("optimum", "test") else [])]:
+    for part in [DATA, *(EXAMPLES[: EXAMPLES.index(code)] if title in ("optimum", "test", "classes") else [])]:
         exec(part, namespace)
     capsys.readouterr()
     exec(code, namespace)
