@@ -1,7 +1,7 @@
 """Measure the heads of trained classifiers that packages of PyPI carry: what imbalance does to real classifiers.
 
-    python scripts/trained_heads.py                  (installs 10 packages into a temporary folder; about 5 minutes)
-    python scripts/trained_heads.py --figure         (draws the figure from results/trained_heads.csv alone)
+    python scripts/trained_heads.py                  (installs PACKAGES into a temporary folder; 90 s on one core)
+    python scripts/trained_heads.py --figure         (draws the figure from results/trained_heads.csv)
 
 Writes results/trained_heads.csv, a row for each head, and docs/figures/trained_heads.png; `scripts/update_tables.py`
 then puts the table into docs/trained_heads.md. It is not run by the tests. Nothing of the packages is imported but
