@@ -587,7 +587,7 @@ def test_features_that_are_not_finite_are_an_error_that_names_the_class(value):
 def test_an_error_lists_ten_classes_at_most():
     statistics = ClassStatistics(50_257)
     statistics.update(torch.rand(1, 3), [7])
-    with pytest.raises(ValueError, match=r"found none of class 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 and 50,246 more; to measure"):
+    with pytest.raises(ValueError, match="class 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 and 50,246 more; to measure"):
         _ = statistics.means
 
 
