@@ -3,6 +3,7 @@
     python measure_model.py --model torchvision:resnet18 --weights FILE --data_dir DIR --layers layer3,layer4,head
     python measure_model.py --model timm:vit_tiny_patch16_224 --weights FILE --data_dir DIR --layers blocks.5,norm,head
     python measure_model.py --model my_models.py:build --size 32 --data_dir DIR --layers body.2,head
+    python measure_model.py --model my_models.py:build --data my_data.py:loader --layers body.2,head
     python measure_model.py --run model_weights/RUN --layers layer3,layer4,head
     python measure_model.py --run model_weights/RUN --layers layer3,layer4,head --epochs all
 
@@ -12,11 +13,14 @@ NC1, CDNV, NC4 and NCM_acc1 differ. Layers are named as in `model.named_modules(
 measured at its input. With --epochs there is a row for each epoch, too, and the figure has curves over the epochs.
 """
 
+import functools
 import inspect
 import sys
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 
 import pandas as pd
+import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from torch import nn
@@ -29,10 +33,12 @@ from analysis.style import STYLE_FILE, TEXT_WIDTH
 from cli import Parser, bounded, layer_names
 from engine.checkpoints import load_weights
 from engine.device import pick_device
-from engine.measurement import Batches, load_run, measure_layers, named_layers
+from engine.measurement import Batches, load_run, measure_layers
 from engine.run import Run
 from engine.tables import write_table
 from image_files import list_folder, open_rgb
+from nc_layers import head_input, head_weight
+from nc_metrics import untrained_classes
 from utils import UserError, atomic_write, message_of, run_file, run_script
 
 
@@ -41,12 +47,14 @@ def main():
     device = pick_device(args.device, 0)
     if args.epochs and not args.run:
         raise UserError("--epochs are those of a --run")
+    if args.run and (args.classes or args.data):
+        raise UserError("--classes and --data are those of a --model")
     try:
         if args.run:
             table = pd.concat(measure_run(args, device), ignore_index=True)
         else:
-            model, loaders, num_classes = load_model_and_images(args)
-            table = measure(model.to(device), loaders, args.layers, num_classes)
+            model, loaders, num_classes = load_model_and_data(args)
+            table = measure(model.to(device), loaders, args.layers, num_classes, args.classes)
     except ValueError as error:
         raise UserError(error) from None
     args.out.mkdir(parents=True, exist_ok=True)
@@ -81,6 +89,19 @@ def make_parser():
         "--data_dir", type=Path, metavar="DIR", help="images as train/<class>/* and test/<class>/* (default: the run's)"
     )
     add(
+        "--data",
+        metavar="FILE.py:FUNCTION",
+        help="function that returns a loader of batches (inputs, labels) of any kind, or a dict of two, train and "
+        "test; the number of classes is CLASSES in the file, or else counted",
+    )
+    add(
+        "--classes",
+        type=lambda text: [bounded(int, 0)(word) for word in text.split(",")],
+        metavar="N,N,...",
+        help="numbers in the head's output of the classes that the data have: one for each folder of --data_dir, in "
+        "order, or all labels of --data (default: all classes, in order)",
+    )
+    add(
         "--size", type=bounded(int, 1), metavar="N", help="images of N x N pixels (default: the model's own transforms)"
     )
     add("--batch_size", type=bounded(int, 1), default=64, metavar="N", help="images per forward pass")
@@ -91,7 +112,7 @@ def make_parser():
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The model and its images
+# The model and its data
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -103,7 +124,8 @@ def epochs_of_text(text):
 def measure_run(args, device):
     """Yield the rows of --run at its last checkpoint, or at each of --epochs, with the epoch in the first column."""
     _, data, model = load_run(args.run, data_dir=args.data_dir)
-    loaders = {"train": Batches(data.train), "test": Batches(data.test)}
+    splits = {"train": data.train, "test": data.test}
+    loaders = {name: Batches(split) for name, split in splits.items() if len(split)}
     if not args.epochs:
         yield measure(model.to(device), loaders, args.layers, data.num_classes)
         return
@@ -120,16 +142,25 @@ def measure_run(args, device):
         yield table
 
 
-def load_model_and_images(args):
-    """Return (model, {split: loader}, K) of --model, --weights and --data_dir."""
-    if not args.data_dir:
-        raise UserError("--model needs --data_dir, a folder with train/<class>/* and test/<class>/*")
-    classes, splits = list_folder(args.data_dir)
-    model, transform = build(args.model, len(classes))
+def load_model_and_data(args):
+    """Return (model, {split: loader}, K) of --model, --weights and --data_dir or --data; K is None with --classes."""
+    if bool(args.data_dir) == bool(args.data):
+        raise UserError("--model needs --data_dir, a folder with train/<class>/* and test/<class>/*, or else --data")
+    if args.data:
+        loaders, num_classes = load_data(args.data)
+    else:
+        folders, splits = list_folder(args.data_dir)
+        num_classes = len(folders)
+        if args.classes and len(args.classes) != num_classes:
+            raise UserError(f"--classes are {len(args.classes)}, and {args.data_dir}/train has {num_classes} folders")
+    num_classes = None if args.classes else num_classes
+    model, transform = build(args.model, num_classes)
     if args.weights:
         load_weights(model, args.weights)
     else:
         print("random weights: give --weights FILE to measure trained ones")
+    if args.data:
+        return model, loaders, num_classes
     if args.size:
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
         resize = transforms.Resize((args.size, args.size), antialias=True)
@@ -137,54 +168,90 @@ def load_model_and_images(args):
     if transform is None:
         raise UserError(f"{args.model} has no transforms of its own: give --size")
     options = {"batch_size": args.batch_size, "num_workers": args.workers}
-    loaders = {name: DataLoader(Images(split, transform), **options) for name, split in splits.items()}
-    return model, loaders, len(classes)
+    images = {name: Images(split, transform, args.classes) for name, split in splits.items() if len(split.paths)}
+    return model, {name: DataLoader(of_split, **options) for name, of_split in images.items()}, num_classes
 
 
-def build(name, num_classes):
-    """Return (model, transform of an image) of a --model with fresh weights; the transform is None if it has none."""
+def load_data(name):
+    """Return ({split: loader}, K) of --data."""
+    path, _, function = name.rpartition(":")
+    make = load_function(path, function, "--data")
+    try:
+        made = make()
+    except Exception as error:  # of whatever is in the file
+        raise UserError(f"--data {name}: {type(error).__name__}: {message_of(error)}") from None
+    loaders = dict(made) if isinstance(made, Mapping) else {"train": made}
+    readable = all(isinstance(loader, Iterable) and not isinstance(loader, Iterator) for loader in loaders.values())
+    if not readable or loaders.keys() not in ({"train"}, {"train", "test"}):
+        raise UserError(
+            f"--data {name}: the function returns a {type(made).__name__}, wanted a loader that can be read twice, "
+            "such as a DataLoader or a list of batches, or a dict of such loaders, train and test"
+        )
+    known = getattr(load_module(path, "--data"), "CLASSES", None)
+    if known is not None:
+        return loaders, len(known) if isinstance(known, Sized) else int(known)
+    try:
+        largest = max(int(torch.as_tensor(labels).max()) for _, labels in loaders["train"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"--data {name}: batches are not pairs (inputs, labels): {message_of(error)}") from None
+    return loaders, largest + 1
+
+
+def build(name, num_classes=None):
+    """Return (model, transform of an image) of a --model with fresh weights; the transform is None if it has none.
+
+    num_classes: outputs of its head; None for as many as the model has by default.
+    """
     source, _, name_in_source = name.rpartition(":")
+    options = {} if num_classes is None else {"num_classes": num_classes}
     try:
         if source == "torchvision":
             transform = models.get_model_weights(name_in_source).DEFAULT.transforms()
-            return models.get_model(name_in_source, num_classes=num_classes), transform
+            return models.get_model(name_in_source, **options), transform
         if source == "timm":
             import timm
 
-            model = timm.create_model(name_in_source, num_classes=num_classes)
+            model = timm.create_model(name_in_source, **options)
             return model, timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     except (ImportError, RuntimeError, ValueError) as error:
         raise UserError(f"--model {name}: {message_of(error)}") from None
-    function = load_function(source, name_in_source)
-    takes_classes = "num_classes" in inspect.signature(function).parameters
-    model = function(num_classes=num_classes) if takes_classes else function()
+    function = load_function(source, name_in_source, "--model")
+    model = function(**options) if "num_classes" in inspect.signature(function).parameters else function()
     if not isinstance(model, nn.Module):
         raise UserError(f"--model {name}: the function returns a {type(model).__name__}, wanted a torch.nn.Module")
     return model, None
 
 
-def load_function(path, name):
-    """Return a function of a Python file, which is imported as Python imports it from its own folder.
+def load_function(path, name, flag):
+    """Return a function of a Python file; raise UserError, with the name of the flag, if there is none."""
+    if not (path.endswith(".py") and Path(path).is_file()):
+        others = "torchvision:NAME, timm:NAME, or " if flag == "--model" else ""
+        raise UserError(f"{flag} {path}:{name}: wanted {others}FILE.py:FUNCTION of a file")
+    module = load_module(path, flag)
+    if not hasattr(module, name):
+        raise UserError(f"{flag} {path}:{name}: the file has no function {name}")
+    function = getattr(module, name)
+    if not callable(function) or isinstance(function, nn.Module):
+        made = "model" if flag == "--model" else "loader"
+        raise UserError(f"{flag} {path}:{name}: a {type(function).__name__}, wanted a function that returns a {made}")
+    return function
+
+
+@functools.cache
+def load_module(path, flag):
+    """Return a Python file as a module, imported as Python imports it from its own folder; raise UserError if it fails.
 
     The modules of this repository are hidden from then on, so that its neighbours and installed packages of the same
-    names, such as `models` or `datasets`, are found. Raises UserError if there is no such file or function.
+    names, such as `models` or `datasets`, are found.
     """
-    if not (path.endswith(".py") and Path(path).is_file()):
-        raise UserError(f"--model {path}:{name}: wanted torchvision:NAME, timm:NAME, or FILE.py:FUNCTION of a file")
     folder, ours = Path(path).resolve().parent, Path(__file__).resolve().parent
     hide_modules(ours, folder)
     sys.path.insert(0, str(folder))
     stem = Path(path).stem
     try:
-        module = run_file(path, stem if stem not in sys.modules else f"file_of_{stem}")
+        return run_file(path, stem if stem not in sys.modules else f"file_of_{stem}")
     except UserError as error:
-        raise UserError(f"--model {error}") from None
-    if not hasattr(module, name):
-        raise UserError(f"--model {path}:{name}: the file has no function {name}")
-    function = getattr(module, name)
-    if not callable(function) or isinstance(function, nn.Module):
-        raise UserError(f"--model {path}:{name}: a {type(function).__name__}, wanted a function that returns a model")
-    return function
+        raise UserError(f"{flag} {error}") from None
 
 
 def hide_modules(ours, folder):
@@ -200,10 +267,11 @@ def hide_modules(ours, folder):
 
 
 class Images(Dataset):
-    """`image_files.ImageFiles` as pairs (transformed image, label)."""
+    """`image_files.ImageFiles` as pairs (transformed image, label), or (transformed image, classes[label])."""
 
-    def __init__(self, files, transform):
-        self.files, self.labels, self.transform = files.paths, files.labels, transform
+    def __init__(self, files, transform, classes=None):
+        self.files, self.transform = files.paths, transform
+        self.labels = [classes[label] for label in files.labels] if classes else files.labels
 
     def __len__(self):
         return len(self.files)
@@ -220,12 +288,32 @@ class Images(Dataset):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def measure(model, loaders, layers, num_classes, quiet=False):
-    """Return a row of metrics for each layer and split, as a DataFrame; raise ValueError as `layer_statistics`."""
-    if "head" in layers and not quiet:
-        print(f"head: the input of {named_layers(model, ['head'], next(iter(loaders['train']))[0])['head']}")
-    table = pd.DataFrame(measure_layers(model, loaders, layers, num_classes))
+def measure(model, loaders, layers, num_classes, classes=None, quiet=False):
+    """Return a row of metrics for each layer and split, as a DataFrame; raise ValueError as `layer_statistics`.
+
+    num_classes: outputs of the head; None for as many as it has.
+    """
+    if "head" in layers or num_classes is None:
+        head = head_input(model, next((batch[0] for batch in loaders["train"]), None))
+        weight = head_weight(model.get_submodule(head))
+        num_classes = num_classes or len(weight)
+        layers = [head if name == "head" else name for name in layers]
+        if not quiet:
+            print(f"head: the input of {head}")
+            note_untrained(weight, head)
+    if classes and (absent := num_classes - len(classes)):
+        print(f"note: {absent:,} of the head's {num_classes:,} classes have no samples here, and are left out")
+    table = pd.DataFrame(measure_layers(model, loaders, layers, num_classes, classes))
     return table.drop(columns=[column for column in table if column not in LAYER_PANELS and table[column].isna().all()])
+
+
+def note_untrained(weight, head):
+    """Say which classes of a head W (K, d) look untrained, if any do."""
+    untrained = untrained_classes(weight)
+    more = f" and {len(untrained) - 10:,} more" if len(untrained) > 10 else ""
+    if untrained:
+        shown = ", ".join(map(str, untrained[:10]))
+        print(f"note: classes {shown}{more} look untrained: their rows of {head} are nearly parallel, and short")
 
 
 @style.context(STYLE_FILE)

@@ -18,7 +18,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ def layer_statistics(
     features: Features = average,
     between: str = "classes",
     reference: Mapping[str, ClassStatistics] | None = None,
+    classes: Sequence[int] | None = None,
 ) -> dict[str, ClassStatistics]:
     """Return {layer: ClassStatistics} of a model's layers after both passes, for `nc_metrics`.
 
@@ -79,6 +80,9 @@ def layer_statistics(
     between: as in `ClassStatistics`.
     reference: the result of an earlier call. Its class means are used, and the loader is read once: give the result
         on the training set to measure test samples against the training means.
+    classes: the classes to measure, if the data have samples of some of the head's num_classes only; labels are numbers
+        of the head's classes, among these. The results are in their order. NC4 compares with the largest logit among
+        these classes. `nc_metrics` takes W of the whole head.
 
     NC4 compares with the predictions of the head, of other layers with those of the model, if its outputs contain
     logits (B, num_classes). The model runs in eval mode, without gradients, compiled code and the fast path of
@@ -103,9 +107,10 @@ def layer_statistics(
     modules = find_layers(model, layers)
     if reference is not None and (missing := set(modules) - set(reference)):
         raise ValueError(f"the reference has no layer {', '.join(sorted(missing))}: it has {', '.join(reference)}")
-    with undisturbed(model), torch.no_grad(), Recorder(model, modules, num_classes, features, device) as recorder:
+    reader = Recorder(model, modules, num_classes, features, device, classes)
+    with undisturbed(model), torch.no_grad(), reader as recorder:
         if reference is None:
-            statistics = {name: ClassStatistics(num_classes, between) for name in modules}
+            statistics = {name: ClassStatistics(num_classes, between, classes=classes) for name in modules}
             for name, h, labels, _ in recorder.batches(loader):
                 statistics[name].update(h, labels)
         else:
@@ -156,8 +161,10 @@ class Recorder:
         num_classes: int | None = None,
         features: Features = average,
         device: torch.device | str | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         self.model, self.modules, self.num_classes = model, modules, num_classes
+        self.classes = None if classes is None else torch.as_tensor(classes)  # that are predicted
         self.device = device or next((parameter.device for parameter in model.parameters()), "cpu")
         self.features = features if takes_inputs(features) else lambda outputs, inputs: features(outputs)
         self.named = [name for group in heads_by_name(model) for name in group]
@@ -236,6 +243,9 @@ class Recorder:
                 predictions = None
                 if logits is not None and logits.shape == (len(h), self.num_classes):
                     predictions, self.predicted = logits.argmax(1), True
+                    if self.classes is not None:
+                        kept = self.classes.to(logits.device)
+                        predictions = kept[logits[:, kept].argmax(1)]
                 yield name, h.cpu() if h.device.type == "mps" else h, batch[1], predictions
         if number is None:
             raise ValueError("the loader yields no batch")

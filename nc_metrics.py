@@ -15,7 +15,7 @@ dist(A, B) = |A/|A| - B/|B|| in Frobenius norms. `nc_layers` gathers the statist
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from numpy.typing import ArrayLike
@@ -33,11 +33,14 @@ __all__ = [
     "distance",
     "geometry",
     "nc1",
+    "nc1_corrected",
     "nc1_trace",
     "nc5",
     "nc_metrics",
+    "noise_share",
     "other_geometries",
     "regression_collapse",
+    "untrained_classes",
 ]
 
 THEORY_COLUMNS = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]  # NaN where there is no optimum
@@ -45,8 +48,12 @@ BETWEEN = ("classes", "means", "samples")
 TILE = 2**22  # entries of a K x K matrix that are processed at a time
 CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
-SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "hits", "disagreements", "shifts")
+SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "products", "hits", "disagreements", "shifts")
 DIRECTIONS = 16  # random directions in which sums of h - mu are compared with zero
+PROBES = 64  # random directions in which the scatter outside the span of the class means is known
+NOISE = 0.1  # share of noise in a direction of the class means, from which on a warning is given
+PARALLEL, SHORT = 0.85, 0.6  # cosine and relative norm of the rows of classes that look untrained
+NO_SIGNAL = 0.5  # share of noise from which on NC1 cannot be corrected
 
 
 class ClassStatistics:
@@ -56,8 +63,10 @@ class ClassStatistics:
     float64, are moved to the CPU. No autograd graph is kept.
 
     between: the between-class covariance Sigma_B that NC1 divides by, see `between_class_basis`. device: that of the
-    features, which only a process without a batch must know, for `merge`. Raises ValueError for a name that is not in
-    BETWEEN.
+    features, which only a process without a batch must know, for `merge`. classes: the classes to measure, of the
+    num_classes of the head; by default all. Labels and predictions are numbers of the head's classes, and labels must
+    be among these. The results are in their order. Raises ValueError for a name that is not in BETWEEN, and for
+    classes that are not different numbers from 0 to num_classes - 1.
 
     Example:
         >>> from nc_metrics import ClassStatistics
@@ -72,10 +81,18 @@ class ClassStatistics:
         tensor([2., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, num_classes: int, between: str = "classes", device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        between: str = "classes",
+        device: torch.device | str | None = None,
+        classes: Sequence[int] | None = None,
+    ) -> None:
         if between not in BETWEEN:
             raise ValueError(f"between is {between!r}, wanted one of {', '.join(BETWEEN)}")
-        self.num_classes, self.between = num_classes, between
+        self.head_classes, self.between = num_classes, between
+        self.classes = None if classes is None else validate_classes(classes, num_classes)
+        self.num_classes = num_classes = num_classes if self.classes is None else len(self.classes)
 
         @torch.inference_mode(False)  # otherwise they could not be changed outside inference mode
         def zeros(*shape: int) -> torch.Tensor:
@@ -87,6 +104,7 @@ class ClassStatistics:
         self.within_counts = zeros(num_classes)  # (K,) samples of each class in the second pass
         self.within_sums = zeros(num_classes)  # (K,) sums of |h_i - mu_k|^2
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
+        self.products = zeros(0, 0)  # (d, r + p) sum of (h_i - mu_{y_i})(h_i - mu_{y_i})^T times [B, probes]
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
         self.shifts = zeros(num_classes, DIRECTIONS)  # (K, DIRECTIONS) sums of h_i - mu_k in random directions
@@ -108,6 +126,8 @@ class ClassStatistics:
         hits: torch.Tensor | float = math.nan,
         disagreements: torch.Tensor | float = math.nan,
         between: str = "classes",
+        num_classes: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> "ClassStatistics":
         """Return the statistics, as after both passes, of samples whose moments are known.
 
@@ -115,7 +135,8 @@ class ClassStatistics:
         samples of each class (K,). scatter: the sum of (h_i - mu_{y_i})(h_i - mu_{y_i})^T over all samples (d, d). All
         are float64 tensors on one device. negatives: entries of the features that are below zero. hits, disagreements:
         samples whose nearest class mean is that of their own class, and is not the predicted class. What depends on
-        one of these three is NaN without it. between: as in the constructor.
+        one of these three is NaN without it. between: as in the constructor, and so are num_classes, by default K, and
+        classes, K of them.
 
         Raises ValueError for other shapes, and for a class without samples.
 
@@ -127,19 +148,22 @@ class ClassStatistics:
             >>> f"{nc1(statistics):.3f}"
             '0.125'
         """
-        num_classes, dim = means.shape
+        count, dim = means.shape
         shapes = tuple(tuple(moment.shape) for moment in (counts, within_sums, scatter))
-        if shapes != ((num_classes,), (num_classes,), (dim, dim)):
+        if shapes != ((count,), (count,), (dim, dim)):
             raise ValueError(
                 f"counts, within_sums and scatter have shapes {', '.join(map(str, shapes))}, wanted (K,), (K,) and "
-                f"(d, d) for means of shape (K, d) = {(num_classes, dim)}"
+                f"(d, d) for means of shape (K, d) = {(count, dim)}"
             )
-        statistics = cls(num_classes, between)
+        statistics = cls(num_classes or count, between, classes=classes)
+        if statistics.num_classes != count:
+            raise ValueError(f"there are means of {count} classes, wanted {statistics.num_classes}")
         statistics.counts, statistics.sums = counts, means * counts[:, None]
         statistics.require_samples()
         basis = statistics.set_centres(means)
         statistics.within_counts, statistics.within_sums = counts.clone(), within_sums.clone()
         statistics.projected_sum = (basis * (scatter @ basis)).sum()
+        statistics.products = scatter @ torch.cat([basis, statistics.probes], 1)
         scalars = [counts.new_zeros(()) + number for number in (negatives, hits, disagreements)]
         statistics.negatives, statistics.hits, statistics.disagreements = scalars
         return statistics
@@ -173,7 +197,9 @@ class ClassStatistics:
         self.shifts.index_add_(0, y, centred @ self.directions)
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
-        self.projected_sum += (centred @ basis).square().sum()
+        projected = centred @ basis
+        self.projected_sum += projected.square().sum()
+        self.products += centred.T @ torch.cat([projected, centred @ self.probes], 1)
         nearest = self.nearest_mean(h)
         self.hits += (nearest == y).sum()
         self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
@@ -186,11 +212,13 @@ class ClassStatistics:
         self.basis = between_class_basis(centres, self.counts, self.between)
         generator = torch.Generator().manual_seed(0)  # the same in all processes
         self.directions = torch.randn(centres.shape[1], DIRECTIONS, generator=generator).to(centres)
+        self.probes = probes_outside(self.basis) if self.basis.shape[1] == self.num_classes - 1 else self.basis[:, :0]
+        self.products = self.basis.new_zeros(len(self.basis), self.basis.shape[1] + self.probes.shape[1])
         return self.basis
 
     def for_other_samples(self) -> "ClassStatistics":
         """Return statistics with these class means, for a second pass over other samples, such as a test set."""
-        other = ClassStatistics(self.num_classes, self.between)
+        other = ClassStatistics(self.head_classes, self.between, classes=self.classes)
         other.counts, other.sums, other.negatives = self.counts, self.sums, self.negatives
         other.own_samples = False
         return other
@@ -238,10 +266,14 @@ class ClassStatistics:
         y = y.long()
         if len(y):
             low, high = torch.stack(y.aminmax()).tolist()
-            if low < 0 or high >= self.num_classes:
+            if low < 0 or high >= self.head_classes:
                 raise ValueError(
-                    f"labels go from {low} to {high}, wanted 0 to {self.num_classes - 1} for {self.num_classes} classes"
+                    f"labels go from {low} to {high}, wanted 0 to {self.head_classes - 1} for {self.head_classes} "
+                    "classes"
                 )
+            if (other := (position := self.positions(y)) < 0).any():
+                raise ValueError(f"there are labels of class {y[other][0]}, which is not in `classes`")
+            y = position
         if predictions is None:
             return h, y, None
         predicted = as_tensor("predictions", predictions, h.device)
@@ -250,19 +282,38 @@ class ClassStatistics:
                 f"predictions are {predicted.dtype} of shape {tuple(predicted.shape)}, wanted integers of shape "
                 f"{tuple(y.shape)}, such as logits.argmax(1)"
             )
-        return h, y, predicted.long()
+        return h, y, self.positions(predicted.long())
+
+    def positions(self, labels: torch.Tensor) -> torch.Tensor:
+        """Return the positions in `classes` of the head's classes (B,); -1 for those that are not in it."""
+        if self.classes is None:
+            return labels
+        position = torch.full((self.head_classes,), -1, device=labels.device)
+        position[list(self.classes)] = torch.arange(self.num_classes, device=labels.device)
+        return position[labels.clamp(0, self.head_classes - 1)]
 
     def require_samples(self) -> None:
         """Raise ValueError if a class has no samples."""
         if (empty := self.counts == 0).any():
-            raise ValueError(f"every class needs a sample before its mean is known, found none of {listed(empty)}")
+            raise ValueError(
+                f"every class needs a sample before its mean is known, found none of {self.listed(empty)}; to measure "
+                "the others alone, give `classes`"
+            )
+
+    def listed(self, marked: torch.Tensor) -> str:
+        """Return the classes that a bool tensor (K,) marks as text, by their numbers in the head."""
+        if self.classes is None:
+            return listed(marked)
+        of_head = torch.zeros(self.head_classes, dtype=torch.bool)
+        of_head[torch.tensor(self.classes)[marked.cpu()]] = True
+        return listed(of_head)
 
     @property
     def means(self) -> torch.Tensor:
         """Class means (K, d); ValueError if a class has no samples, or features that are not finite."""
         self.require_samples()
         if (wrong := ~self.sums.isfinite().all(1)).any():
-            raise ValueError(f"there are features that are not finite, of {listed(wrong)}")
+            raise ValueError(f"there are features that are not finite, of {self.listed(wrong)}")
         return self.sums / self.counts[:, None]
 
     @property
@@ -341,6 +392,16 @@ def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) 
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
+def validate_classes(classes: Sequence[int], num_classes: int) -> tuple[int, ...]:
+    """Return some of a head's classes as ints; raise ValueError if they are not different numbers of such classes."""
+    numbers = as_tensor("classes", classes)
+    if numbers.ndim != 1 or len(numbers) < 2 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(f"classes are {classes!r}, wanted two or more whole numbers")
+    if len(set(found := numbers.tolist())) < len(found) or min(found) < 0 or max(found) >= num_classes:
+        raise ValueError(f"classes are {found}, wanted different numbers from 0 to {num_classes - 1}")
+    return tuple(found)
+
+
 def listed(classes: torch.Tensor) -> str:
     """Return the classes that a bool tensor (K,) marks as text: the first ten, and how many more there are."""
     marked = classes.nonzero().flatten().tolist()
@@ -349,10 +410,14 @@ def listed(classes: torch.Tensor) -> str:
 
 def between_class_root(means: torch.Tensor, counts: torch.Tensor, between: str) -> torch.Tensor:
     """Return R (K, d) with Sigma_B = R^T R, the centred and weighted class means; see `between_class_basis`."""
+    weights, shares = between_class_weights(counts, between)
+    return weights.sqrt()[:, None] * (means - shares @ means)
+
+
+def between_class_weights(counts: torch.Tensor, between: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights (K,) of the class means in Sigma_B, and those in its centre; see `between_class_basis`."""
     shares, uniform = counts / counts.sum(), torch.full_like(counts, 1 / len(counts))
-    centred = means - (uniform if between == "means" else shares) @ means
-    weights = shares if between == "samples" else uniform
-    return weights.sqrt()[:, None] * centred
+    return shares if between == "samples" else uniform, uniform if between == "means" else shares
 
 
 def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str = "classes") -> torch.Tensor:
@@ -377,6 +442,21 @@ def between_class_basis(means: torch.Tensor, counts: torch.Tensor, between: str 
     eigenvalues = singular.square()
     kept = eigenvalues > eigenvalues[0] * means.shape[1] * torch.finfo(torch.float64).eps
     return (vectors[kept] / singular[kept, None]).T
+
+
+def probes_outside(basis: torch.Tensor) -> torch.Tensor:
+    """Return directions P (d, p) orthogonal to B (d, r), with P P^T equal to I - B pinv(B), in expectation for large d.
+
+    They are the columns of I for d <= PROBES, and else the same random ones for every d x r matrix.
+    """
+    dim = len(basis)
+    if dim <= PROBES:
+        probes = torch.eye(dim, dtype=basis.dtype, device=basis.device)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        probes = torch.randn(dim, PROBES, generator=generator, dtype=torch.float64).to(basis) / PROBES**0.5
+    span = basis / basis.norm(dim=0)  # the columns of B are orthogonal
+    return probes - span @ (span.T @ probes)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -446,12 +526,14 @@ def nc_metrics(
 ) -> dict[str, float]:
     """Return a row of metrics, {column: float}, of ClassStatistics after both passes and a head W (K, d), if any.
 
-    weight: W; without one, the columns that need it are absent. optimum: a `nc_theory.Optimum` to compare with; without
-    one, the columns that need it are NaN. The paper is Dang, Tran, Nguyen, Ho (ICML 2024, arXiv 2401.02058). The
-    columns below are zero in perfect collapse to the optimum of the cross entropy. Margins and norms are compared for
-    the classes that the optimum does not collapse.
+    weight: W; without one, the columns that need it are absent. If the statistics have `classes`, W may be that of the
+    whole head: the rows of these classes are compared, and NC0 is that of all rows. optimum: a `nc_theory.Optimum` to
+    compare with; without one, the columns that need it are NaN. The paper is Dang, Tran, Nguyen, Ho (ICML 2024, arXiv
+    2401.02058). The columns below are zero in perfect collapse to the optimum of the cross entropy. Margins and norms
+    are compared for the classes that the optimum does not collapse.
 
     NC1             trace(Sigma_W pinv(Sigma_B)) / K, see `nc1`
+    NC1_corrected   NC1 less its bias from the noise of the class means, see `nc1_corrected`
     NC1_trace       trace(Sigma_W) / trace(Sigma_B), see `nc1_trace`
     NC0             |sum_k w_k| / |W|, w_k the rows of W: zero at a stationary point of the cross entropy with weight
                     decay on W, because the gradient of the cross entropy sums to zero over the rows. This does not
@@ -467,12 +549,14 @@ def nc_metrics(
 
     In Sigma_B of NC1 every class mean has weight 1/K and is centred at mu_G, the mean of all samples, in which it has
     weight n_k/N. `ClassStatistics(num_classes, between="samples")` weights the classes by n_k/N in Sigma_B as
-    well, and between="means" centres them at the mean of the class means. Only NC1 and NC1_trace depend on this.
+    well, and between="means" centres them at the mean of the class means. Only the columns NC1,
+    NC1_corrected and NC1_trace depend on this.
 
     Raises ValueError for a class without samples, for features that are not finite, for W of another shape than (K, d),
     and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
     negative, if it needs more features than d, and if the two passes had different features. If all class means are
-    equal, such as those of features that are all zero, it warns, and what compares them is NaN.
+    equal, such as those of features that are all zero, it warns, and what compares them is NaN. It also warns if
+    `noise_share` is above 0.1: NC1 then depends on the number of samples.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -486,16 +570,28 @@ def nc_metrics(
     """
     means, counts = statistics.means, statistics.counts
     if (wrong := ~statistics.within_sums.isfinite()).any():
-        raise ValueError(f"there are features in the second pass that are not finite, of {listed(wrong)}")
+        raise ValueError(f"there are features in the second pass that are not finite, of {statistics.listed(wrong)}")
     statistics.warn_of_drift("", "or other samples, or `update` was called after `update_within`")
     if optimum is not None:
         validate_optimum(optimum, statistics)
     if reason := statistics.degeneracy:
         warnings.warn(f"{reason}: what compares class means is NaN", stacklevel=2)
-    row = {"NC1": nc1(statistics), "NC1_trace": nc1_trace(statistics)}
-    w = None if weight is None else validate_weight(weight, means)
-    if w is not None:
-        row["NC0"] = (w.sum(0).norm() / w.norm()).item()
+    row = {"NC1": nc1(statistics), "NC1_corrected": math.nan, "NC1_trace": nc1_trace(statistics)}
+    share, bias = noise_of_means(statistics)
+    row["NC1_corrected"] = corrected(statistics, share, bias)
+    if share > NOISE:
+        warnings.warn(
+            f"NC1 depends on the number of samples: {min(share, 1):.0%} of the class means' variance in their smallest "
+            "direction is noise, Sigma_W / n_k; compare NC1_corrected or NC1_trace, or measure more samples",
+            stacklevel=2,
+        )
+    w = None
+    if weight is not None:
+        all_rows = w = as_tensor("the weight", weight).double()
+        if statistics.classes is not None and len(w) == statistics.head_classes:
+            w = w[list(statistics.classes)]
+        w = validate_weight(w, means)
+        row["NC0"] = (all_rows.sum(0).norm() / all_rows.norm()).item()
     row |= distances_to_optimum(means, w, counts, optimum)
     differing = torch.zeros_like(means) if reason else means  # equal up to rounding, which is no geometry
     return row | other_geometries(differing, w, counts) | classical_metrics(statistics, w)
@@ -585,6 +681,115 @@ def nc1_trace(statistics: ClassStatistics) -> float:
         return math.nan
     between = between_class_root(statistics.means, statistics.counts, statistics.between).square().sum()
     return float(statistics.within_sums.sum() / statistics.within_counts.sum() / between)
+
+
+def nc1_corrected(statistics: ClassStatistics) -> float:
+    """Return NC1 of the distribution of which the samples are drawn, without the bias that the noise of means brings.
+
+    The mean of n_k samples has a noise of covariance S_k / n_k, which Sigma_B takes for distance between classes; hence
+    NC1 is too small, the more so the fewer samples there are. To second order in the noise, its expected effect on
+    trace(Sigma_W pinv(Sigma_B)) is a sum of traces of Sigma_W, the class means and the counts (`noise_of_means`), which
+    is subtracted. Sigma_W is divided by N - K instead of N. In normal samples, what is left is of order 1 / n_k^2.
+
+    The class covariances S_k may differ in size, but are taken to have the shape of Sigma_W; a class of one sample is
+    given its size, too. Where NC1 is near zero, the result can be negative. NaN without the second pass, for class
+    means of other samples (`for_other_samples`), without samples to spare (N < K + 2), and where `noise_share` is
+    above 0.5.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import ClassStatistics, nc1, nc1_corrected
+        >>> labels = torch.arange(3).repeat_interleave(10)
+        >>> h = 3 * torch.eye(3, 8)[labels] + torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+        >>> statistics = ClassStatistics(num_classes=3)
+        >>> statistics.update(h, labels)
+        >>> statistics.update_within(h, labels)
+        >>> f"{nc1(statistics):.2f} {nc1_corrected(statistics):.2f}, of the distribution {2 / 9:.2f}"
+        '0.19 0.21, of the distribution 0.22'
+    """
+    return corrected(statistics, *noise_of_means(statistics))
+
+
+def noise_share(statistics: ClassStatistics) -> float:
+    """Return the share of noise in the direction of the class means that has most of it; NaN as `nc1_corrected`.
+
+    The noise of a class mean, of variance trace(S_k) / n_k, against the variance of the class means in their smallest
+    direction; with more classes than directions of the features, Sigma_W / n_k against Sigma_B.
+
+    Example:
+        >>> import torch
+        >>> from nc_metrics import ClassStatistics, noise_share
+        >>> labels = torch.arange(3).repeat_interleave(10)
+        >>> h = 3 * torch.eye(3, 8)[labels] + torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+        >>> statistics = ClassStatistics(num_classes=3)
+        >>> statistics.update(h, labels)
+        >>> statistics.update_within(h, labels)
+        >>> f"{noise_share(statistics):.2f}"
+        '0.12'
+    """
+    return noise_of_means(statistics)[0]
+
+
+def corrected(statistics: ClassStatistics, share: float, bias: float) -> float:
+    """Return NC1 with Sigma_W divided by N - K, less its bias; NaN where too much is noise."""
+    if not share <= NO_SIGNAL:
+        return math.nan
+    spare = statistics.counts.sum() - statistics.num_classes
+    return float(statistics.projected_sum / spare / statistics.num_classes) - bias
+
+
+def noise_of_means(statistics: ClassStatistics) -> tuple[float, float]:
+    """Return the `noise_share`, and the bias of NC1 from the noise of the class means, to second order; NaN if unknown.
+
+    With S the covariance within classes, R (K, d) of `between_class_root` and its noise E, whose rows have the
+    covariances E[E_ia E_jb] = C_ij S_ab, the bias is the mean of the second-order term of trace(S pinv((R+E)^T (R+E))),
+    divided by K. It is written with X = pinv(R), G = R R^T, F = X^T S X, and Q the projection off the span of R's rows:
+
+        r = K - 1  tr F tr FC + 2 tr FCF - 4 tr X^T SQSX C G^-1 - 2 tr X^T SQSX tr G^-1 C - 2 tr F C G^-1 tr QS
+                   + tr G^-1 C G^-1 tr QSQS
+        r < K - 1  tr F tr FC + 2 tr FFC - tr FF (tr C - tr C U U^T), U the left singular vectors of R
+
+    S^2 is estimated without the bias that the square of a sample covariance has in normal samples.
+    """
+    counts, num_classes = statistics.counts, statistics.num_classes
+    spare = counts.sum() - num_classes
+    if statistics.basis is None or not statistics.own_samples or spare < 2 or statistics.degeneracy:
+        return math.nan, math.nan
+    within = statistics.within_sums.sum() / spare  # trace of S
+    if not within:
+        return 0.0, 0.0
+    variances = torch.where(counts > 1, statistics.within_sums / (counts - 1).clamp(min=1), within)
+    sizes = variances / within / counts  # (K,) the noise of the mean of class k has the covariance sizes_k S
+    weights, shares = between_class_weights(counts, statistics.between)
+    basis, products = statistics.basis, statistics.products / spare
+    rank, scales = basis.shape[1], basis.norm(dim=0)  # of B = V / singular values
+    left = weights.sqrt()[:, None] * (between_class_root(statistics.means, counts, statistics.between) @ basis)
+    left = left - shares[:, None] * left.sum(0)
+    c = left.T * sizes @ left  # (r, r) C in the coordinates of R's singular vectors
+    inner, outer = products[:, :rank], products[:, rank:]
+    f = basis.T @ inner
+    if rank < num_classes - 1:
+        total = (sizes * (weights * (1 - 2 * shares) + shares.square())).sum()  # trace of C
+        squared = unbiased_square(f @ f, f, f.trace(), spare)
+        bias = f.trace() * (f * c).sum() + 2 * (squared * c).sum() - squared.trace() * (total - c.trace())
+        share = total * torch.linalg.eigvalsh(f)[-1]
+    else:
+        span, inverse = basis / scales, scales.square()  # V, and the diagonal of G^-1
+        outside = within - (span * inner / scales).sum()
+        across, outer = (part - span @ (span.T @ part) for part in (inner, outer))  # Q S X and Q S Q
+        w = unbiased_square(across.T @ across, f, outside, spare)
+        q = ((outer.square().sum() - outside.square() / spare) / (1 + 1 / spare - 2 / spare**2)).clamp(min=0)
+        bias = f.trace() * (f * c).sum() + 2 * (f @ f * c).sum() + (c.diag() * inverse.square()).sum() * q
+        bias -= (4 * w + 2 * outside * f).mul(c * inverse).sum() + 2 * w.trace() * (c.diag() * inverse).sum()
+        share = within * torch.linalg.eigvalsh(scales[:, None] * c * scales)[-1]
+    return float(share), float(bias) / num_classes
+
+
+def unbiased_square(
+    product: torch.Tensor, part: torch.Tensor, trace: torch.Tensor, spare: torch.Tensor
+) -> torch.Tensor:
+    """Return S M S less its bias, from `product`, `part` S, and trace(S M); S has `spare` degrees of freedom."""
+    return (product - part * trace / spare) / (1 + 1 / spare)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -699,6 +904,44 @@ def class_alignment(means: ArrayLike, weight: ArrayLike, counts: ArrayLike) -> t
     mu = as_tensor("means", means).double()
     n = as_tensor("counts", counts, mu.device).double()
     return torch.cosine_similarity(validate_weight(weight, mu), mu - n @ mu / n.sum(), eps=0)
+
+
+def untrained_classes(weight: ArrayLike) -> list[int]:
+    """Return the classes of a head W (K, d) that look untrained: their rows are nearly parallel, and short.
+
+    The cross entropy pulls the rows of all classes without samples in one direction, that of -sum_i p_ik h_i, and
+    weight decay removes what else they had. So they end nearly equal (cosines of 0.88 to 0.96 in trained heads), and
+    short, because their probabilities p_ik are small. At the optimum, rows of two classes have a cosine below zero, and
+    those of classes that collapse (minority collapse) are equal: these are listed as well. Rows that training has not
+    changed at all are as different as they were at the start, and are not.
+
+    A row is listed if its norm is at most 0.6 of the median norm of the rows that have no cosine above 0.85 with
+    another, and if it has such a cosine with another row as short, or is zero.
+
+    Example:
+        >>> from nc_metrics import untrained_classes
+        >>> untrained_classes([[2.0, -1.0, 0.0], [-1.0, 2.0, 0.0], [-0.5, -0.5, 0.1], [-0.5, -0.5, -0.1]])
+        [2, 3]
+    """
+    w = as_tensor("the weight", weight).double()
+    norms = w.norm(dim=1)
+    distinct = nearest_cosines(w) <= PARALLEL
+    if not distinct.any():
+        return []
+    short = norms <= SHORT * norms[distinct].median()
+    rows = short.nonzero().flatten()
+    return rows[(nearest_cosines(w[short]) > PARALLEL) | (norms[short] == 0)].tolist()
+
+
+def nearest_cosines(rows: torch.Tensor) -> torch.Tensor:
+    """Return the largest cosine of each of the rows (K, d) with another one (K,); -1 if there is none."""
+    directions, step = torch.nn.functional.normalize(rows, eps=1e-300), max(1, TILE // max(1, len(rows)))
+    largest = [rows.new_full((0,), -1.0)]
+    for start in range(0, len(rows), step):
+        cosines = directions[start : start + step] @ directions.T
+        cosines[:, start : start + step].fill_diagonal_(-1)
+        largest.append(cosines.amax(1))
+    return torch.cat(largest)
 
 
 def nc5(means: ArrayLike, ood_features: ArrayLike) -> float:

@@ -10,6 +10,7 @@ need memory for K d numbers; this single pass needs it for K d + d^2.
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,10 @@ from nc_theory import Optimum
 
 __all__ = ["COLUMNS", "OPTIMUM_COLUMNS", "REFERENCE_COLUMNS", "NeuralCollapse"]
 
-COLUMNS = ("NC1", "NC1_trace", "CDNV", "GNC2", "ETF_HTH", "SELI_HTH", "cv_mean_norms", "equiangularity_means")
+COLUMNS = (
+    *("NC1", "NC1_corrected", "NC1_trace", "CDNV", "GNC2"),
+    *("ETF_HTH", "SELI_HTH", "cv_mean_norms", "equiangularity_means"),
+)
 OPTIMUM_COLUMNS = ("NC2_H", "norm_rel_err")
 REFERENCE_COLUMNS = ("NC4", "NCM_acc1")
 
@@ -29,7 +33,8 @@ REFERENCE_COLUMNS = ("NC4", "NCM_acc1")
 class NeuralCollapse(Metric):
     """Computes the columns of `nc_metrics` that need no head, {column: scalar tensor}, in a single pass.
 
-    num_classes, feature_dim: K and d. between: as in `nc_metrics.ClassStatistics`.
+    num_classes, feature_dim: K and d. between, classes: as in `nc_metrics.ClassStatistics`; with `classes`, K is their
+        number in all shapes below. A prediction that is none of them agrees with no class mean.
     optimum: a `nc_theory.Optimum` to compare with, for NC2_H and norm_rel_err, which are absent without it. Then call
         `update`, not `forward`, which would compare the class counts of a batch with the optimum's.
     reference_means: class means (K, d) that are known beforehand, such as those of the training set or of the previous
@@ -69,12 +74,14 @@ class NeuralCollapse(Metric):
         feature_dim: int,
         *,
         between: str = "classes",
+        classes: Sequence[int] | None = None,
         optimum: Optimum | None = None,
         reference_means: ArrayLike | None = None,
         **metric_options: Any,
     ) -> None:
         super().__init__(**metric_options)
-        self.validate_batch = ClassStatistics(num_classes, between).validate_batch
+        self.template = ClassStatistics(num_classes, between, classes=classes)
+        num_classes = self.template.num_classes
         self.num_classes, self.feature_dim, self.between, self.optimum = num_classes, feature_dim, between, optimum
         means = None if reference_means is None else torch.as_tensor(reference_means).detach().double()
         if means is not None and means.shape != (num_classes, feature_dim):
@@ -90,7 +97,7 @@ class NeuralCollapse(Metric):
 
         Raises ValueError for other shapes and types, labels out of range, and features that are not finite.
         """
-        h, y, predicted = self.validate_batch(features, target, predictions)
+        h, y, predicted = self.template.validate_batch(features, target, predictions)
         if h.shape[1] != self.feature_dim or not h.isfinite().all():
             raise ValueError(f"features have shape {tuple(h.shape)}, wanted finite (B, {self.feature_dim})")
         h = h.double()
@@ -133,6 +140,8 @@ class NeuralCollapse(Metric):
             hits=self.hits,
             disagreements=self.disagreements,
             between=self.between,
+            num_classes=self.template.head_classes,
+            classes=self.template.classes,
         )
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "NeuralCollapse":

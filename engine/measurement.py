@@ -55,7 +55,7 @@ class Measurement:
         """Return what the function `measure_layers` does, in the precision and with the BatchNorm of `measure`."""
         self.model.eval()
         splits = {"train": self.data.train, "test": self.data.test}
-        loaders = {name: Batches(split, self.after_batch) for name, split in splits.items()}
+        loaders = {name: Batches(split, self.after_batch) for name, split in splits.items() if len(split)}
         with warnings.catch_warnings(record=True) as caught:
             try:
                 with self.batch_norm(), autocast(self.precision, self.device):
@@ -115,6 +115,7 @@ class Measurement:
             accuracy.merge(self.ranks.sum)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* entries are negative|.* class means is NaN")  # noted once instead
+            warnings.filterwarnings("ignore", "NC1 depends on")  # the training set is no sample: it is what is measured
             metrics = nc_metrics(statistics, weight, optimum if optimum and optimum.problem.unique else None)
         if optimum and optimum.problem.relu and (share := statistics.negative_share) > 0:
             self.note(
@@ -189,22 +190,25 @@ def named_layers(model, layers, inputs):
     return {name: head_input(model, inputs) if name == "head" else name for name in layers}
 
 
-def measure_layers(model, loaders, layers, num_classes):
+def measure_layers(model, loaders, layers, num_classes, classes=None):
     """Return a row (a dict) of metrics for each layer and split; raise ValueError as `layer_statistics`.
 
-    loaders: {"train": loader, "test": loader or an empty one}. Test samples are measured against the training means.
-    layers: as in `named_layers`. The columns that compare with an optimum are left out.
+    loaders: {"train": loader}, and "test" if there are test samples; these are measured against the training means.
+    layers: as in `named_layers`. num_classes and classes: as in `layer_statistics`. The columns that compare with an
+    optimum are left out.
     """
-    layers = list(dict.fromkeys(named_layers(model, layers, next(iter(loaders["train"]))[0]).values()))
-    train = layer_statistics(model, loaders["train"], layers, num_classes)
+    names = named_layers(model, layers, next((batch[0] for batch in loaders["train"]), None))
+    layers = list(dict.fromkeys(names.values()))
+    train = layer_statistics(model, loaders["train"], layers, num_classes, classes=classes)
     statistics = {"train": train}
-    if len(loaders["test"]):
-        statistics["test"] = layer_statistics(model, loaders["test"], layers, num_classes, reference=train)
+    if "test" in loaders:
+        of_test = layer_statistics(model, loaders["test"], layers, num_classes, reference=train, classes=classes)
+        statistics["test"] = of_test
     rows = []
     for layer in layers:
         means = train[layer].means
         weight = head_weight(model.get_submodule(layer)) if train[layer].at_head else None
-        if weight is not None and weight.shape != means.shape:  # a head for other classes
+        if weight is not None and weight.shape != (num_classes, means.shape[1]):  # a head for other classes
             weight = None
         for split, of_split in statistics.items():
             row = nc_metrics(of_split[layer], weight)

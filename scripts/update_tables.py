@@ -7,7 +7,8 @@ scripts/tables.py defines the tables, and results/TABLE.csv is the summary.csv t
 document shows a table between the lines `<!-- table: TABLE -->` and `<!-- end of table -->`. If the folder of a table's
 runs is given, the script also replaces results/TABLE.csv and the table's figures in docs/figures/. A table with
 `by_class` also has results/TABLE_classes.csv: margins, norms and test accuracies of each class, over the seeds.
-results/check_gpu_cuda.csv is what scripts/check_gpu.sh writes on a GPU.
+results/check_gpu_cuda.csv is what scripts/check_gpu.sh writes on a GPU, results/trained_heads.csv what
+scripts/trained_heads.py writes.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from scripts.tables import TABLES, summary_of
 from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECK = "check_gpu_cuda"
+CHECK, HEADS = "check_gpu_cuda", "trained_heads"
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
 
 
@@ -65,6 +66,22 @@ COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "minutes": ("seconds", minutes),
     "minutes to 0.05": ("seconds_to_0.05", minutes),
     "minutes to 0.01": ("seconds_to_0.01", minutes),
+}
+HEADS_COLUMNS = {  # of results/trained_heads.csv, and how they are written
+    "head": str,
+    "classes": "{:,.0f}".format,
+    "d": "{:,.0f}".format,
+    "NC0": number,
+    "common": "{:.1%}".format,
+    "equiangularity_classifier": number,
+    "ETF_WWT": number,
+    "optimum_WWT": number,
+    "longest": number,
+    "untrained": "{:,.0f}".format,
+    "norms_rank": "{:+.2f}".format,
+    "biases_rank": "{:+.2f}".format,
+    "majority": number,
+    "rarest_cosine": "{:+.2f}".format,
 }
 SHOWN = {name: table for name, table in TABLES.items() if table.heads}
 BY_CLASS = {f"{name}_classes": table for name, table in TABLES.items() if table.by_class}
@@ -139,11 +156,16 @@ def redraw(text, results):
 
 
 def markdown(name, results):
-    """Return a table of SHOWN, or that of the check of a GPU, as Markdown."""
+    """Return a table of SHOWN, that of the check of a GPU, or that of trained heads, as Markdown."""
     if name == CHECK:
         return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
     if name in BY_CLASS:
         return classes_markdown(BY_CLASS[name], pd.read_csv(results / f"{name}.csv", converters={"class": str}))
+    if name == HEADS:
+        rows = pd.read_csv(results / f"{name}.csv")[[*HEADS_COLUMNS]]
+        for head, form in HEADS_COLUMNS.items():
+            rows[head] = ["-" if pd.isna(value) else form(value) for value in rows[head]]
+        return rows.to_markdown(index=False, disable_numparse=True)
     table, summary = SHOWN[name], pd.read_csv(results / f"{summary_of(name)}.csv")
     summary.index = [setting_of(folders.split()[0]) for folders in summary["folders"]]
     lines = [["", table.title, *table.heads, ""], ["", *["---"] * (1 + len(table.heads)), ""]]

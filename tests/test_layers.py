@@ -703,3 +703,38 @@ def test_torchvision(name, layers):
         if layer == "avgpool":
             assert nc_metrics(found[layer]) == pytest.approx(nc_metrics(found["layer4"]), rel=1e-3, nan_ok=True)
         assert nc_metrics(found[layer])["NC1"] == pytest.approx(by_hand(features)[0], rel=1e-3), layer
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Some classes of a head
+# ---------------------------------------------------------------------------------------------------------
+
+
+def test_data_with_some_classes_of_the_head():
+    """As a model with a head for these classes alone, but NC0, which is that of the whole head."""
+    torch.manual_seed(0)
+    classes, x = [17, 3, 11], torch.randn(60, 4)
+    body, fc = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh()), torch.nn.Linear(6, 20)
+    small = torch.nn.Linear(6, 3)
+    small.load_state_dict({name: value[classes] for name, value in fc.state_dict().items()})
+    position = torch.arange(60) % 3
+    whole, part = (torch.nn.Sequential(body, head) for head in (fc, small))
+    found = layer_statistics(whole, [(x, torch.tensor(classes)[position])], ["0", "1"], 20, classes=classes)
+    expected = layer_statistics(part, [(x, position)], ["0", "1"], 3)
+    for layer in found:
+        row, wanted = nc_metrics(found[layer], fc.weight), nc_metrics(expected[layer], small.weight)
+        assert row.pop("NC0") == pytest.approx((fc.weight.sum(0).norm() / fc.weight.norm()).item())
+        assert wanted.pop("NC0") and row == pytest.approx(wanted, nan_ok=True) and row["NC4"] > 0
+        assert nc_metrics(found[layer], small.weight)["NC2_W"] == row["NC2_W"]
+    test = layer_statistics(whole, [(x, torch.tensor(classes)[position])], ["1"], 20, reference=found, classes=classes)
+    assert nc_metrics(test["1"])["NC4"] == row["NC4"]
+    for given, message in (
+        ([3, 11], "there are labels of class 17, which is not in `classes`"),
+        ([17, 3, 11, 5], "found none of class 5; to measure the others alone, give `classes`"),
+        ([17, 3, 20], r"classes are \[17, 3, 20\], wanted different numbers from 0 to 19"),
+        ([17, 3, 3], "wanted different numbers"),
+        ([17], r"classes are \[17\], wanted two or more whole numbers"),
+        ([0.5, 1.0], "wanted two or more whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer_statistics(whole, [(x, torch.tensor(classes)[position])], ["1"], 20, classes=given)

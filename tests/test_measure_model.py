@@ -29,6 +29,18 @@ def nothing():
 
 def pair():
     return build(3), None
+
+def broken():
+    return 1 / 0
+
+def once():
+    return zip([1], [2])
+
+def three():
+    return [(1, 2, 3)]
+
+def validation():
+    return {"train": [], "validation": []}
 """
 
 
@@ -88,6 +100,64 @@ def test_a_model_from_a_file(run_script, images, tmp_path):
     assert float(rows["3", "train"]["self_duality"]) == float(rows["3", "test"]["self_duality"])
     picture = np.asarray(Image.open(tmp_path / "out" / "layers.png").convert("L"))
     assert picture.std() > 10 and (tmp_path / "out" / "layers.pdf").stat().st_size > 1000
+
+
+WORDS = """
+import torch
+
+torch.manual_seed(0)
+CLASSES = ["ant", "bee", "cow"]
+words, labels = torch.randint(50, (40, 7)), torch.arange(40) % 3
+
+def build(num_classes=9):
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.EmbeddingBag(50, 5), torch.nn.Linear(5, num_classes))
+
+def loaders():
+    return {"train": [(words[:15], labels[:15]), (words[15:30], labels[15:30])], "test": [(words[30:], labels[30:])]}
+
+def loader():
+    return loaders()["train"]
+
+def of_nine():
+    return [(x, torch.tensor([8, 0, 4])[y]) for x, y in loader()]
+"""
+
+
+def test_inputs_that_are_no_images(run_script, tmp_path):
+    """Words: the classes from CLASSES, counted, and as some of a larger head's."""
+    (tmp_path / "words.py").write_text(WORDS)
+    (tmp_path / "counted.py").write_text(WORDS.replace("CLASSES =", "names ="))
+    exec(WORDS, names := {})
+    model = names["build"](3)
+    with torch.no_grad():
+        h = model[0](names["words"][:30]).double().numpy()
+    expected = full_nc1(h, names["labels"][:30].numpy(), 3)
+    for file, function, splits in (("words", "loaders", 2), ("words", "loader", 1), ("counted", "loader", 1)):
+        flags = ["--model", f"{file}.py:build", "--data", f"{file}.py:{function}", "--layers", "head"]
+        run_script(SCRIPT, *flags)
+        rows = rows_of(tmp_path / "layers" / "layers.csv")
+        assert [row["split"] for row in rows] == ["train", "test"][:splits] and float(rows[0]["NC0"]) > 0
+        assert float(rows[0]["NC1"]) == pytest.approx(expected, rel=1e-4)
+    flags = ["--model", "words.py:build", "--data", "words.py:of_nine", "--layers", "head"]
+    out, _ = run_script(SCRIPT, *flags, "--classes", "8,0,4")
+    assert "note: 6 of the head's 9 classes have no samples here, and are left out" in out
+    (row,) = rows_of(tmp_path / "layers" / "layers.csv")
+    assert float(row["NC1"]) == pytest.approx(expected, rel=1e-4) and 0 <= float(row["NC4"]) <= 1
+    weight = names["build"]()[1].weight.detach()
+    assert float(row["NC0"]) == pytest.approx((weight.sum(0).norm() / weight.norm()).item(), rel=1e-4)
+    assert float(row["cv_classifier_norms"]) == pytest.approx(
+        (weight[[8, 0, 4]].norm(dim=1).std(correction=0) / weight[[8, 0, 4]].norm(dim=1).mean()).item(), rel=1e-4
+    )
+
+
+def test_folders_of_some_classes_of_the_head(run_script, images, tmp_path):
+    (tmp_path / "own.py").write_text(OWN.replace("(num_classes)", "(num_classes=7)", 1))
+    flags = ["--model", "own.py:build", "--data_dir", images, "--size", 32, "--layers", "head"]
+    out, _ = run_script(SCRIPT, *flags, "--classes", "6,1,3")
+    assert "note: 4 of the head's 7 classes" in out
+    rows = rows_of(tmp_path / "layers" / "layers.csv")
+    assert len(rows) == 2 and all(row["NC4"] and float(row["NC2_W"]) > 0 for row in rows)
 
 
 def test_metrics_that_are_nan_in_all_rows_keep_their_columns_in_the_table(run_script, images, tmp_path):
@@ -232,6 +302,18 @@ def test_layers_over_the_epochs_of_a_run(train, measure, run_script, tmp_path):
         ("--model own.py:build --data_dir IMAGES --size 9 --layers 0 --epochs all", "--epochs are those of a --run"),
         ("--run nowhere --layers 0 --epochs all", "nowhere: no config.json with epoch_*.pth files beside it"),
         ("--run nowhere --layers 0 --epochs 1,x", "'x' is not a whole number >= 1"),
+        ("--run nowhere --layers 0 --classes 1,2", "--classes and --data are those of a --model"),
+        ("--model own.py:build --data_dir IMAGES --size 9 --layers 0 --classes 1,2", "--classes are 2, and"),
+        ("--model own.py:build --data_dir IMAGES --size 9 --layers 0 --classes 1,2,x", "'x' is not a whole number"),
+        ("--model own.py:build --data_dir IMAGES --data own.py:nothing --layers 0", "or else --data"),
+        ("--model own.py:build --data own.txt:nothing --layers 0", "--data own.txt:nothing: wanted FILE.py:FUNCTION"),
+        ("--model own.py:build --data own.py:make --layers 0", "--data own.py:make: the file has no function make"),
+        ("--model own.py:build --data own.py:constant --layers 0", "a int, wanted a function that returns a loader"),
+        ("--model own.py:build --data own.py:nothing --layers 0", "the function returns a NoneType, wanted a loader"),
+        ("--model own.py:build --data own.py:broken --layers 0", "--data own.py:broken: ZeroDivisionError: division"),
+        ("--model own.py:build --data own.py:once --layers 0", "returns a zip, wanted a loader that can be read twice"),
+        ("--model own.py:build --data own.py:three --layers 0", "--data own.py:three: batches are not pairs"),
+        ("--model own.py:build --data own.py:validation --layers 0", "a dict of such loaders, train and test"),
         ("--run nowhere --layers 0", "nowhere: no config.json with epoch_*.pth files beside it"),
     ],
 )
@@ -260,21 +342,22 @@ def test_a_damaged_image_is_named(run_script, images, tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 DATA, *EXAMPLES = python_examples("docs/measuring.md")
-TITLES = "torchvision optimum test timm transformers lightning torchmetrics".split()
+TITLES = "torchvision optimum test classes timm transformers lightning torchmetrics".split()
 
 
 @pytest.mark.parametrize("title, code", [*zip(TITLES, EXAMPLES, strict=True)], ids=TITLES)
 def test_the_examples_of_the_docs_run(title, code, capsys, monkeypatch, tmp_path):
-    if title not in ("optimum", "test"):
+    if title not in ("optimum", "test", "classes"):
         pytest.importorskip(title, reason=f"{title} is not installed")
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    for part in [DATA, *(EXAMPLES[: EXAMPLES.index(code)] if title in ("optimum", "test") else [])]:
+    for part in [DATA, *(EXAMPLES[: EXAMPLES.index(code)] if title in ("optimum", "test", "classes") else [])]:
         exec(part, namespace)
     capsys.readouterr()
     exec(code, namespace)
     out = capsys.readouterr().out
-    assert re.search(r"\d\.\d", out) and ("nan" in out) == (title == "torchvision"), out  # there, no optimum is given
+    unknown = title in ("torchvision", "torchmetrics")  # no optimum is given; few samples
+    assert re.search(r"\d\.\d", out) and ("nan" in out) == unknown, out
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -18,9 +18,13 @@ from nc_metrics import (
     ClassStatistics,
     class_alignment,
     geometry,
+    nc1,
+    nc1_corrected,
     nc5,
     nc_metrics,
+    noise_share,
     regression_collapse,
+    untrained_classes,
 )
 from nc_theory import LOSSES, UFM, self_duality, seli, simplex_etf, solve
 from tests.conftest import documented, full_nc1, samples, statistics_of
@@ -583,7 +587,7 @@ def test_features_that_are_not_finite_are_an_error_that_names_the_class(value):
 def test_an_error_lists_ten_classes_at_most():
     statistics = ClassStatistics(50_257)
     statistics.update(torch.rand(1, 3), [7])
-    with pytest.raises(ValueError, match=r"found none of class 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 and 50,246 more$"):
+    with pytest.raises(ValueError, match="class 0, 1, 2, 3, 4, 5, 6, 8, 9, 10 and 50,246 more; to measure"):
         _ = statistics.means
 
 
@@ -689,7 +693,8 @@ def test_rounding_and_other_samples_are_no_different_pass(dtype, noise):
 # ---------------------------------------------------------------------------------------------------------
 
 COMPARING = set(
-    "NC1 NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4 CDNV GNC2".split()
+    "NC1 NC1_corrected NC1_trace ETF_HTH SELI_HTH cv_mean_norms equiangularity_means self_duality UNC3 NC4 CDNV "
+    "GNC2".split()
 )
 
 
@@ -775,6 +780,101 @@ def test_nc1_trace(between):
     assert nc_metrics(statistics_of(features, labels, 4, between=between))["NC1_trace"] == pytest.approx(expected)
 
 
+# ---------------------------------------------------------------------------------------------------------
+# The noise of class means
+# ---------------------------------------------------------------------------------------------------------
+
+
+def sampled(random, means, counts, root):
+    """ClassStatistics of normal samples around means (K, d), of the covariance root root^T, larger in odd classes."""
+    labels = np.repeat(np.arange(len(means)), counts)
+    noise = random.standard_normal((len(labels), means.shape[1])) @ root.T
+    return statistics_of(means[labels] + (1 + labels[:, None] % 2) * noise, labels, len(means), batch=len(labels))
+
+
+@pytest.mark.parametrize("least", [5, 20, 200])
+@pytest.mark.parametrize(("num_classes", "dim", "size"), [(6, 12, 0.25), (20, 5, 0.25), (5, 80, 0.2), (9, 8, 0.15)])
+def test_corrected_nc1_is_that_of_the_distribution(num_classes, dim, size, least):
+    """The mean over many small data sets, against the value that the distribution has by definition."""
+    random = np.random.default_rng(dim)
+    means, root = random.standard_normal((num_classes, dim)), size * random.standard_normal((dim, dim)) / dim**0.5
+    means += 3 * np.eye(num_classes, dim)
+    counts = least + np.arange(num_classes) % 3
+    shares, centred = counts / counts.sum(), means - counts @ means / counts.sum()
+    within = shares @ (1 + np.arange(num_classes) % 2) ** 2 * root @ root.T
+    exact = np.trace(within @ scipy.linalg.pinv(centred.T @ centred / num_classes)) / num_classes
+    repeats = 200 if least == 5 else 60
+    found = [sampled(random, means, counts, root) for _ in range(repeats)]
+    plain, corrected = np.array([[nc1(of), nc1_corrected(of)] for of in found]).T / exact
+    share = np.mean([noise_share(of) for of in found])
+    error, plain_error = abs(corrected.mean() - 1), abs(plain.mean() - 1)
+    assert error <= share**2 + 3 * corrected.std() / repeats**0.5
+    assert least > 5 or plain_error > max(0.05, 3 * error)
+
+
+def test_a_noisy_nc1_is_a_warning_and_too_noisy_a_one_is_not_corrected(recwarn):
+    random, means = np.random.default_rng(0), 3 * np.eye(4, 30)
+    rows = {}
+    for size in (0.01, 0.25, 1.0):
+        statistics = sampled(random, means, np.full(4, 6), size * np.eye(30))
+        rows[size] = nc_metrics(statistics), noise_share(statistics), [str(recwarn.pop().message) for _ in recwarn.list]
+    (quiet, _, none), (noisy, share, (text,)), (lost, most, _) = rows.values()
+    assert not none and quiet["NC1_corrected"] == pytest.approx(quiet["NC1"] * 24 / 20, rel=1e-2)
+    assert 0.1 < share < 0.5 and noisy["NC1_corrected"] > noisy["NC1"]
+    assert text.startswith(f"NC1 depends on the number of samples: {share:.0%} of the class means' variance in their")
+    assert most > 0.5 and math.isnan(lost["NC1_corrected"]) and lost["NC1"] > 0
+
+
+def test_what_cannot_be_corrected_is_nan():
+    features, labels, _ = samples([1, 16, 27], 8)
+    statistics = statistics_of(features, labels, 3)
+    assert nc1_corrected(statistics) == pytest.approx(nc1(statistics), rel=0.5)  # a class of one sample
+    other = statistics.for_other_samples()
+    other.update_within(features, labels)
+    single = statistics_of(features[:3], np.arange(3), 3)
+    for of in (other, single):
+        assert math.isnan(nc1_corrected(of)) and math.isnan(noise_share(of))
+    collapsed = statistics_of(np.eye(3, 8)[labels], labels, 3)
+    assert (nc1_corrected(collapsed), noise_share(collapsed)) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Classes that look untrained
+# ---------------------------------------------------------------------------------------------------------
+
+
+def trained_head(counts, classes, weight_decay=0.01):
+    """W (classes, 8) after gradient descent on the cross entropy of fixed features, from random rows."""
+    torch.manual_seed(0)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    h = (2 * torch.eye(classes, 8)[labels] + 0.3 * torch.rand(len(labels), 8)).double()
+    w = torch.randn(classes, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=1.0, weight_decay=weight_decay)
+    for _ in range(600):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(h @ w.T, labels).backward()
+        optimizer.step()
+    return w.detach()
+
+
+def test_classes_without_samples_look_untrained_and_others_do_not():
+    assert untrained_classes(trained_head([40, 30, 20, 20, 10, 8], 6)) == []
+    assert untrained_classes(trained_head([40, 30, 20, 20, 10], 8)) == [5, 6, 7]
+    assert untrained_classes(trained_head([40, 30, 20], 30)) == list(range(3, 30))  # most of them
+    assert untrained_classes(torch.cat([trained_head([40, 30], 2), torch.zeros(2, 8)])) == [2, 3]
+
+
+def test_heads_at_the_optimum_and_at_random_look_trained():
+    random = np.random.default_rng(0)
+    assert untrained_classes(solve(UFM([20, 50, 80, 100], 5e-3, 5e-5)).head(8)) == []
+    assert untrained_classes(random.standard_normal((300, 64))) == []
+    common = random.standard_normal((300, 64)) + 10  # cosines of 0.99, but no row is short
+    assert untrained_classes(common) == []
+    collapsed = solve(UFM([2, 2, 80, 100, 120], 1e-2, 1e-2))
+    assert collapsed.collapsed.tolist() == [True, True, False, False, False]
+    assert untrained_classes(collapsed.head(8)) == [0, 1]
+
+
 def test_a_class_without_samples_is_an_error():
     statistics = ClassStatistics(4)
     with pytest.raises(ValueError, match="found none of class 0, 1, 2, 3"):
@@ -808,7 +908,7 @@ def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
     assert math.isnan(ClassStatistics(3).negative_share) and statistics.negative_share == 0
     nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
 
-    features[:3, :6] *= -1  # 18 of 18 * 8 entries
+    features[labels == 1, :3] *= -1  # 18 of 18 * 8 entries
     statistics = statistics_of(features, labels, 3)
     assert statistics.negative_share == pytest.approx(1 / 8)
     nc_metrics(statistics, weight)

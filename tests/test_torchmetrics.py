@@ -232,6 +232,23 @@ def test_the_statistics_can_go_on_without_changing_the_metric():
     assert all(torch.equal(getattr(metric, name), before[name]) for name in ("moments", "negatives", "hits"))
 
 
+def test_some_classes_of_a_head():
+    classes = [30, 2, 17, 9]
+    target, means = torch.tensor(classes)[TARGET], np.stack([FEATURES[k == TARGET].mean(0) for k in range(4)])
+    metric = NeuralCollapse(40, 8, classes=classes, reference_means=means)
+    all_of = NeuralCollapse(4, 8, reference_means=means)
+    predictions = torch.randint(4, (57,), generator=torch.Generator().manual_seed(0))
+    metric.update(FEATURES, target, torch.tensor(classes)[predictions])
+    all_of.update(FEATURES, TARGET, predictions)
+    assert metric.compute() == all_of.compute()
+    weight = np.random.default_rng(0).standard_normal((40, 8))
+    row = nc_metrics(metric.class_statistics(), weight)
+    assert row["NC2_W"] == nc_metrics(all_of.class_statistics(), weight[classes])["NC2_W"]
+    metric.reset()
+    metric.update(FEATURES, target, torch.full((57,), 5))  # a class that is not measured
+    assert metric.compute()["NC4"] == 1
+
+
 def test_bad_input_is_an_error():
     metric = NeuralCollapse(4, 8)
     for features, target, message in (
