@@ -15,13 +15,13 @@ from cli import (
     Help,
     Parser,
     Share,
+    add_count_flags,
     add_loss_flags,
     bounded,
-    class_count_list,
+    conflict_of_counts,
     decay_type,
     epochs_or_share,
     existing_or_new_dir,
-    imbalance_profile,
     keyword_arguments,
     name_of,
     name_or_function,
@@ -132,28 +132,7 @@ def make_parser(doc=None):
         metavar="S",
         help="resize the images of imagefolder or FILE.npz to S x S pixels",
     )
-    add(
-        "--imbalance",
-        roles=(NAMES_RUN, PROFILE),
-        type=imbalance_profile,
-        metavar="PROFILE",
-        help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
-        "(default: paper; for imagefolder and FILE.npz, all images)",
-    )
-    add(
-        "--n_max",
-        roles=(NAMES_RUN, PROFILE),
-        type=count,
-        metavar="N",
-        help="images of the largest class with balanced, exp:R and step:R (default: the most that the data allow)",
-    )
-    add(
-        "--class_counts",
-        roles=(NAMES_RUN, PROFILE),
-        type=class_count_list,
-        metavar="N,N,...",
-        help="training images of each class, instead of --imbalance (default: set by --imbalance)",
-    )
+    add_count_flags(partial(add, roles=(NAMES_RUN, PROFILE)))
     add(
         "--data_augmentation",
         roles=(NAMES_RUN,),
@@ -628,10 +607,8 @@ def contradiction(args, defaults):
     """Return the error message for flags that are valid one by one but not together, or None."""
     if args.resume and args.force:
         return "--resume and --force: give one of them"
-    if args.class_counts and args.imbalance:
-        return "--class_counts and --imbalance: give one of them"
-    if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
-        return "--n_max: only with --imbalance balanced, exp:R or step:R"
+    if message := conflict_of_counts(args):
+        return message
     if args.whiten and args.data_augmentation:
         return "--whiten and --data_augmentation: give one of them; images are whitened once, before training"
     if args.planes and args.model == "MLP":

@@ -203,6 +203,38 @@ def run_label(text):
 # ---------------------------------------------------------------------------------------------------------
 
 
+def add_count_flags(add):
+    """Add the flags that say how many training images each class has; `conflict_of_counts` judges them together."""
+    add(
+        "--imbalance",
+        type=imbalance_profile,
+        metavar="PROFILE",
+        help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
+        "(default: paper; for imagefolder and FILE.npz, all images)",
+    )
+    add(
+        "--n_max",
+        type=bounded(int, 1, high=2**31 - 1),
+        metavar="N",
+        help="images of the largest class with balanced, exp:R and step:R (default: the most that the data allow)",
+    )
+    add(
+        "--class_counts",
+        type=class_count_list,
+        metavar="N,N,...",
+        help="training images of each class, instead of --imbalance (default: set by --imbalance)",
+    )
+
+
+def conflict_of_counts(args):
+    """Return the error message for flags of `add_count_flags` that exclude each other, or None."""
+    if args.class_counts and args.imbalance:
+        return "--class_counts and --imbalance: give one of them"
+    if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
+        return "--n_max: only with --imbalance balanced, exp:R or step:R"
+    return None
+
+
 def add_loss_flags(add):
     """Add the flags of `nc_theory.LossVariant`, the variants of the cross entropy for imbalanced classes."""
     not_negative = bounded(float, 0)
