@@ -549,9 +549,12 @@ def given_flags(parser, argv):
     return {name: value for name, value in vars(parser.parse_args(argv, start)).items() if value is not absent}
 
 
-def with_epochs(flags):
-    """Return a namespace of flags {name: value}, with each share of --epochs, such as 36%, as a number of epochs."""
-    epochs = flags["epochs"]
+def with_epochs(flags, epochs=None):
+    """Return a namespace of flags {name: value}, with each share of --epochs, such as 36%, as a number of epochs.
+
+    epochs: those that the shares are of; default: --epochs.
+    """
+    epochs = epochs or flags["epochs"]
     return argparse.Namespace(
         **{name: value.of(epochs) if isinstance(value, Share) else value for name, value in flags.items()}
     )
@@ -569,7 +572,8 @@ def merge_config(parser, defaults, typed, config, folder):
         raise UserError(f"{folder}/config.json: damaged, {error}") from None
     replaced = ("imbalance", "n_max") if typed.get("class_counts") else ("class_counts",) * bool(typed.get("imbalance"))
     kept = {name: value for name, value in recorded.items() if name not in replaced}
-    then, now = with_epochs(defaults | recorded), with_epochs(defaults | kept | typed)
+    of_epochs = config.get("epochs_of_shares")  # of the run's first call: a longer one keeps its schedules
+    then, now = with_epochs(defaults | recorded), with_epochs(defaults | kept | typed, of_epochs)
     if now.class_counts == config["class_counts"]:  # the same images
         vars(now).update({name: getattr(then, name) for name in flags_with(PROFILE)})
     optional = flags_with(OFF_BY_DEFAULT)
@@ -578,6 +582,11 @@ def merge_config(parser, defaults, typed, config, folder):
     )
     if NPZ == source_of(then.dataset) == source_of(now.dataset):
         flags_then["dataset"] = now.dataset  # the file may have been moved
+    if typed.get("resume") and now.decay_type == then.decay_type == "cosine" and now.epochs != then.epochs:
+        raise UserError(
+            f"{folder}: --epochs is {now.epochs}, in the run {then.epochs}, where its cosine ends: train a new run "
+            "with --init_from and the last checkpoint of this one, or this one again with --force instead of --resume"
+        )
     contradictions = [
         f"--{name} is {value}, in the run {flags_then.get(name)}"
         for name, value in flags_now.items()

@@ -11,6 +11,7 @@ FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split() 
 STORED = "NC0 gap_margins gap_duality gap_within gap_means".split()  # likewise, but in the CSV only
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # a run has collapsed once all of these are at most the threshold
 THRESHOLDS = (0.05, 0.01)
+DIVERGED = 100  # times the loss of a network of zeros, above which a run has diverged
 UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # unit of the time to collapse: head of its column
 LONG = 40  # length of a label above which the tables number the settings
 METRICS_NOTE = (
@@ -27,14 +28,24 @@ COLLAPSE_NOTE = (
 # ---------------------------------------------------------------------------------------------------------
 
 
+def divergence(run):
+    """Return why a `MeasuredRun` at its end has diverged; None if it has not."""
+    zero, loss = run.config.get("loss_at_zero", 0), run.log["loss"].iloc[-1] if len(run.log) else 0
+    if not loss > DIVERGED * zero > 0:
+        return None
+    return f"the loss is {loss:.2g}, that of a network of zeros {zero:.2g}: lower --lr or give --clip_grad_norm 1"
+
+
 def state(run):
-    """Return "finished", "unfinished: k of n epochs" or "failed: why" for a run."""
+    """Return "finished", "unfinished: k of n epochs", "diverged: why" or "failed: why" for a run."""
     epoch = run.log["epoch"].iloc[-1] if len(run.log) else last_measured(run)
     epochs = run.config.get("ended_at_epoch", run.flags.get("epochs", epoch))
     if len(run.log) and not math.isfinite(run.log["loss"].iloc[-1]):
         return f"failed: the loss is not finite in epoch {epoch}"
     if epoch < epochs:
         return f"unfinished: {epoch} of {epochs} epochs"
+    if reason := divergence(run):
+        return f"diverged: {reason}"
     return "finished" if epoch else "failed: no epoch in it"
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from nc_theory import UFM, closed_form, has_released_formula, released_formula, solve
+from nc_theory import UFM, closed_form, collapse_count, has_released_formula, released_formula, solve
 
 THEORIES = ("objective", "nominal", "released")
 
@@ -62,6 +62,8 @@ class Comparison:
         collapsed = (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()
         named = f"classes {', '.join(map(str, collapsed))}" if len(collapsed) <= 20 else f"{len(collapsed)} classes"
         classes = f"{named} collapse to zero" if collapsed else "no class collapses"
+        if (threshold := collapse_count(self.problem)) is not None:
+            classes += f", the threshold is n_k = {threshold:.3g}"
         least, low, high = optimum.loss * self.data_factor, optimum.margins.min(), optimum.margins.max()
         return f"least loss {least:.6f}; margins {low:.3f} to {high:.3f}; {classes}"
 

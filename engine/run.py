@@ -63,6 +63,7 @@ class Run:
     def check_startable(self, resume, force):
         """Raise UserError if the folder holds another run and neither --resume nor --force is given."""
         holds_results = bool(self.checkpoints()) or any(path.exists() for path in (self.last, *self.tables()))
+        holds_results = holds_results or len(self.train_log.lines()) > 1  # one: it failed before its first checkpoint
         if resume and holds_results and not self.config:
             raise UserError(
                 f"{self.folder} holds a run without its config.json: it cannot be resumed; give --save_path"
@@ -70,6 +71,14 @@ class Run:
         if holds_results and not (resume or force):
             raise UserError(
                 f"{self.folder} holds a run: give --resume to continue it, --force to delete it, or --save_path"
+            )
+
+    def check_resumable(self):
+        """Raise UserError if the folder holds results, but neither last.pt nor a checkpoint to go on from."""
+        if lines := [] if self.last.exists() or self.checkpoints() else self.train_log.lines()[1:]:
+            raise UserError(
+                f"{self.folder}: last.pt and all checkpoints are missing, and the log has {lines[-1]['epoch']} epochs: "
+                "give --force to delete it and start again, or --save_path"
             )
 
     def check_data(self, data):

@@ -297,6 +297,17 @@ def test_config_and_shares_of_the_epochs():
         adopt("--patience 40%", config)
 
 
+def test_a_longer_run_keeps_its_shares_of_the_epochs():
+    """Also the second time, when config.json has the new --epochs; a cosine has ended, and the error says so."""
+    for epochs in (250, 3000):
+        config = config_of(f"--epochs {epochs} --patience 90 --penalty_warmup_epochs 50") | {"epochs_of_shares": 250}
+        args = adopt("--resume --epochs 4000 --patience 36% --penalty_warmup_epochs 20%", config)
+        assert (args.epochs, args.patience, args.penalty_warmup_epochs) == (4000, 90, 50)
+    config = config_of("--epochs 250 --decay_type cosine --patience 36%") | {"epochs_of_shares": 250}
+    with pytest.raises(UserError, match="in the run 250, where its cosine ends: train a new run with --init_from"):
+        adopt("--resume --epochs 3000 --decay_type cosine --patience 36%", config)
+
+
 @pytest.mark.parametrize("model", ["MLP", "ResNet18"])
 def test_a_switch_turned_off_contradicts_the_config(model):
     """Also for a flag that is part of the run's name only when it is on."""
