@@ -227,7 +227,7 @@ def curve(series):
         band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": line | {"width": 0}}
         traces.append(trace(setting, [*x, *x[::-1]], [*low, *high[::-1]], "", **band))
     if theory := series.theory:
-        hover = f"optimum {theory.y[0]:.4g}"
+        hover = "optimum %{y:.4g}"
         traces.append(trace(setting, theory.x, theory.y, hover, line=line | {"dash": "dot"}))
     return traces
 

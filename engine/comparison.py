@@ -1,6 +1,7 @@
 """What the measurements of a run are compared with: a theory, the problem it stands for, and its optimum."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from nc_theory import UFM, closed_form, collapse_count, has_released_formula, released_formula, solve
@@ -50,6 +51,16 @@ class Comparison:
         if self.theory != "objective" or self.optimum is None:
             return None
         return self.optimum.loss * self.data_factor
+
+    def least_loss_at(self, scale):
+        """Return the least value of the objective with penalties `scale` times as strong; NaN where it is not known."""
+        if scale == 1:
+            return self.least_loss
+        if not scale > 0:
+            return math.nan  # without penalties the loss has no minimum
+        lambdas = {name: scale * getattr(self.problem, name) for name in ("lambda_w", "lambda_h")}
+        optimum = closed_form(replace(self.problem, **lambdas))
+        return math.nan if optimum is None else optimum.loss * self.data_factor
 
     def summary(self):
         """Return the theory's predictions in one line; without a closed form, only say that it takes minimisation."""
