@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -49,6 +50,7 @@ PROFILE = "says how many images each class has"
 MEASURES_ONLY = "has no effect on training"
 LOCATION = "says where the images are; config.json has a hash of the images, which must agree instead"
 
+ADAMS = ("Adam", "AdamW")
 RECIPE_STEPS = 2000  # of the recipe in docs/recipe.md, with fewer of which runs have ended far from the optimum
 
 
@@ -536,10 +538,20 @@ def parse_args(doc=None, argv=None, config=None, folder=None):
     parser = make_parser(doc)
     defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     typed = given_flags(parser, argv)
+    of_files = typed.keys() - given_flags(parser, without_files(argv)).keys()
+    if typed.get("optimizer", "Adam") not in ADAMS:  # a recipe for Adam with another optimizer
+        typed = {name: value for name, value in typed.items() if name not in of_files & {*flags_with(ADAM_ONLY)}}
     args = merge_config(parser, defaults, typed, config, folder) if config else with_epochs(defaults | typed)
     if message := contradiction(args, defaults):
+        named = [f"--{name}" for name in sorted(of_files) if re.search(rf"--(no-)?{name}\b", message)]
+        message += f" ({', '.join(named)}: from the @FILE)" if named else ""
         raise UserError(f"{folder}/config.json and the flags: {message}" if config else message)
     return args
+
+
+def without_files(argv):
+    """Return the words `argv` (None: the command line) without @FILEs of flags."""
+    return [word for word in (sys.argv[1:] if argv is None else argv) if not str(word).startswith("@")]
 
 
 def given_flags(parser, argv):
@@ -643,7 +655,7 @@ def contradiction(args, defaults):
         return f"--penalty_warmup_epochs {args.penalty_warmup_epochs}: must be less than --epochs {args.epochs}"
     given = read_arguments(args.optimizer_args or "")
     for name in flags_with(ADAM_ONLY):
-        if args.optimizer not in ("Adam", "AdamW") and getattr(args, name) != defaults[name]:
+        if args.optimizer not in ADAMS and getattr(args, name) != defaults[name]:
             return f"--{name}: only with --optimizer Adam or AdamW"
         if "betas" in given and getattr(args, name) != defaults[name]:
             return f"--{name} and --optimizer_args betas: give one of them"

@@ -47,8 +47,23 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if "default" in action.help else super()._get_help_string(action)
 
 
+SYNONYMS = {  # what people type: our flag, or flags
+    "--lambda_w": "--weight_decay",
+    "--lambda_h": "--feature_decay_rate",
+    "--lambda": "--weight_decay (lambda_W) or --feature_decay_rate (lambda_H)",
+    "--wd": "--weight_decay",
+    "--learning_rate": "--lr",
+    "--momentum": "--optimizer_args momentum=X",
+    "--num_epochs": "--epochs",
+}
+
+
 def did_you_mean(word, known):
     """Return "; did you mean X?" for the known word closest to `word`, or "" if none is close."""
+    typed = word.lower().replace("-", "_").replace("__", "--", 1)
+    for synonym in difflib.get_close_matches(typed, SYNONYMS, 1, 0.85):
+        if SYNONYMS[synonym].split()[0] in known:
+            return f"; did you mean {SYNONYMS[synonym]}?"
     closest = difflib.get_close_matches(word.lower(), [name.lower() for name in known], 1, 0.7)
     return "".join(f"; did you mean {name}?" for name in known if name.lower() in closest)
 

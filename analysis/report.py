@@ -30,6 +30,7 @@ from analysis.panels import (
     THEOREM_PANELS,
     Matrices,
     class_panels,
+    collapse_threshold,
     curve_panels,
     training_panels,
 )
@@ -70,8 +71,10 @@ def write_report(runs, path):
     data = {
         "panels": {
             "curves": [plot(panel, curve, panel.name) for panel in curve_panels(NC_PANELS, settings)],
-            "classes": [plot(panel, points, html_of(panel.title)) for panel in classes],
-            "training": [plot(panel, curve, panel.name) for panel in curve_panels(training_panels(settings), settings)],
+            "classes": [with_thresholds(plot(panel, points, html_of(panel.title)), settings) for panel in classes],
+            "training": [
+                plot(panel, curve, html_of(panel.title)) for panel in curve_panels(training_panels(settings), settings)
+            ],
         },
         "heatmaps": [heatmaps(setting, ENTRIES // len(measured)) for setting in measured],
         "matrices": [html_of(label) for label in MATRICES.values()],
@@ -138,6 +141,7 @@ def runs_table(settings):
 
 def folded(what, items):
     """Return pairs (name, value) as a collapsed HTML list, headed by its length and the noun `what`."""
+    what = what[:-1] if len(items := list(items)) == 1 and what == "folders" else what
     entries = [f"<li><b>{escape(name)}</b> {escape(str(value))}</li>" for name, value in items]
     return f"<details><summary>{len(entries)} {what}</summary><ul>{''.join(entries)}</ul></details>"
 
@@ -203,8 +207,31 @@ def plot(panel, traces, title):
     label = panel.columns[panel.name]
     ylabel = panel.ylabel if "$" in label else listed(label, panel.ylabel)
     xaxis = {"title": {"text": html_of(panel.xlabel)}, "type": panel.xscale}
-    layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": {"title": {"text": ylabel}, "type": panel.yscale}}
+    yaxis = {"title": {"text": ylabel}, "type": panel.yscale}
+    for axis in (xaxis, yaxis):
+        axis |= {"dtick": 1, "exponentformat": "power"} if axis["type"] == "log" else {}
+    layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": yaxis}
     return {"data": [trace for series in panel.series for trace in traces(series)], "layout": layout}
+
+
+def with_thresholds(panel, settings):
+    """Return a Plotly panel against n_k with a dotted line at each setting's threshold of collapse, if it is near."""
+    drawn = [(collapse_threshold(setting), mark_of(setting)["line"]["color"]) for setting in settings if setting.epoch]
+    near = [(threshold, colour) for (threshold, is_near), colour in drawn if is_near]
+    lines = [
+        {
+            "type": "line",
+            "x0": x,
+            "x1": x,
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            "line": {"color": c, "dash": "dot", "width": 1},
+        }
+        for x, c in near
+    ]
+    panel["layout"]["shapes"] = lines
+    return panel
 
 
 def trace(setting, x, y, hover, **options):

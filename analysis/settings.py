@@ -26,6 +26,8 @@ def read_measured_run(folder, theory="objective", bn_statistics="running", colum
     run = MeasuredRun(Run(folder), theory, bn_statistics)
     if not run.folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if not (run.config or run.run.holds_results()) and any(run.folder.glob("*/config.json")):
+        raise UserError(f"{folder}: a folder of runs, not a run: give {folder}/*/")
     require_columns(run, columns)
     return run
 

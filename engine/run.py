@@ -60,10 +60,17 @@ class Run:
         accuracies = [self.folder / f"class_accuracy{suffix}.csv" for suffix in BN_SUFFIXES.values()]
         return [self.folder / f"nc_metrics{suffix}.csv" for suffix in SUFFIXES] + accuracies
 
+    def holds_results(self):
+        """Return True if the folder holds checkpoints, tables, last.pt, or a log of more than an epoch.
+
+        With a single line in its log and nothing else, a run has failed before its first checkpoint.
+        """
+        files = any(path.exists() for path in (self.last, *self.tables()))
+        return files or bool(self.checkpoints()) or len(self.train_log.lines()) > 1
+
     def check_startable(self, resume, force):
         """Raise UserError if the folder holds another run and neither --resume nor --force is given."""
-        holds_results = bool(self.checkpoints()) or any(path.exists() for path in (self.last, *self.tables()))
-        holds_results = holds_results or len(self.train_log.lines()) > 1  # one: it failed before its first checkpoint
+        holds_results = self.holds_results()
         if resume and holds_results and not self.config:
             raise UserError(
                 f"{self.folder} holds a run without its config.json: it cannot be resumed; give --save_path"
