@@ -70,8 +70,8 @@ def layer_statistics(
         integers in 0..num_classes-1.
     layers: a dotted name, as in `model.named_modules()`, or several. A layer is measured at its output, but a head
         at its input, the features that it classifies; `at_head` of the result says which. A head is a linear map whose
-        output is one of the model's outputs, or their softmax or sigmoid: a Linear layer, also one that is normalised, quantised
-        or adapted, an nn.Sequential of them, or a 1x1 convolution of pooled features.
+        output is one of the model's outputs, or their softmax or sigmoid: a Linear layer, also one that is normalised,
+        quantised or adapted, an nn.Sequential of them, or a 1x1 convolution of pooled features.
     device: where inputs are moved to; by default where the model is.
     features: a function from outputs that are not (B, d) to features (B, d); it may take the inputs of the model as a
         second argument, for example for an attention mask. The default averages over tokens (B, T, d), the class token

@@ -48,7 +48,17 @@ CLASSES = 100  # largest number of classes whose rows and columns of the matrice
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
 FACTS = ("class_counts", "num_parameters", "device", "git_commit")
-HTML = {r"^{\!\top}": "ᵀ", r"\!": "", r"\|": "‖", r"\mu": "μ", "^2": "²", "_k": "<sub>k</sub>", "$": ""}  # of mathtext
+HTML = {
+    r"\Sigma_W": "Σ<sub>W</sub>",
+    r"\Sigma_B^\dagger": "Σ<sub>B</sub><sup>†</sup>",
+    r"^{\!\top}": "ᵀ",
+    r"\!": "",
+    r"\|": "‖",
+    r"\mu": "μ",
+    "^2": "²",
+    "_k": "<sub>k</sub>",
+    "$": "",
+}  # of mathtext
 
 
 class Page(Template):
@@ -70,7 +80,7 @@ def write_report(runs, path):
     classes = class_panels(THEOREM_PANELS + ACCURACY_PANELS, settings, to_threshold=False)
     data = {
         "panels": {
-            "curves": [plot(panel, curve, panel.name) for panel in curve_panels(NC_PANELS, settings)],
+            "curves": [plot(panel, curve, html_of(panel.title)) for panel in curve_panels(NC_PANELS, settings)],
             "classes": [with_thresholds(plot(panel, points, html_of(panel.title)), settings) for panel in classes],
             "training": [
                 plot(panel, curve, html_of(panel.title)) for panel in curve_panels(training_panels(settings), settings)
@@ -204,14 +214,19 @@ def html_of(label):
 
 def plot(panel, traces, title):
     """Return the Plotly panel of a panel with one column; traces: a function of its series."""
-    label = panel.columns[panel.name]
-    ylabel = panel.ylabel if "$" in label else listed(label, panel.ylabel)
     xaxis = {"title": {"text": html_of(panel.xlabel)}, "type": panel.xscale}
-    yaxis = {"title": {"text": ylabel}, "type": panel.yscale}
-    for axis in (xaxis, yaxis):
-        axis |= {"dtick": 1, "exponentformat": "power"} if axis["type"] == "log" else {}
+    yaxis = {"title": {"text": panel.ylabel}, "type": panel.yscale}
+    for axis, name in ((xaxis, "x"), (yaxis, "mean")):
+        values = np.concatenate([getattr(series, name) for series in panel.series])
+        axis |= {"exponentformat": "power", **power_ticks(values)} if axis["type"] == "log" else {}
     layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": yaxis}
     return {"data": [trace for series in panel.series for trace in traces(series)], "layout": layout}
+
+
+def power_ticks(values):
+    """Return the Plotly options of an axis with ticks at powers of ten, if two or more of these are among the values."""
+    logs = np.log10(values[np.isfinite(values) & (values > 0)])
+    return {"dtick": 1} if len(logs) and np.floor(logs.max()) > np.ceil(logs.min()) else {}
 
 
 def with_thresholds(panel, settings):

@@ -246,8 +246,8 @@ def suggest_collapse(problem: UFM, classes: int, ratio: float = 100.0) -> tuple[
     order = counts.argsort(stable=True)
     last, first = counts[order[classes - 1]].item(), counts[order[classes]].item()
     if last == first:
-        possible = [int((counts < last).sum()), int((counts <= last).sum())]
-        possible = [str(number) for number in possible if 0 < number < problem.num_classes]
+        sizes = [int((counts < last).sum()), int((counts <= last).sum())]
+        possible = [str(size) for size in sizes if 0 < size < problem.num_classes]
         raise ValueError(
             f"the {int((counts == last).sum())} classes of {last:g} samples collapse together: exactly "
             f"{' or '.join(possible) or 'none'} can, not {classes}"

@@ -128,7 +128,7 @@ TABLES = {
         drawn=("readme",),
     ),
     "collapse": Table(  # drawn by scripts/collapse_figure.py
-        what="Digits at four imbalances and five lambdas, for the figure of scripts/collapse_figure.py, three seeds each",
+        what="Digits at four imbalances and five lambdas, for scripts/collapse_figure.py, three seeds each",
         time="10 minutes on one core",
         expected="classes below the threshold end at zero, the others at the theorem's norms",
         flags="@scripts/collapse.flags --dataset digits --imbalance exp:10 --n_max 170 --depth_relu 3 --width 128 "
