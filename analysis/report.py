@@ -224,7 +224,7 @@ def plot(panel, traces, title):
 
 
 def power_ticks(values):
-    """Return the Plotly options of an axis with ticks at powers of ten, if two or more of these are among the values."""
+    """Return the Plotly options of an axis with ticks at powers of ten, if the values span two or more of these."""
     logs = np.log10(values[np.isfinite(values) & (values > 0)])
     return {"dtick": 1} if len(logs) and np.floor(logs.max()) > np.ceil(logs.min()) else {}
 

@@ -104,10 +104,9 @@ def facts_of_run(run):
     counts = run.config.get("class_counts")
     if counts:
         facts |= {"class_counts": texts[list](counts), "n_min": min(counts), "n_max": max(counts)}
-        facts |= {"R": max(counts) / min(counts), "lambda_W": run.config["effective_weight_decay"]}
-        facts |= {"lambda_H": run.config["effective_feature_decay"]}
-    if run.comparison.problem is not None:
-        facts["threshold"] = collapse_count(run.comparison.problem)
+        facts["R"] = max(counts) / min(counts)
+    if (problem := run.comparison.problem) is not None:
+        facts |= {"lambda_W": problem.lambda_w, "lambda_H": problem.lambda_h, "threshold": collapse_count(problem)}
     if not len(run.rows):
         return facts
     facts |= run.rows.iloc[-1].to_dict()
