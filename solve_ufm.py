@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 from argparse import ArgumentTypeError
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +224,15 @@ def solve(args):
     problem = problem_of(args, args.weight_decay, args.feature_decay_rate)
     split, result = split_optimum(problem), {}
     if split is None or problem.num_classes <= MOST_CLASSES:
-        found = solve_numerically(problem, dim=args.dim, level=args.level, starts=args.restarts, seed=args.seed)
+        with Progress(None, "round") as progress:
+            found = solve_numerically(
+                problem,
+                dim=args.dim,
+                level=args.level,
+                starts=args.restarts,
+                seed=args.seed,
+                report=progress.step if sys.stderr.isatty() else None,  # elsewhere it would write to the output
+            )
         result = {
             "minimised": plain(found.optimum),
             "losses_of_starts": found.losses,

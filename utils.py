@@ -275,7 +275,10 @@ def write_json(path, value):
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a plain line every `every` seconds and at the end."""
+    """A progress bar on a terminal; elsewhere a plain line every `every` seconds and at the end.
+
+    total: the number of steps, or None if it is not known.
+    """
 
     def __init__(self, total, unit, start=0, every=15.0):
         self.total, self.unit, self.every = total, unit, every
@@ -295,8 +298,11 @@ class Progress:
             return
         now = time.monotonic()
         if self.done == self.total or now - self.last >= self.every:
-            left = (now - self.began) / (self.done - self.start) * (self.total - self.done)
-            print(f"{self.unit} {self.done}/{self.total}  {text}  {duration(left)} left", flush=True)
+            of_total = left = ""
+            if self.total is not None:
+                seconds = (now - self.began) / (self.done - self.start) * (self.total - self.done)
+                of_total, left = f"/{self.total}", f"  {duration(seconds)} left"
+            print(f"{self.unit} {self.done}{of_total}  {text}{left}", flush=True)
             self.last = now
 
     def __enter__(self):

@@ -8,14 +8,8 @@ import math
 import numpy as np
 import torch
 
-from nc_theory import GAP_COLUMNS, GapShares, class_margins, diagnose, gap_bounds
+from nc_theory import GAP_COLUMNS, SHARES, GapShares, class_margins, diagnose, gap_bounds
 
-SHARES = {  # in which words `validate` prints them
-    "gap_margins": "the logits are not the optimal ones",
-    "gap_duality": "the head is not the dual of the class means",
-    "gap_within": "the features of a class are not equal",
-    "gap_means": "the class means are not arranged as at the optimum",
-}
 LARGEST = 100  # percent, or degrees: nothing larger is printed as proved
 AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below have no direction
 
@@ -29,8 +23,9 @@ def explain(run):
     parts = run.geometry(int(row["epoch"]))
     if math.isnan(row["gap_margins"]) or "gap_margins" not in parts:
         return []
-    gap = GapShares(optimum.lower_bound, *(torch.from_numpy(parts[name]) for name in GAP_COLUMNS[1:]))
-    lines = gap_lines(row, optimum.certified or run.theory == "released")
+    shares = (torch.from_numpy(parts[name]) for name in GAP_COLUMNS[1:])
+    gap = GapShares(optimum.lower_bound, *shares, irreducible_loss=optimum.problem.irreducible_loss)
+    lines = gap_lines(row, gap, optimum.certified or run.theory == "released")
     if run.theory != "released":  # whose margins are not those of the minimum, with which the gap is taken
         lines += ["", *proof_lines(optimum, gap, parts)]
     if run.theory == "objective":  # which training minimised
@@ -41,15 +36,17 @@ def explain(run):
     return lines
 
 
-def gap_lines(row, certified):
+def gap_lines(row, gap, certified):
     """Return how far a row is from the optimum, and the four shares."""
-    largest = max(SHARES, key=lambda name: row[name])
+    largest = max(SHARES, key=lambda name: row[f"gap_{name}"])
+    without = " without the labels' entropy" if gap.irreducible_loss else ""
     above = f"{'' if certified else 'at most '}{row['optimality_gap']:.1e} above"
     return [
-        f"The objective is {above} the least value that any network can reach, in relative terms. In units of the loss:"
+        f"The objective is {above} the least value that any network can reach, in relative terms{without}. In units of "
+        "the loss:"
     ] + [
-        f"{row[name]:9.1e}  {reason}{' (the largest share)' if name == largest else ''}"
-        for name, reason in SHARES.items()
+        f"{row[f'gap_{name}']:9.1e}  {words}{' (the largest share)' if name == largest else ''}"
+        for name, (_, words) in SHARES.items()
     ]
 
 
@@ -129,7 +126,8 @@ def diagnosis_of(run, optimum, gap, parts):
         facts["least_images"] = min(counts) * min(1, flags["batch_size"] / sum(counts))
         facts["precision"] = flags["precision"]
     if len(log) and run.comparison.least_loss and run.bn_statistics == "running":
-        facts["training_gap"] = log["loss"].iloc[-1] / run.comparison.least_loss - 1
+        above = log["loss"].iloc[-1] / run.comparison.least_loss - 1
+        facts["training_gap"] = above / (1 - optimum.problem.irreducible_loss / optimum.loss)
     if len(accuracies := run.class_accuracy(last, "train")):
         facts["accuracies"] = accuracies
     return diagnose(optimum, gap, parts["mean_norms_sq"], zero_samples=parts.get("zero_samples"), **facts)

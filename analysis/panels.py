@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.settings import ABSCISSAE, Setting, listed
-from nc_theory import class_curve, collapse_count
+from nc_theory import SHARES, class_curve, collapse_count
 
 WIDE = 20  # n_max / n_min above which an axis of n_k is logarithmic
 FRAMES = 60  # largest number of epochs at which matrices are shown
@@ -65,12 +65,7 @@ NC_PANELS = [
     Panel("NC3", DISTANCE, {"NC3_WH": MATRICES["WH"]}),
 ]
 NC_COLUMNS = [column for panel in NC_PANELS for column in panel.columns]
-GAPS = {
-    "gap_margins": "margins",
-    "gap_duality": "self-duality",
-    "gap_within": "within classes",
-    "gap_means": "class means",
-}
+GAPS = {f"gap_{share}": label for share, (label, _) in SHARES.items()}
 TRAINING_PANELS = [
     Panel("loss", "", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
     Panel("accuracy", "%", {"train_acc1": "training", "test_acc1": "test"}, "linear"),

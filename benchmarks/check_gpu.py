@@ -10,10 +10,14 @@ The exit status is 1 if a part failed, ran past its limit, or found a difference
 import argparse
 import contextlib
 import csv
+import math
 import multiprocessing
 import os
+import shlex
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -24,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from common import ROOT, random_images, ratios, time_in_turn
 from reference import run_usual_training
@@ -44,9 +49,11 @@ from utils import Interrupted, run_script
 TRAIN = ROOT / "train_1st_order_unbalanced.py"
 # "batch" is the MLP's batch size, and "images" that of ResNet18
 GPU = {"width": 1024, "planes": 64, "batch": 256, "fraction": 1.0, "product": 8192, "steps": 50, "pairs": 5}
-GPU |= {"images": 32, "epochs": 400, "seconds": (150, 80), "patience": 1}
+GPU |= {"images": 32, "epochs": 400, "seconds": 180, "seeds": 5, "sweep_epochs": 150, "patience": 1}
+GPU |= {"objectives": ("paper", "released")}
 CPU = {"width": 32, "planes": 8, "batch": 64, "fraction": 0.01, "product": 256, "steps": 3, "pairs": 1}
-CPU |= {"images": 4, "epochs": 20, "seconds": (1, 1), "patience": 5}
+CPU |= {"images": 4, "epochs": 20, "seconds": 1, "seeds": 2, "sweep_epochs": 2, "patience": 5}
+CPU |= {"objectives": ("paper",)}
 ELSEWHERE = multiprocessing.get_context("forkserver")  # forks a process that has imported torch but used no GPU
 PRELOADED = ["train_1st_order_unbalanced"]
 AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding may make
@@ -55,6 +62,50 @@ AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding 
 # ---------------------------------------------------------------------------------------------------------
 # Parts: each yields (what, value, unit); a value that is False is a failure
 # ---------------------------------------------------------------------------------------------------------
+
+
+def collapse(device, size, data):
+    """Train the paper's MLP with the recipe until NC2_H, NC3_WH, margins and norms are at most 0.01."""
+    for objective in size.objectives:
+        words = f"@{ROOT}/scripts/collapse.flags --lr 0.0005 --epochs 25 --nc_every 1 --until 0.01 --force"
+        words += f" --weight_decay 0.0001 --feature_decay_rate 0.00001 --objective {objective}"
+        with tempfile.TemporaryDirectory() as folder:
+            run, began = MeasuredRun(Run(folder)), time.perf_counter()
+            train_here([*words.split(), *mlp_words(device, size), "--save_path", folder], data)
+            wall, log, reached = time.perf_counter() - began, run.log, "ended_at_epoch" in run.run.config
+        yield f"{objective}: steps to 0.01", int(run.steps_until(len(log))) if reached else math.nan, "steps"
+        yield f"{objective}: training to 0.01", log["seconds"].sum() if reached else math.nan, "s"
+        yield f"{objective}: the whole command", wall, "s, with start, measurements and files"
+
+
+def seeds(device, size, data):
+    """Train one seed of the paper's MLP, and several at once, without and with NVIDIA's Multi-Process Service."""
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = {"train_images": data.train.pixels, "test_images": data.test.pixels}
+        arrays = {name: pixels.permute(0, 2, 3, 1).cpu().numpy() for name, pixels in arrays.items()}
+        labels = {f"{name}_labels": getattr(data, name).labels.cpu().numpy() for name in ("train", "test")}
+        np.savez(f"{folder}/images.npz", **arrays, **labels)
+        names = {"one": 1, f"{size.seeds} at once": size.seeds}
+        if shutil.which("nvidia-cuda-mps-control"):
+            names[f"{size.seeds} at once, with MPS"] = size.seeds
+        alone = None
+        for name, count in names.items():
+            flags = f"--dataset images.npz --data_dir {folder} --no-bias --sep_decay --epochs {size.sweep_epochs}"
+            words = [sys.executable, str(TRAIN), *flags.split(), *mlp_words(device, size)]
+            runs = [Run(f"{folder}/{name}/{seed}") for seed in range(1, count + 1)]
+            jobs = [
+                shlex.join([*words, "--seed", str(seed), "--save_path", str(run.folder)])
+                for seed, run in enumerate(runs, 1)
+            ]
+            Path(folder, "jobs.txt").write_text("\n".join(jobs))
+            options = ["-j", str(count), *(["--mps"] if "MPS" in name else [])]
+            done = subprocess.run([ROOT / "scripts" / "sweep.sh", *options, f"{folder}/jobs.txt"], capture_output=True)
+            yield f"{name}: every job succeeds", done.returncode == 0, ""
+            if done.returncode == 0:  # the median epoch of a job is one in which the others train too
+                rate = sum(run.train_log.table()["images_per_second"].median() for run in runs)
+                alone = alone or rate
+                yield f"{name}: all together", rate / size.batch, "steps/s"
+                yield f"{name}: against one", rate / alone, "times"
 
 
 def agreement(device, size, data):
@@ -128,22 +179,17 @@ def rates(device, size, data):
 
 
 def paper(device, size, data):
-    """Run the paper's command for the MLP, and the recipe with the paper's counts, each until its time is up."""
-    common = f"--width {size.width} --batch_size 256 --save_every 50 --nc_every 10 --device {device.type} --force"
-    precision = "tf32" if "tf32" in precisions(device) else "fp32"
-    command = f"--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --precision {precision}"
-    recipe = f"--weight_decay 0.0001 --feature_decay_rate 0.00001 --lr 0.0005 --epochs 25 --precision {precision}"
-    runs = {"the paper's MLP": command.split(), "the recipe": [f"@{ROOT}/scripts/collapse.flags", *recipe.split()]}
-    for (name, words), seconds in zip(runs.items(), size.seconds, strict=True):
-        with tempfile.TemporaryDirectory() as folder:
-            run, began = MeasuredRun(Run(folder)), time.perf_counter()
-            train_for(seconds, [*words, *common.split()], run, data)
-            wall, log, row = time.perf_counter() - began, run.log, run.rows.iloc[-1]
-        yield f"{name}: epochs", len(log), f"in {wall:.1f} s, with start, measurements and files"
-        yield f"{name}: training of an epoch", log["seconds"].median() * 1000, "ms"
-        yield f"{name}: training waited for the disk", log["seconds_waiting"].sum(), "s"
-        yield f"{name}: loss", log["loss"].iloc[-1], ""
-        yield f"{name}: NC1 in epoch {row['epoch']:.0f}", row["NC1"], ""
+    """Run the paper's command for the MLP until its time is up."""
+    words = "--no-bias --sep_decay --epochs 4000 --patience 2000 --lr 0.0001 --save_every 50 --nc_every 10 --force"
+    with tempfile.TemporaryDirectory() as folder:
+        run, began = MeasuredRun(Run(folder)), time.perf_counter()
+        train_for(size.seconds, [*words.split(), *mlp_words(device, size)], run, data)
+        wall, log, row = time.perf_counter() - began, run.log, run.rows.iloc[-1]
+    yield "epochs", len(log), f"in {wall:.1f} s, with start, measurements and files"
+    yield "training of an epoch", log["seconds"].median() * 1000, "ms"
+    yield "training waited for the disk", log["seconds_waiting"].sum(), "s"
+    yield "loss", log["loss"].iloc[-1], ""
+    yield f"NC1 in epoch {row['epoch']:.0f}", row["NC1"], ""
 
 
 def images(device, size, data):
@@ -156,7 +202,7 @@ def images(device, size, data):
             yield f"ResNet18, {precision}, {how}", size.images * size.steps / statistics.median(times), "images/s"
 
 
-PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limits in seconds on a GPU
+PARTS = {collapse: 40, seeds: 110, paper: 210, rates: 90, agreement: 40, resume: 40, images: 70}  # limits on a GPU, s
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -166,6 +212,12 @@ PARTS = {agreement: 60, resume: 60, rates: 90, paper: 260, images: 120}  # limit
 
 def precisions(device):
     return ["fp32", "tf32", "bf16"] if device.type == "cuda" else ["fp32", "bf16"]
+
+
+def mlp_words(device, size):
+    """Return the flags of the paper's MLP at a size, in the fastest precision that is as good as fp32."""
+    precision = "tf32" if "tf32" in precisions(device) else "fp32"
+    return f"--width {size.width} --batch_size 256 --device {device.type} --precision {precision}".split()
 
 
 def build(model, precision, device, size, data, *more, choose=set_precision):
@@ -301,9 +353,19 @@ def run_elsewhere(part, limit, table, *setting):
             add_row(table, part.__name__, "cut after", limit, "s")
         return int(process.exitcode != 0)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
+        end_group(process)
+
+
+def end_group(process):
+    """End a part; the processes that it has started get ten seconds to end what they have started."""
+    process.kill()
+    with contextlib.suppress(ProcessLookupError):  # until no process is left
+        os.killpg(process.pid, signal.SIGTERM)
+        for _ in range(100):
+            process.join(0.1)
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_part(part, table, device, size, data_dir):

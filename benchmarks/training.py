@@ -22,13 +22,17 @@ from models import to_device
 
 
 class OurTraining(Training):
-    """The training of the flags `args`, without files, ready to step. choose: sets the precision on a device."""
+    """The training of the flags `args`, without files, ready to step.
 
-    def __init__(self, args, data, device, choose=set_precision):
+    choose: sets the precision on a device. prepare: changes the model in place, before it is captured.
+    """
+
+    def __init__(self, args, data, device, choose=set_precision, prepare=lambda model: None):
         self.choose = choose
         choose(args.precision, device)
         torch.manual_seed(args.seed)
         model, data = to_device(make_model(args, data.num_classes), data, device)
+        prepare(model)
         super().__init__(args, data, model, device)
         self.initialise_head(args.head_init, args.seed)
         self.capture()

@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from nc_theory import UFM, closed_form, collapse_count, has_released_formula, released_formula, solve
+from utils import Progress
 
+MANY = 50  # classes from which on finding an optimum by minimisation takes seconds
 THEORIES = ("objective", "nominal", "released")
 
 
@@ -82,4 +84,7 @@ class Comparison:
 @lru_cache(maxsize=16)
 def solved(problem):
     """Return the optimum of a problem; runs of many seeds share it."""
-    return solve(problem)
+    if problem.num_classes < MANY:
+        return solve(problem)
+    with Progress(None, "optimum: round") as progress:
+        return solve(problem, progress.step)

@@ -73,7 +73,7 @@ class Measurement:
         bias = self.model.fc[-1].bias if optimum and optimum.problem.bias else None
         losses = torch.zeros(self.data.num_classes, dtype=torch.float64)
         zero_samples = torch.zeros_like(losses, device=self.device)
-        train, test = ClassAccuracy(self.data.train, "train"), ClassAccuracy(self.data.test, "test")
+        train, test = (ClassAccuracy(self.data, name) for name in ("train", "test"))
         passes = self.forward(self.data.train)
         if len(self.data.train) * weight.shape[1] * 4 <= FEATURES_KEPT:
             passes = list(passes)
@@ -108,7 +108,8 @@ class Measurement:
         row = {
             "train_acc1": train.overall(),
             "test_acc1": test.overall(),
-            **test.by_frequency(self.data.class_counts),
+            **top5(train, test),
+            **test.by_frequency(),
             **metrics,
             **dict.fromkeys(GAP_COLUMNS, math.nan),
         }
@@ -122,7 +123,7 @@ class Measurement:
             parts |= {name: getattr(gap, name.removeprefix("gap_")) for name in GAP_COLUMNS[1:]}
             if bias is not None:
                 parts["bias"] = bias.double().cpu()
-        return row, parts, [line for accuracy in (train, test) for line in accuracy.rows(self.data)]
+        return row, parts, [line for accuracy in (train, test) for line in accuracy.rows()]
 
     def note(self, kind, text):
         """Print a note, the first of its kind only."""
@@ -143,53 +144,62 @@ class Measurement:
             self.after_batch()
 
 
-class ClassAccuracy:
-    """Count the correct predictions on a split, class by class."""
+def top5(train, test):
+    """Return the accuracies in percent of the five largest logits {column: float}; empty for five classes or fewer."""
+    if train.data.num_classes <= 5:
+        return {}
+    return {"train_acc5": train.overall(top=5), "test_acc5": test.overall(top=5)}
 
-    def __init__(self, split, name):
-        self.name, self.labels, self.correct = name, split.labels, None
+
+class ClassAccuracy:
+    """Count the correct predictions on a split of a `datasets.Data`: "train" or "test".
+
+    They are counted class by class, and also if the label is among the five largest logits.
+    """
+
+    def __init__(self, data, name):
+        self.data, self.name, self.labels = data, name, getattr(data, name).labels
+        self.correct = torch.zeros(data.num_classes, dtype=torch.float64, device=self.labels.device)
+        self.in_top5 = torch.zeros_like(self.correct[:1])
 
     def update(self, logits, labels):
-        hits = (logits.argmax(1) == labels).double()
-        if self.correct is None:
-            self.correct = hits.new_zeros(logits.shape[1])
-        self.correct.index_add_(0, labels, hits)
+        self.correct.index_add_(0, labels, (logits.argmax(1) == labels).double())
+        largest = logits.topk(min(5, self.data.num_classes)).indices
+        self.in_top5 += (largest == labels[:, None]).sum()
 
     def merge(self, sum_over_processes):
         """Sum the counts over processes that have each seen a part of the split, as `ClassStatistics.merge` does."""
-        if self.correct is not None:
-            self.correct = sum_over_processes(self.correct)
+        self.correct, self.in_top5 = sum_over_processes(self.correct), sum_over_processes(self.in_top5)
 
-    def overall(self):
-        """Return the accuracy in percent; NaN for a split without images."""
-        return 100 * float(self.correct.sum()) / len(self.labels) if len(self.labels) else float("nan")
+    def overall(self, top=1):
+        """Return the accuracy in percent, of the largest logit or of the five largest; NaN for no images."""
+        correct = self.correct if top == 1 else self.in_top5
+        return 100 * float(correct.sum()) / len(self.labels) if len(self.labels) else float("nan")
 
-    def of_classes(self, num_classes):
+    def of_classes(self):
         """Return the accuracy of each class (K,), in percent; NaN for a class without images."""
-        counts = self.labels.bincount(minlength=num_classes).double().cpu()
-        correct = torch.zeros(num_classes) if self.correct is None else self.correct.cpu()
-        return 100 * correct / counts
+        return 100 * self.correct.cpu() / self.labels.bincount(minlength=self.data.num_classes).cpu()
 
-    def by_frequency(self, class_counts):
+    def by_frequency(self):
         """Return the mean accuracy over all classes, and over the classes with many, medium and few training images.
 
-        class_counts: training images of each class (K,). With the classes sorted by n_k in descending order, the first
-        ceil(K/3) are `many` and the last ceil(K/3) are `few`.
+        With the classes sorted by n_k in descending order, the first ceil(K/3) are `many` and the last ceil(K/3) are
+        `few`.
         """
-        accuracy = self.of_classes(len(class_counts))
-        accuracy = accuracy[torch.tensor(class_counts).argsort(descending=True, stable=True)]
-        third = -(-len(class_counts) // 3)
+        accuracy = self.of_classes()
+        accuracy = accuracy[torch.tensor(self.data.class_counts).argsort(descending=True, stable=True)]
+        third = -(-self.data.num_classes // 3)
         thirds = {"many": accuracy[:third], "medium": accuracy[third:-third], "few": accuracy[-third:]}
         means = {f"{name}_acc1": part.nanmean().item() for name, part in thirds.items()}
         return {"balanced_acc1": accuracy.nanmean().item(), **means}
 
-    def rows(self, data):
-        """Return a row of class_accuracy.csv for each class of a `datasets.Data`."""
-        accuracy = self.of_classes(data.num_classes).tolist()
-        names = data.class_names or range(data.num_classes)
+    def rows(self):
+        """Return a row of class_accuracy.csv for each class."""
+        accuracy = self.of_classes().tolist()
+        names = self.data.class_names or range(self.data.num_classes)
         return [
             {"split": self.name, "class": label, "name": name, "n_k": count, "accuracy": accuracy[label]}
-            for label, (name, count) in enumerate(zip(names, data.class_counts, strict=True))
+            for label, (name, count) in enumerate(zip(names, self.data.class_counts, strict=True))
         ]
 
 

@@ -11,6 +11,8 @@ True
 
 __version__ = "1.0.0"
 
+from collections.abc import Callable
+
 from nc_theory.by_class import solve_by_class
 from nc_theory.certificate import lower_bound
 from nc_theory.closed_form import (
@@ -27,7 +29,7 @@ from nc_theory.closed_form import (
 from nc_theory.copositive import polar
 from nc_theory.diagnosis import Convergence, Diagnosis, convergence, diagnose
 from nc_theory.duality import FocalLoss, dual_bound
-from nc_theory.gap import GAP_COLUMNS, GapBounds, GapShares, gap_bounds, gap_shares
+from nc_theory.gap import GAP_COLUMNS, SHARES, GapBounds, GapShares, gap_bounds, gap_shares
 from nc_theory.geometries import self_duality, seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
@@ -38,6 +40,7 @@ __all__ = [
     "GAP_COLUMNS",
     "LOSSES",
     "MOST_CLASSES",
+    "SHARES",
     "UFM",
     "Convergence",
     "Diagnosis",
@@ -80,10 +83,11 @@ MOST_CLASSES = 200  # beyond which direct minimisation takes too long for a prob
 SPLIT = 1e-9  # largest gap of the class-by-class solution at which the problem counts as split
 
 
-def solve(problem: UFM) -> Optimum:
+def solve(problem: UFM, report: Callable[[str], object] | None = None) -> Optimum:
     """Return the Optimum of a UFM; its `gap` tells how close to the minimum it is proved to be.
 
-    It is found in closed form or class by class where the problem splits, else by direct minimisation.
+    It is found in closed form or class by class where the problem splits, else by direct minimisation, which calls
+    `report` after each round with what was reached, in words.
 
     Example:
         >>> from nc_theory import UFM, solve
@@ -91,13 +95,13 @@ def solve(problem: UFM) -> Optimum:
         >>> optimum.method, optimum.certified
         ('closed form', True)
     """
-    return split_optimum(problem) or solve_numerically(problem).optimum
+    return split_optimum(problem) or solve_numerically(problem, report=report).optimum
 
 
 def split_optimum(problem: UFM) -> Optimum | None:
     """Return the Optimum of a UFM that splits by class, without direct minimisation, or None if it does not split.
 
-    Beyond MOST_CLASSES classes, the result for a variant of the cross entropy with ReLU and no bias is the best with
+    Beyond MOST_CLASSES classes, the result for MSE, or for the cross entropy without a bias, with ReLU is the best with
     orthogonal features, even if features share directions at the minimum. Its `gap` is then large.
 
     Example:
@@ -108,7 +112,7 @@ def split_optimum(problem: UFM) -> Optimum | None:
         True
     """
     optimum = closed_form(problem)
-    if optimum is None and problem.relu and not problem.bias:
+    if optimum is None and problem.relu and (problem.loss == "MSE" or not problem.bias):
         optimum = solve_by_class(problem)
         if not abs(optimum.gap) <= SPLIT and problem.num_classes <= MOST_CLASSES:
             return None

@@ -1,57 +1,114 @@
-"""Solve (UFM) class by class for variants of the cross entropy: fast for any number of classes."""
+"""Solve (UFM) class by class, with orthogonal features: fast for any number of classes."""
 
 import math
 
 import numpy as np
 import torch
 
-from nc_theory.certificate import lower_bound
+from nc_theory.certificate import certify
 from nc_theory.losses import LossParameters
 from nc_theory.problem import UFM, Optimum, class_margins
 
 STEPS, HALVINGS = 200, 60  # of Newton's method, and of the length of a step
 FIRST_STEP = 32.0  # length of the step from zero
+COLLAPSED = 1e-12  # relative distance below its largest length at which the residual is that of a class at zero
 CLOSE = 1e-9  # Newton's method converges quadratically where it predicts a decrease below this
 
 
 def solve_by_class(problem: UFM) -> Optimum:
-    """Return the best solution of a UFM with orthogonal features, for the cross entropy with ReLU and no bias.
+    """Return the best solution of a UFM with orthogonal features: MSE, or the cross entropy without a bias, with ReLU.
 
     With h_k = |h_k| u_k for orthonormal u_k, the penalties of the logits z_k of class k are least if head and feature
     share them equally, and sum to sqrt(lambda_W lambda_H n_k) |z_k|. What is left is a convex problem for each class,
 
         min over z of (n_k/N) l_k(z) + sqrt(lambda_W lambda_H n_k) |z|,
 
-    which is solved for all classes at once. It is the minimum of (UFM) if no two gradients at the z_k have a positive
-    inner product; the optimum's `gap` says so. It is also large if rounding dominates because of tiny lambdas.
+    which is solved for all classes at once. For MSE the residual z + b - e_k is then min(1, t_k / |e_k - b|) (b - e_k),
+    t_k = N sqrt(lambda_W lambda_H / n_k), and b minimises the sum, see `best_mse_bias`.
+
+    It is the minimum of (UFM) if no two gradients at the z_k have a positive inner product; the optimum's `gap` says
+    so. For the cross entropy it is also large if rounding dominates because of tiny lambdas.
     """
-    counts, parameters = problem.counts.numpy(), problem.loss_parameters
+    counts = problem.counts.numpy()
     root_w, root_h = math.sqrt(problem.lambda_w), math.sqrt(problem.lambda_h)
     strengths = np.sqrt(counts) / (counts.sum() * root_w * root_h)  # n_k/N over the factor of |z|
-    with np.errstate(all="ignore"):
-        logits = shrunken_minima(parameters, strengths)
-    losses, residuals = parameters.losses_and_residuals(logits, np.arange(len(counts)))
-    gradients = parameters.gradients(residuals, np.arange(len(counts)))
+    bias = np.zeros(problem.num_classes)
+    if problem.loss == "MSE":
+        bias = best_mse_bias(problem, strengths) if problem.bias else bias
+        gradients = residuals = clipped(bias - problem.targets, strengths)
+        logits = problem.targets - bias + residuals
+        logits[np.linalg.norm(residuals, axis=1) * strengths < 1 - COLLAPSED] = 0.0
+        losses, own = 0.5 * np.square(residuals).sum(1), problem.targets.argmax(1)
+    else:
+        parameters, residuals = problem.loss_parameters, None
+        with np.errstate(all="ignore"):
+            logits = shrunken_minima(parameters, strengths)
+        losses, differences = parameters.losses_and_residuals(logits, np.arange(len(counts)))
+        gradients, own = parameters.gradients(differences, np.arange(len(counts))), parameters.own
     norms = np.linalg.norm(logits, axis=1)
     norms_sq = norms * root_w / (root_h * np.sqrt(counts))
     directions = logits / np.where(norms > 0, norms, 1)[:, None]
     rows = directions * np.sqrt(norms * root_h / root_w * np.sqrt(counts))[:, None]
     slack = np.where(norms > 0, np.abs(strengths[:, None] * gradients + directions).max(1), 0)
     columns = torch.from_numpy(logits.T.copy())
+    certificate = certify(problem, columns, relax=False, residuals=residuals)
+    value = counts / counts.sum() @ losses + root_w * root_h * np.sqrt(counts) @ norms
     return Optimum(
         problem=problem,
-        margins=class_margins(columns, parameters.own),
+        margins=class_margins(columns, own),
         mean_norms_sq=torch.from_numpy(norms_sq),
         HTH=torch.from_numpy(norms_sq).diag(),
         WWT=torch.from_numpy(rows.T @ rows),
         WH=columns,
-        bias=torch.zeros(problem.num_classes, dtype=torch.float64),
+        bias=torch.from_numpy(bias),
         duality=torch.from_numpy(-(gradients * counts[:, None]).T / counts.sum() / problem.lambda_w),
-        loss=float(counts / counts.sum() @ losses + root_w * root_h * np.sqrt(counts) @ norms),
+        loss=float(value + 0.5 * problem.bias_decay * bias @ bias),
         method="class by class",
         projected_gradient=float(slack.max()),
-        lower_bound=lower_bound(problem, columns, relax=False),
+        lower_bound=certificate.bound,
+        certificate=certificate,
     )
+
+
+def clipped(rows: np.ndarray, strengths: np.ndarray) -> np.ndarray:
+    """Return rows (K, K), each shortened to a norm of at most 1 / strength_k."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1) * strengths, 1)[:, None]
+
+
+def best_mse_bias(problem: UFM, strengths: np.ndarray) -> np.ndarray:
+    """Return the bias (K,) of the best orthogonal features for MSE, by Newton's method.
+
+    With the best z_k for a given b, class k costs (n_k/N) times Huber's function of |e_k - b|, quadratic up to t_k and
+    then linear. The sum is convex in b, with the gradient sum_k (n_k/N) min(1, t_k / |e_k - b|) (b - e_k).
+    """
+    counts, targets, decay = problem.counts.numpy(), problem.targets, problem.bias_decay
+    shares = counts / counts.sum()
+    scale = float(shares @ (1 / strengths))  # of the value; t_k = 1 / strength_k
+
+    def value_at(bias: np.ndarray) -> float:
+        scaled = np.linalg.norm(bias - targets, axis=1) * strengths
+        huber = np.where(scaled > 1, scaled - 0.5, 0.5 * scaled**2) / strengths**2
+        return float(shares @ huber + 0.5 * decay * bias @ bias) / scale
+
+    bias, last = shares @ targets, math.inf
+    value = value_at(bias)
+    for _ in range(STEPS):
+        rows = bias - targets
+        lengths = np.linalg.norm(rows, axis=1)
+        factors = shares / np.maximum(lengths * strengths, 1) / scale
+        gradient = factors @ rows + decay / scale * bias
+        units = rows / np.where(lengths * strengths > 1, lengths, math.inf)[:, None]
+        hessian = (factors.sum() + decay / scale) * np.eye(len(bias)) - (units * factors[:, None]).T @ units
+        step = np.linalg.lstsq(hessian, -gradient, rcond=len(bias) * np.finfo(float).eps)[0]
+        decrease = -gradient @ step
+        if decrease < CLOSE and not decrease < last / 2:  # down to rounding
+            break
+        for length in 0.5 ** np.arange(HALVINGS):
+            moved = bias + length * step
+            if decrease < CLOSE or value_at(moved) <= value - 0.1 * length * decrease:
+                break
+        bias, value, last = moved, value_at(moved), decrease
+    return bias
 
 
 def shrunken_minima(parameters: LossParameters, strengths: np.ndarray) -> np.ndarray:

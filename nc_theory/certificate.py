@@ -7,7 +7,6 @@ lower bound of the minimum, and those of a global minimiser give the minimum its
 """
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +14,7 @@ from scipy.special import xlog1py, xlogy
 
 from nc_theory.copositive import polar
 from nc_theory.losses import losses_and_gradients
-from nc_theory.problem import UFM
+from nc_theory.problem import UFM, Certificate
 
 TINY = 1e-14  # a probability down to -TINY is zero up to rounding
 BIAS_STEPS = 20  # of Newton's method
@@ -58,15 +57,6 @@ def lower_bound(
     return certify(problem, logits, bias, relax=relax, gram=gram).bound
 
 
-class Certificate(NamedTuple):
-    """A lower bound of the minimum of a UFM, and the feasible point of the dual problem that proves it."""
-
-    bound: float  # -sum_k conjugates_k, less the conjugate of the bias' penalty
-    gradients: np.ndarray  # (K, K) the rows (n_k/N) g_k, with g_k = w_k D (q_k - t_k)
-    conjugates: np.ndarray  # (K,) (n_k/N) l_k*(g_k), so that (n_k/N) l_k(z) >= gradients_k . z - conjugates_k for any z
-    targets: np.ndarray  # (K, K) the rows q_k; for MSE, the logits e_k + g_k
-
-
 def certify(
     problem: UFM,
     logits: ArrayLike,
@@ -74,8 +64,13 @@ def certify(
     *,
     relax: bool = True,
     gram: ArrayLike | None = None,
+    residuals: np.ndarray | None = None,
 ) -> Certificate:
-    """Return the Certificate that logits and a bias give; see `lower_bound`."""
+    """Return the Certificate that logits and a bias give; see `lower_bound`.
+
+    residuals: z_k + b - e_k (K, K) of MSE, one row per class, instead of the logits: where penalties are tiny, the
+    difference has lost its digits.
+    """
     counts, labels = problem.counts.numpy(), np.arange(len(problem.class_counts))
     shares = counts / counts.sum()
     rows = np.asarray(logits, dtype=np.float64).T  # one for each class
@@ -84,10 +79,10 @@ def certify(
     nothing = Certificate(-math.inf, *(np.full(shape, math.nan) for shape in (rows.shape, len(rows), rows.shape)))
     if problem.depth_linear > 1 or not np.isfinite(rows).all():
         return nothing
-    if problem.bias:
+    if problem.bias and residuals is None:
         rows = rows + best_bias(problem, rows, np.zeros(rows.shape[1]) if bias is None else np.asarray(bias))
     if problem.loss == "MSE":
-        residuals = rows - problem.targets
+        residuals = rows - problem.targets if residuals is None else residuals
         slopes = np.ones_like(residuals)
     else:
         parameters = problem.loss_parameters

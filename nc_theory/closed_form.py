@@ -357,6 +357,12 @@ def mse_scales(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
     return torch.where(ratio < collapse_ratio(depth), high, 0.0)
 
 
+def mse_residuals(problem: UFM, sizes: torch.Tensor) -> torch.Tensor:
+    """Return 1 - s_k (P,) for depth_linear = 1, with all its digits where it is tiny."""
+    log_sizes, log_w, log_h, _ = logarithms(problem, sizes)
+    return (problem.counts.sum().log() + 0.5 * (log_w + log_h - log_sizes)).exp().clamp(max=1)
+
+
 def mse_norms_sq(problem: UFM, sizes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the |h_k|^2 (P,) that reach given s_k (P,) at the least penalty."""
     log_sizes, log_w, log_h, _ = logarithms(problem, sizes)

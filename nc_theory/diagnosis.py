@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nc_theory.closed_form import collapse_count
-from nc_theory.gap import GapShares, array_of
+from nc_theory.gap import SHARES, GapShares, array_of
 from nc_theory.problem import Optimum
 
 DEAD = 1e-4  # a class mean whose squared norm is at most this much of the optimum's is at zero
@@ -19,12 +19,6 @@ MOST_NAMED = 3  # classes that died and are described one by one
 ZERO_LR = 0.01  # of the largest learning rate, from which on it counts as zero
 LOW_LR = 0.1  # of the largest learning rate, below which it stops the gap from falling
 UNBALANCED = 0.05  # an NC0 above this is not that of a stationary point
-NAMES = {
-    "margins": "margins away from the optimal ones",
-    "duality": "a head that is not the dual of the class means",
-    "within": "features that differ within a class",
-    "means": "class means that are not arranged as at the optimum",
-}
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ class Diagnosis:
         if not math.isnan(self.gap.total):
             share, of_classes = getattr(self.gap, self.share), named(self.classes)
             part = share.sum() / self.gap.total
-            lines.append(f"largest share of the gap: {NAMES[self.share]} ({part:.0%}), most of all {of_classes}")
+            lines.append(f"largest share of the gap: {SHARES[self.share][1]} ({part:.0%}), most of all {of_classes}")
         if self.cause:
             lines.append(f"likely cause: {self.cause}")
         if self.convergence:
@@ -207,7 +201,7 @@ def diagnose(
     expected, collapsed = optimum.mean_norms_sq.numpy(), optimum.collapsed.numpy()
     zero = norms <= DEAD * np.where(collapsed, expected.max(), expected)
     died = np.flatnonzero(zero & ~collapsed).tolist()
-    shares = {name: np.nan_to_num(array_of(getattr(gap, name))) for name in NAMES}
+    shares = {name: np.nan_to_num(array_of(getattr(gap, name))) for name in SHARES}
     share = max(shares, key=lambda name: shares[name].sum())
     parts = shares[share]
     if share == "means":

@@ -24,11 +24,17 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.special import xlog1py
 
-from nc_theory.certificate import Certificate, certify
-from nc_theory.closed_form import closed_form
-from nc_theory.problem import Optimum, class_margins
+from nc_theory.certificate import certify
+from nc_theory.closed_form import closed_form, mse_residuals
+from nc_theory.problem import Certificate, Optimum, class_margins
 
-GAP_COLUMNS = ("optimality_gap", "gap_margins", "gap_duality", "gap_within", "gap_means")  # of `GapShares.columns`
+SHARES = {  # of F - F*: a label, and in words what is not as at the optimum
+    "margins": ("margins", "margins away from the optimal ones"),
+    "duality": ("self-duality", "a head that is not the dual of the class means"),
+    "within": ("within classes", "features that differ within a class"),
+    "means": ("class means", "class means that are not arranged as at the optimum"),
+}
+GAP_COLUMNS = ("optimality_gap", *(f"gap_{share}" for share in SHARES))  # of `GapShares.columns`
 ROUNDING = 1e-12  # times lam^2: an entry of lam^2 I - G^T G down to -ROUNDING is zero up to rounding
 LARGEST = 700.0  # exp of minus this is positive in float64
 HALVINGS = 100  # of the interval in which the end of a margin's interval is sought
@@ -54,17 +60,22 @@ class GapShares:
     duality: torch.Tensor  # (K,) of each row of W, and its entry of the bias
     within: torch.Tensor  # (K,) of the samples of each class
     means: torch.Tensor  # (K, K) of each pair of class means; where features share directions, entries may be negative
+    irreducible_loss: float = 0.0  # the entropy of smoothed labels, which no network can change
 
     @property
     def total(self) -> float:
         """F - F*, the sum of all shares."""
-        return float(sum(share.sum() for share in (self.margins, self.duality, self.within, self.means)))
+        return float(sum(getattr(self, share).sum() for share in SHARES))
 
     def columns(self) -> dict[str, float]:
-        """Return {column: float}: F / F* - 1 (NaN unless F* > 0), and the four shares of F - F*."""
-        relative = self.total / self.lower_bound if self.lower_bound > 0 else math.nan
-        shares = (self.margins, self.duality, self.within, self.means)
-        return dict(zip(GAP_COLUMNS, [relative, *(float(share.sum()) for share in shares)], strict=True))
+        """Return {column: float}: (F - F*) / (F* - irreducible_loss), and the four shares of F - F*.
+
+        The first is NaN unless F* exceeds the irreducible loss.
+        """
+        least = self.lower_bound - self.irreducible_loss
+        relative = self.total / least if least > 0 else math.nan
+        shares = [float(getattr(self, share).sum()) for share in SHARES]
+        return dict(zip(GAP_COLUMNS, [relative, *shares], strict=True))
 
 
 def gap_shares(
@@ -115,8 +126,14 @@ def gap_shares(
         duality += 0.5 * problem.bias_decay * np.square(offset + proof.gradients.sum(0) / problem.bias_decay)
     scaled = np.sqrt(counts)[:, None] * means
     within = 0.5 * problem.lambda_h * spreads if math.isfinite(proof.bound) else np.full(len(counts), math.nan)
-    shares = margins, duality, within, curvature * (scaled @ scaled.T)
-    return GapShares(optimum.lower_bound, *map(torch.from_numpy, shares))
+    return GapShares(
+        optimum.lower_bound,
+        margins=torch.from_numpy(margins),
+        duality=torch.from_numpy(duality),
+        within=torch.from_numpy(within),
+        means=torch.from_numpy(curvature * (scaled @ scaled.T)),
+        irreducible_loss=problem.irreducible_loss,
+    )
 
 
 def array_of(values: ArrayLike) -> np.ndarray:
@@ -129,8 +146,15 @@ def certified_point(optimum: Optimum) -> tuple[Certificate, np.ndarray]:
     """Return the `Certificate` of an optimum's lower bound, and (lam^2 I - G^T G) / (2 lambda_W), a matrix (K, K)."""
     problem = optimum.problem
     known = closed_form(problem) if optimum.method == "released formula" else optimum
-    logits, bias = (optimum.WH * math.nan, None) if known is None else (known.WH, known.bias)
-    proof = certify(problem, logits, bias, gram=None if known is None else known.HTH)
+    if known is None:
+        proof = certify(problem, optimum.WH * math.nan)
+    elif known.certificate is None:
+        residuals = None
+        if problem.loss == "MSE" and problem.depth_linear == 1:
+            residuals = -mse_residuals(problem, problem.counts).diag().numpy()
+        proof = certify(problem, known.WH, residuals=residuals)
+    else:
+        proof = known.certificate
     columns = proof.gradients / np.sqrt(problem.counts.numpy())[:, None]
     product = problem.lambda_w * problem.lambda_h * np.eye(len(columns))
     return proof, (product - columns @ columns.T) / (2 * problem.lambda_w)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -158,6 +159,15 @@ class UFM:
         return float(counts / counts.sum() @ self.loss_parameters.entropies)
 
 
+class Certificate(NamedTuple):
+    """A lower bound of the minimum of a UFM, and the feasible point of the dual problem that proves it."""
+
+    bound: float  # -sum_k conjugates_k, less the conjugate of the bias' penalty
+    gradients: np.ndarray  # (K, K) the rows (n_k/N) g_k, with g_k = w_k D (q_k - t_k)
+    conjugates: np.ndarray  # (K,) (n_k/N) l_k*(g_k), so that (n_k/N) l_k(z) >= gradients_k . z - conjugates_k for any z
+    targets: np.ndarray  # (K, K) the rows q_k; for MSE, the logits e_k + g_k
+
+
 @dataclass(frozen=True, eq=False)
 class Optimum:
     """The geometry of a minimiser of (UFM), in float64 on the CPU.
@@ -189,6 +199,7 @@ class Optimum:
     projected_gradient: float = 0.0  # largest entry of the projected gradient, in scaled variables
     lower_bound: float = -math.inf  # the minimum of (UFM) is proved to be no smaller
     factors: tuple[torch.Tensor, torch.Tensor] | None = None  # W and H^T (K, r) in r directions, if features share some
+    certificate: Certificate | None = None  # of the lower bound; None in closed form, which needs none
 
     @property
     def class_counts(self) -> torch.Tensor:

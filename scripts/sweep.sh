@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Usage: scripts/sweep.sh [-j JOBS | --line N | --count] FILE
+# Usage: scripts/sweep.sh [-j JOBS [--mps] | --line N | --count] FILE
 #
 # Run the shell commands in FILE, one per line, in the root of the repository, JOBS at a time (default: one per GPU in
 # CUDA_VISIBLE_DEVICES, else 1). --line N runs only the Nth; --count prints their number. Blank, comment and repeated
 # lines do not count. Each job sees one GPU of CUDA_VISIBLE_DEVICES (-j 4 puts two jobs on each of two GPUs);
 # on the CPU it gets its share of the cores unless OMP_NUM_THREADS is set. Job N appends its output to FILE.logs/N.log.
 # After each job: how many are done, failed and left, and about how long the rest takes.
+# --mps starts NVIDIA's Multi-Process Service for the time of the sweep, so that jobs on one GPU run at the same time
+# instead of taking turns; it needs the driver's nvidia-cuda-mps-control, and changes no setting of the GPU.
 # Ctrl-C and SIGTERM stop the jobs as well, and so do SIGHUP, SIGUSR1 and SIGXCPU. If the commands have --resume, run the sweep again to continue.
 #
 # Exit status: 0 if every job succeeded, 1 if not, 2 for a wrong call. Needs GNU xargs, and flock from util-linux.
@@ -28,6 +30,19 @@ run_job() { # run_job N COMMAND: called by xargs in a process of its own; SLOT n
         $((seconds / 3600)) $((seconds / 60 % 60)) $((seconds % 60))
 }
 
+start_mps() { # start a service of this sweep alone: its sockets and logs lie in a folder of its own
+    command -v nvidia-cuda-mps-control >/dev/null || fail "--mps: nvidia-cuda-mps-control, of NVIDIA's driver, is not installed"
+    mps=$(mktemp -d)
+    export CUDA_MPS_PIPE_DIRECTORY=$mps CUDA_MPS_LOG_DIRECTORY=$mps
+    env -u CUDA_VISIBLE_DEVICES nvidia-cuda-mps-control -d >"$mps/start" 2>&1 ||
+        fail "--mps: the service does not start: $(tail -n 1 "$mps/start")"
+}
+
+finish() {
+    rm -f "$failures" "$ended"
+    [ -z "$mps" ] || { echo quit | nvidia-cuda-mps-control >/dev/null 2>&1 || true; rm -rf "$mps"; }
+}
+
 stop() { # stop SIGNAL: end the jobs and wait until they have gone; a second signal ends this script at once
     trap - $stopping
     kill -TERM -- "-$xargs" 2>/dev/null || true
@@ -36,13 +51,14 @@ stop() { # stop SIGNAL: end the jobs and wait until they have gone; a second sig
     exit $((128 + $1))
 }
 
-jobs='' line='' count='' stopping='HUP INT TERM USR1 XCPU'
+jobs='' line='' count='' mps='' wants_mps='' stopping='HUP INT TERM USR1 XCPU'
 while [[ ${1:-} == -* ]]; do
     case $1 in
         -j | --line) [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || fail "$1: '${2:-}' is not a whole number >= 1" ;;&
         -j) jobs=$2 && shift ;;
         --line) line=$2 && shift ;;
         --count) count=1 ;;
+        --mps) wants_mps=1 ;;
         --) shift && break ;;
         *) fail "unknown option $1" ;;
     esac
@@ -56,8 +72,9 @@ mapfile -t -O 1 commands < <(awk '!/^[[:space:]]*(#|$)/ && !seen[$0]++' <"$1")
 [ -z "$count" ] || { echo ${#commands[@]} && exit; }
 
 logs=$(realpath -- "$1").logs failures=$(mktemp) ended=$(mktemp) xargs='' began=$(date +%s) total=${#commands[@]}
-trap 'rm -f "$failures" "$ended"' EXIT
+trap finish EXIT
 [ -z "$line" ] || total=1
+[ -z "$wants_mps" ] || start_mps
 mkdir -p -- "$logs"
 cd "$root"
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"

@@ -5,17 +5,20 @@
 
 scripts/tables.py defines the tables, and results/TABLE.csv is the summary.csv that `scripts/table.sh TABLE` writes. A
 document shows a table between the lines `<!-- table: TABLE -->` and `<!-- end of table -->`. If the folder of a table's
-runs is given, the script also replaces results/TABLE.csv and the table's figures in docs/figures/.
+runs is given, the script also replaces results/TABLE.csv and the table's figures in docs/figures/. A table with
+`by_class` also has results/TABLE_classes.csv: margins, norms and test accuracies of each class, over the seeds.
 results/check_gpu_cuda.csv is what scripts/check_gpu.sh writes on a GPU.
 """
 
 import argparse
+import math
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.figures import draw_runs
 from analysis.summary import written
 from engine.run import Run
-from engine.tables import MeasuredRun
+from engine.tables import MeasuredRun, write_table
 from scripts.tables import TABLES, summary_of
 from utils import UserError, atomic_write, run_script
 
@@ -64,6 +67,7 @@ COLUMNS = {  # head: the column of summary.csv, and how its values are written
     "minutes to 0.01": ("seconds_to_0.01", minutes),
 }
 SHOWN = {name: table for name, table in TABLES.items() if table.heads}
+BY_CLASS = {f"{name}_classes": table for name, table in TABLES.items() if table.by_class}
 
 
 def main():
@@ -94,16 +98,37 @@ def take_over(folder, root):
     if table is None or not (folder / "summary.csv").exists():
         raise UserError(f"{folder}: not a folder that scripts/table.sh has written for {', '.join(SHOWN)}")
     shutil.copyfile(folder / "summary.csv", root / "results" / f"{folder.resolve().name}.csv")
-    measured, runs = [path.parent for path in sorted(folder.glob("*/nc_metrics.csv"))], []
-    for name in table.drawn or table.settings:
-        for path in measured:
-            if setting_of(path) == name:
-                label = table.settings[name].label.replace("`", "")  # legends as in the table
-                runs.append(MeasuredRun(Run(path), bn_statistics=table.bn_statistics, run_name=label))
+    measured = {name: [] for name in table.settings}
+    for path in sorted(folder.glob("*/nc_metrics.csv")):
+        label = table.settings[setting_of(path.parent)].label.replace("`", "")  # legends as in the table
+        run = MeasuredRun(Run(path.parent), bn_statistics=table.bn_statistics, run_name=label)
+        measured[setting_of(path.parent)].append(run)
+    if table.by_class:
+        rows = [row for name, runs in measured.items() for row in classes(name, runs)]
+        write_table(root / "results" / f"{folder.resolve().name}_classes.csv", pd.DataFrame(rows))
+    runs = [run for name in table.drawn or table.settings for run in measured[name]]
     with tempfile.TemporaryDirectory() as drawn:
         for name, figure in table.figures.items():
             draw_runs(runs, Path(drawn), x=table.x)
             shutil.copyfile(Path(drawn) / f"{figure}{runs[0].suffix}.png", root / "docs" / "figures" / f"{name}.png")
+
+
+def classes(setting, runs):
+    """Return a row (dict) for each class of runs that differ by their seed, at their last measured epochs."""
+    epochs = [run.rows["epoch"].iloc[-1] for run in runs]
+    arrays = [run.geometry(epoch) for run, epoch in zip(runs, epochs, strict=True)]
+    accuracies = np.array([run.class_accuracy(epoch) for run, epoch in zip(runs, epochs, strict=True)])
+    names = runs[0].class_names or range(len(arrays[0]["class_counts"]))
+    return [
+        {"setting": setting, "class": name, "n_k": int(arrays[0]["class_counts"][k])}
+        | {column: np.mean([array[column][k] for array in arrays]) for column in ("margins_theory", "margins")}
+        | {
+            column: np.mean([math.sqrt(array[f"mean_norms_sq{end}"][k]) for array in arrays])
+            for column, end in (("norms_theory", "_theory"), ("norms", ""))
+        }
+        | {"test": accuracies[:, k].mean(), "test_std": accuracies[:, k].std(ddof=1) if len(runs) > 1 else 0.0}
+        for k, name in enumerate(names)
+    ]
 
 
 def redraw(text, results):
@@ -117,6 +142,8 @@ def markdown(name, results):
     """Return a table of SHOWN, or that of the check of a GPU, as Markdown."""
     if name == CHECK:
         return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
+    if name in BY_CLASS:
+        return classes_markdown(BY_CLASS[name], pd.read_csv(results / f"{name}.csv", converters={"class": str}))
     table, summary = SHOWN[name], pd.read_csv(results / f"{summary_of(name)}.csv")
     summary.index = [setting_of(folders.split()[0]) for folders in summary["folders"]]
     lines = [["", table.title, *table.heads, ""], ["", *["---"] * (1 + len(table.heads)), ""]]
@@ -131,6 +158,25 @@ def markdown(name, results):
             cells.append("-" if pd.isna(value) else f"{form(value)}{worst}{spread}")
         lines.append(["", table.settings[row].label, *cells, ""])
     return "\n".join(" | ".join(line).strip() for line in lines)
+
+
+def classes_markdown(table, rows):
+    """Return the classes of a table as Markdown, from the most images to the fewest.
+
+    Margins and norms are those of the first setting; test accuracies are those of all settings, with the standard
+    deviation over the seeds.
+    """
+    rows = rows.sort_values("n_k", ascending=False, kind="stable")
+    first = rows[rows["setting"] == next(iter(table.settings))]
+    shown = {"class": first["class"], "n_k": first["n_k"].map("{:,}".format)}
+    for name in ("margin", "norm"):
+        shown |= {f"{name}, theorem": first[f"{name}s_theory"].map("{:.4f}".format)}
+        shown |= {f"{name}, measured": first[f"{name}s"].map("{:.4f}".format)}
+    for name, setting in table.settings.items():
+        own = rows[rows["setting"] == name]
+        cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(own["test"], own["test_std"], strict=True)]
+        shown[f"test: {setting.label}"] = cells
+    return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 
 def measurements(rows):

@@ -67,6 +67,19 @@ def test_training(run_here, tmp_path):
     assert [row["epoch"] for row in shares] == ["MLP, fp32", "MLP, bf16"] and "| MLP, bf16" in out
 
 
+def test_kernels(run_here, tmp_path, monkeypatch):
+    """Compiling, which takes a while, is left out. tests/test_step.py counts the kernels."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    out = run_here("kernels", "--width 16 --pairs 1 --batch_size 64 --device cpu")
+    rows = rows_of(tmp_path / "kernels_cpu.csv")
+    for precision, casts in (("fp32", 1), ("bf16", 32)):
+        counts = {row["kernel"]: float(row["in a step"]) for row in rows if row["precision"] == precision}
+        assert counts["aten::addmm"] == 7 and counts["aten::_to_copy"] == casts
+        assert counts.pop("all") == sum(counts.values())
+    assert [row["step"] for row in rows_of(tmp_path / "compiled_cpu.csv")] == ["as it is", "network compiled"] * 2
+    assert "| bf16        | network compiled" in out
+
+
 def test_measuring(run_here, tmp_path):
     out = run_here("measuring", "--width 32 --pairs 1")
     assert out.startswith("NC1: ours ")
@@ -107,6 +120,13 @@ def test_rare_classes(run_here, monkeypatch, tmp_path):
         assert (row["lost"] == "") == (row["seeds without loss"] == row["seeds"] == "2") and float(
             row["NC2_H, largest"]
         )
+
+
+def test_certify(run_here, tmp_path):
+    out = run_here("certify", "--small 2 --medium 1 --classes 6")
+    rows = rows_of(tmp_path / "certify_cpu.csv")
+    assert [row["classes"] for row in rows[3:]] == ["6"] * 8 and all(int(row["classes"]) >= 13 for row in rows[:3])
+    assert {row["certified"] for row in rows} == {"True"} and "6 classes: 8 of 8 certified" in out
 
 
 def test_a_class_is_lost_only_if_the_theorem_keeps_it(run_here, monkeypatch, tmp_path):
@@ -166,11 +186,11 @@ def test_the_check_of_a_gpu_runs_on_the_cpu(tmp_path):
     rows = rows_of(tmp_path / "check_gpu_cpu.csv")
     assert not error
     assert list(dict.fromkeys(row["part"] for row in rows)) == [
-        "machine", "agreement", "resume", "rates", "paper", "images",
+        "machine", "collapse", "seeds", "paper", "rates", "agreement", "resume", "images",
     ]  # fmt: skip
     assert len(out.splitlines()) == len(rows) and not any("cut after" in row["what"] for row in rows)
     checked = [row["what"] for row in rows if row["value"] == "True"]
-    assert len(checked) == 3 and "bit for bit" in checked[-1], "False would be a failure"
+    assert len(checked) == 5 and "bit for bit" in checked[-1], "False would be a failure"
     assert {float(row["value"]) for row in rows if row["unit"] == "relative"} == {0.0}
 
 

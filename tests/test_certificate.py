@@ -285,6 +285,12 @@ def test_many_classes_that_share_directions_are_certified(num_classes, bias):
     assert optimum.certified and optimum.gap > -1e-12
 
 
+def test_each_round_of_a_minimisation_is_reported():
+    said = []
+    optimum = solve(UFM(SMALL, 2e-3, 2e-4, variant=MEMBERS["VS"]), said.append)
+    assert said[-1] == f"minimising, loss {optimum.loss:.8g} with {optimum.directions} features"
+
+
 def test_the_relaxation_is_a_bound_that_is_exact_where_all_supports_can_be_tried():
     random = np.random.default_rng(0)
     for _ in range(10):

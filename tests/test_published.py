@@ -91,6 +91,8 @@ def test_the_published_scalar_problem():
             np.testing.assert_allclose(found.margins, grid[values.argmin(0)], atol=1e-5)
             alive = found.margins[found.margins > 0].numpy()
             assert (alive >= (depth - 1) / depth).all()
+    two_layers = closed_form(UFM([200, 100, 50, 50], 2e-3, 2e-4, loss="MSE", depth_linear=2))
+    np.testing.assert_allclose(two_layers.margins, [0.989103, 0.982664, 0.972384, 0.972384], atol=5e-7)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -148,6 +150,91 @@ def test_more_classes_than_features_on_the_circle(num_classes, published):
     cosines = np.cos(features[:, None] - weights)
     margins = cosines[classes, classes] - np.where(np.eye(num_classes), -1, cosines).max(1)
     np.testing.assert_allclose(margins, published, atol=1e-4)
+
+
+def whole_network_loss(x, shapes, penalty):
+    """MSE of a ReLU network on one free feature >= 0 a class, all of it penalised, and its gradient."""
+    point = torch.from_numpy(x.copy()).requires_grad_()
+    features, *layers = (part.view(shape) for part, shape in zip(parts_of(point, shapes), shapes, strict=True))
+    logits = layers[-1] @ hidden_features(features, layers)[-1]
+    value = (
+        0.5 * (logits - torch.eye(shapes[-1][0])).square().sum() / shapes[-1][0] + penalty / 2 * point.square().sum()
+    )
+    value.backward()
+    return value.item(), point.grad.numpy()
+
+
+def parts_of(point, shapes):
+    return point.split([rows * columns for rows, columns in shapes])
+
+
+def hidden_features(features, layers):
+    found = [features.relu()]
+    for layer in layers[:-1]:
+        found.append((layer @ found[-1]).relu())
+    return found
+
+
+def test_with_decay_of_the_whole_network_collapse_is_not_the_optimum():
+    """Sukenik et al. 2024, arXiv 2405.14468: K = 10, five layers, one sample a class; of lower rank and loss."""
+    num_classes, depth, width, penalty = 10, 5, 20, 4e-4
+    collapsed = closed_form(UFM([1] * num_classes, penalty, penalty, loss="MSE", depth_linear=depth))
+    shapes = [(width, num_classes), *[(width, width)] * (depth - 1), (num_classes, width)]
+    random = np.random.default_rng(0)
+    start = [random.standard_normal(rows * columns) * math.sqrt(2 / columns) for rows, columns in shapes]
+    options = {"maxiter": 1500, "maxfun": 3000}
+    found = minimize(
+        whole_network_loss, np.concatenate(start), (shapes, penalty), "L-BFGS-B", jac=True, options=options
+    )
+    assert found.fun < 0.9 * collapsed.loss and not collapsed.collapsed.any()
+    parts = parts_of(torch.from_numpy(found.x), shapes)
+    features, *layers = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    ranks = [torch.linalg.matrix_rank(part, rtol=1e-2).item() for part in hidden_features(features, layers)]
+    assert min(ranks) < num_classes == collapsed.directions
+    assert (layers[-1] @ hidden_features(features, layers)[-1]).argmax(0).tolist() == list(range(num_classes))
+
+
+def test_spectral_descent_learns_all_classes_at_the_same_rate():
+    """Vasudeva et al. 2025, arXiv 2510.22980: d = K = 3, W_cc = min(eta t, s_yx / s_xx); gradient descent does not."""
+    priors, noise, rate = np.array([0.5, 0.3, 0.2]), 0.1, 1e-3
+    basis = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]  # the class means, of length one
+    s_xx, s_yx = priors + noise**2, priors
+    second_moments, targets = basis * s_xx @ basis.T, s_yx[:, None] * basis.T
+    spectral, plain = np.zeros((3, 3)), np.zeros((3, 3))
+    for step in range(1, 1501):
+        left, _, right = np.linalg.svd(spectral @ second_moments - targets)
+        spectral = spectral - rate * left @ right
+        plain = plain - rate * (plain @ second_moments - targets)
+        if step % 100 == 0:
+            expected = np.diag(np.minimum(rate * step, s_yx / s_xx))
+            np.testing.assert_allclose(spectral @ basis, expected, atol=1.01 * rate)
+            expected = np.diag((1 - (1 - rate * s_xx) ** step) * s_yx / s_xx)
+            np.testing.assert_allclose(plain @ basis, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(3, 3, 3), (2, 3, 9), (2, 2, 14)])
+def test_supervised_contrastive_features_after_relu_are_an_orthogonal_frame(counts):
+    """Kini et al. 2023, arXiv 2306.07960: whatever the class counts."""
+    labels, dim, temperature = torch.repeat_interleave(torch.arange(3), torch.tensor(counts)), 6, 0.5
+    other = ~torch.eye(len(labels), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & other
+
+    def normalised(x):
+        features = torch.as_tensor(x).view(len(labels), dim)
+        return features / features.norm(dim=1, keepdim=True)
+
+    def loss(x):
+        point = torch.from_numpy(x.copy()).requires_grad_()
+        similarities = normalised(point) @ normalised(point).T / temperature
+        logits = similarities - similarities.masked_fill(~other, -math.inf).logsumexp(1, keepdim=True)
+        value = -((logits * positive).sum(1) / positive.sum(1)).mean()
+        value.backward()
+        return value.item(), point.grad.numpy()
+
+    start = np.random.default_rng(0).random(len(labels) * dim)
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(start))
+    gram = normalised(found.x) @ normalised(found.x).T
+    np.testing.assert_allclose(gram, (labels[:, None] == labels).double(), atol=1e-3)
 
 
 @pytest.mark.parametrize("relu", [True, False])

@@ -3,13 +3,17 @@
 import csv
 import re
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
+from engine.run import Run
+from engine.tables import MeasuredRun
 from scripts import update_tables
+from scripts.tables import TABLES, Setting
 from tests.conftest import ROOT
-from tests.recorded import recorded, save_nothing
+from tests.recorded import COUNTS, EPOCHS, geometry, recorded, save_nothing, three_seeds, write_accuracies
 from utils import UserError
 
 PAGES = update_tables.documents(ROOT)
@@ -25,7 +29,7 @@ def test_every_result_is_shown():
     shown = {name for page in PAGES for name, *_ in update_tables.MARKED.findall(page.read_text())}
     results = {path.stem for path in (ROOT / "results").glob("*.csv")}
     views = {name for name in update_tables.SHOWN if update_tables.summary_of(name) != name}  # of another's results
-    assert shown == results | views == {*update_tables.SHOWN, update_tables.CHECK}
+    assert shown == results | views == {*update_tables.SHOWN, *update_tables.BY_CLASS, update_tables.CHECK}
 
 
 def test_a_changed_result_is_noticed_and_drawn(tmp_path):
@@ -75,3 +79,20 @@ def test_a_table_takes_over_the_folder_of_its_runs(monkeypatch, tmp_path):
     assert all((ROOT / "docs" / "figures" / name).exists() for name in figures)
     with pytest.raises(UserError, match="not a folder that"):
         update_tables.take_over(tmp_path / "results", tmp_path)
+
+
+def test_classes_are_means_over_the_seeds_of_the_last_epoch(tmp_path):
+    """Of three seeds whose measurements are 1, 2 and 4 times those of the recorded run, and with other accuracies."""
+    table, runs = replace(TABLES["mnist"], settings={"la": Setting("", "LA")}), []
+    for folder, percent in zip(three_seeds(tmp_path), (50, 60, 100), strict=True):
+        write_accuracies(folder, [percent - k for k in range(10)])
+        runs.append(MeasuredRun(Run(folder)))
+    rows, last = update_tables.classes("la", runs), geometry(EPOCHS[-1])
+    assert [row["n_k"] for row in rows] == COUNTS and [row["class"] for row in rows] == list(range(10))
+    for k, row in enumerate(rows):
+        assert row["margins_theory"] == pytest.approx(last["margins_theory"][k])
+        assert row["margins"] == pytest.approx(7 / 3 * last["margins"][k])
+        assert row["norms"] == pytest.approx((1 + 2**0.5 + 2) / 3 * last["mean_norms_sq"][k] ** 0.5)
+        assert row["test"] == pytest.approx(70 - k) and row["test_std"] == pytest.approx(700**0.5)
+    table = update_tables.classes_markdown(table, pd.DataFrame(rows).astype({"class": str}))
+    assert table.splitlines()[2].split(" | ")[0].strip("| ") == "8" and "62.0 ± 26.5" in table.splitlines()[2]

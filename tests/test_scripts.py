@@ -78,6 +78,8 @@ def test_the_row_is_that_of_the_checkpoint(train, measure, tmp_path):
     )
     hits = (test_logits.argmax(1) == data.test.labels).double()
     assert float(row["test_acc1"]) == pytest.approx(100 * hits.mean().item())
+    larger = (test_logits > test_logits.gather(1, data.test.labels[:, None])).sum(1)
+    assert float(row["test_acc5"]) == pytest.approx(100 * (larger < 5).double().mean().item())
     by_class = torch.stack([100 * hits[data.test.labels == k].mean() for k in range(10)])
     groups = {"balanced": range(10), "many": (9, 8, 7, 6), "medium": (4, 5), "few": (0, 1, 2, 3)}
     for name, labels in groups.items():
@@ -637,7 +639,7 @@ def test_an_empty_test_set_leaves_its_accuracy_empty(train, measure, tmp_path):
     train(*TINY, *counts, "--epochs", 1, "--save_path", "run")
     measure("--load_path", "run")
     row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
-    empty = ["test_acc1", "balanced_acc1", "many_acc1", "medium_acc1", "few_acc1"]
+    empty = ["test_acc1", "test_acc5", "balanced_acc1", "many_acc1", "medium_acc1", "few_acc1"]
     assert [name for name, cell in row.items() if not cell] == empty
 
 

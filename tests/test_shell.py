@@ -180,7 +180,7 @@ def test_the_papers_experiments(checkout, dataset):
 
 @pytest.mark.parametrize(
     "table, runs",
-    [("recipe", 30), ("small", 15), ("small_digits", 15), ("paper", 2), ("plain", 4)],
+    [("recipe", 30), ("small", 15), ("small_digits", 15), ("paper", 6), ("plain", 4)],
 )
 def test_the_runs_of_a_table(checkout, tmp_path, table, runs):
     folder, stub = checkout
@@ -197,7 +197,7 @@ def test_the_paper_and_the_recipe_solve_the_same_problem(checkout):
     folder, stub = checkout
     paper = parse_args(argv=shlex.split(PAPER))
     recipe = {"seed", "lr", "decay_type", "patience", "adam_beta2", "stratified", "epochs"}
-    for table, runs, free in (("paper_command", 2, set()), ("paper", 2, recipe)):
+    for table, runs, free in (("paper_command", 4, {"precision"}), ("paper", 6, recipe)):
         call(folder / "scripts" / "table.sh", table, "x", "--count", stub=stub)
         settings = commands_of(folder / f"model_weights/{table}/commands.txt")
         for args in settings:

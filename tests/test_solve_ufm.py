@@ -206,6 +206,24 @@ def test_contexts_with_the_same_next_tokens_are_merged(solve, tmp_path):
     assert "share a direction           x, y\n" in out
 
 
+def test_the_example_of_the_docs_is_what_the_solver_prints(solve):
+    words = (ROOT / "docs" / "losses.md").read_text().split("```text\n")[1].split("```")[0].splitlines()
+    flags = ["--weight_decay", 5e-4, "--feature_decay_rate", 5e-4]
+    out, _ = solve("--counts_file", ROOT / "results" / "texts" / "austen_bigrams.csv", *flags)
+    *lines, last = out.splitlines()[-5:]
+    assert lines == words[:-1]
+    assert last.startswith("certified: no other solution is better by more than ") and words[-1].startswith(last[:52])
+
+
+def test_bigrams_of_a_text_are_a_counts_file(solve, run_script, tmp_path):
+    (tmp_path / "one.txt").write_text("It's a cat. A\ncat's")
+    (tmp_path / "two.txt").write_text("a cat, a dog!")
+    out, _ = run_script("scripts/count_bigrams.py", "one.txt", "two.txt", "--words", 3)
+    assert out == "context,a,cat,it's\na,0,2,0\ncat,2,0,0\nit's,1,0,0\n"
+    (tmp_path / "counts.csv").write_text(out)
+    assert "context" in solve("--counts_file", tmp_path / "counts.csv")[0]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

@@ -1,12 +1,12 @@
 """The operations, host reads and leftovers of a step, and the host reads of an epoch, checked on the CPU."""
 
 import gc
+import importlib
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from args import parse_args
 from datasets import Data, Split
@@ -14,7 +14,7 @@ from engine.batches import Batches
 from engine.run import Run
 from engine.training import Training, make_model
 from models import MODELS, build_model
-from tests.conftest import TINY, log_of
+from tests.conftest import ROOT, TINY, log_of
 from train_1st_order_unbalanced import train
 
 TO_HOST = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__}
@@ -29,25 +29,11 @@ def build(name="MLP", *flags):
     return Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu")).step
 
 
-class Trace(TorchDispatchMode):
-    """Records the operations that reach the device."""
-
-    def __enter__(self):
-        self.operations = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operations.append(function)
-        return function(*args, **(kwargs or {}))
-
-    def launches(self):
-        """Return the operations that compute: no views, and no marks for a profiler."""
-        return [
-            operation
-            for operation in self.operations
-            if operation.namespace == "aten"
-            and not any(out.alias_info and not out.alias_info.is_write for out in operation._schema.returns)
-        ]
+@pytest.fixture
+def trace(monkeypatch):
+    """The class that records the operations of a step, of the benchmark that counts them."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("kernels").Trace
 
 
 class NothingGoesToTheHost(TorchFunctionMode):
@@ -69,7 +55,7 @@ LAYERS = 8  # of the paper's MLP, the head included
     ],
     ids=["fp32", "bf16", "clipped", "revived"],
 )
-def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more):
+def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more, trace):
     """A layer has a product and a ReLU forwards; two products, its bias's gradient and a threshold backwards.
 
     Each of the other operations is one for all layers: four to normalise the images, which lie on the device as bytes,
@@ -77,9 +63,9 @@ def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more):
     """
     step, indices = build("MLP", *flags.split()), torch.arange(8)
     step(indices)
-    with Trace() as trace:
+    with trace() as recorded:
         step(indices)
-    assert len(trace.launches()) <= 6 * LAYERS + 30 + more
+    assert len(recorded.launches()) <= 6 * LAYERS + 30 + more
 
 
 SETTINGS = [(name, "") for name in MODELS]
@@ -96,12 +82,12 @@ SETTINGS += [
 
 
 @pytest.mark.parametrize("name, flags", SETTINGS)
-def test_a_step_reads_nothing_and_is_the_same_every_time(name, flags):
+def test_a_step_reads_nothing_and_is_the_same_every_time(name, flags, trace):
     """Its tensors are fake: what depends on their values cannot be computed. The first step makes Adam's moments."""
     with FakeTensorMode(), NothingGoesToTheHost():
-        step, traces = build(name, *flags.split()), [Trace() for _ in range(3)]
-        for trace in traces:
-            with trace:
+        step, traces = build(name, *flags.split()), [trace() for _ in range(3)]
+        for recorded in traces:
+            with recorded:
                 step(torch.arange(8))
     assert traces[1].operations == traces[2].operations
 

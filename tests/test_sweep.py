@@ -90,6 +90,36 @@ def test_jobs_on_the_cpu_share_the_cores(tmp_path, jobs, share):
     assert (tmp_path / "2").read_text() == "7\n"
 
 
+@pytest.fixture
+def mps_control(tmp_path):
+    """Put a stand-in of NVIDIA's control program, which writes down how it is called, on the path; return that path."""
+    program = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/bash\necho "$@ ${{CUDA_VISIBLE_DEVICES:-all}} $CUDA_MPS_PIPE_DIRECTORY" >>{tmp_path}/calls\n'
+        f'[ "$1" = -d ] && exec sh -c "! cat {tmp_path}/refused"\ncat >>{tmp_path}/calls\n'
+    )
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
+def test_mps_serves_the_jobs_of_a_sweep_and_ends_with_it(tmp_path, mps_control):
+    """It sees all GPUs, whose numbers the jobs choose from; its folder is its own, and is deleted."""
+    path = write_sweep(tmp_path, *(f"echo $CUDA_MPS_PIPE_DIRECTORY >>{tmp_path}/seen # {i}" for i in range(2)))
+    sweep("-j", 2, "--mps", path, PATH=mps_control, CUDA_VISIBLE_DEVICES="1")
+    folder = (tmp_path / "seen").read_text().split()[0]
+    assert (tmp_path / "seen").read_text() == f"{folder}\n" * 2 and not os.path.exists(folder)
+    assert (tmp_path / "calls").read_text() == f"-d all {folder}\n 1 {folder}\nquit\n"
+
+
+def test_mps_that_cannot_start_is_one_line(tmp_path, mps_control):
+    path = write_sweep(tmp_path, f"touch {tmp_path}/ran")
+    (tmp_path / "refused").write_text("Cannot find a usable GPU\n")
+    out, error = sweep("--mps", path, status=2, PATH=mps_control)
+    assert error == "sweep.sh: error: --mps: the service does not start: Cannot find a usable GPU\n" and not out
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["-a b.txt", 'it\'s "$HOME".txt', "--line"])
 def test_odd_names_of_the_file(tmp_path, name):
     write_sweep(tmp_path, "echo ran", name=name)
@@ -108,6 +138,7 @@ def test_wrong_calls_are_one_line(tmp_path):
         (["--line"], "--line: '' is not a whole number >= 1"),
         (["--line", "2", path], "has 1 commands"),
         (["--fast", path], "unknown option --fast"),
+        (["--mps", path], "nvidia-cuda-mps-control, of NVIDIA's driver, is not installed"),
         ([path, path], "give one FILE"),
         ([], "give one FILE"),
     ):

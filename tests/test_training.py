@@ -8,7 +8,6 @@ import threading
 import traceback
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from datasets import Data, Split
 from engine.checkpoints import Checkpoints, load_optimizer, load_torch, to_host
 from engine.cuda_graph import GraphedStep
 from engine.device import pick_device
-from engine.measurement import ClassAccuracy
+from engine.measurement import ClassAccuracy, top5
 from engine.optim import OPTIMIZERS, Schedule, is_capturable, make_optimizer, set_learning_rate
 from engine.run import Run
 from engine.step_log import MEASURED, STEP_COLUMNS, check_finite, epoch_means
@@ -342,38 +341,47 @@ def test_the_copy_of_a_state_is_deep():
     assert copied["a"][0].tolist() == [0, 0] and copied["a"][1]["b"].tolist() == [0] and copied["c"] == [1, "x"]
 
 
-def class_accuracy(labels, predicted):
-    """The ClassAccuracy of a split with these labels (N,) and predictions (N,) of 5 classes, in two batches."""
-    split = Split(torch.zeros(len(labels), 3, 32, 32), torch.tensor(labels), torch.zeros(3))
-    accuracy = ClassAccuracy(split, "test")
+def class_accuracy(labels, predicted, counts=(10, 50, 30, 10, 20)):
+    """The ClassAccuracy of a test set with these labels (N,) and predictions (N,) of K classes, in two batches."""
+    split = Split(torch.zeros(len(labels), 3, 32, 32), torch.tensor(labels, dtype=torch.int64), torch.zeros(3))
+    accuracy = ClassAccuracy(Data(split, split, list(counts), class_names=list("abcdefg"[: len(counts)])), "test")
     for rows in torch.arange(len(labels)).tensor_split(2):
-        accuracy.update(torch.eye(5)[torch.tensor(predicted)[rows]], split.labels[rows])
+        logits = torch.eye(len(counts))[torch.tensor(predicted, dtype=torch.int64)[rows]]
+        accuracy.update(logits, split.labels[rows])
     return accuracy
 
 
 def test_class_accuracies_by_hand():
     """The test set has no image of class 4; by n_k the classes are 1, 2 | 4 | 0, 3, where the tie keeps its order."""
-    accuracy = class_accuracy([0, 3, 1, 3, 2, 0, 0, 3, 1, 2, 3, 0, 3], [0, 3, 1, 4, 2, 0, 1, 0, 1, 1, 2, 0, 2])
-    counts = [10, 50, 30, 10, 20]
+    labels, predicted = [0, 3, 1, 3, 2, 0, 0, 3, 1, 2, 3, 0, 3], [0, 3, 1, 4, 2, 0, 1, 0, 1, 1, 2, 0, 2]
+    accuracy = class_accuracy(labels, predicted)
     assert accuracy.overall() == pytest.approx(100 * 7 / 13)
     nan = pytest.approx(math.nan, nan_ok=True)
-    classes = zip("abcde", counts, [75, 100, 50, 20, nan], strict=True)
-    data = SimpleNamespace(num_classes=5, class_names=list("abcde"), class_counts=counts)
-    assert accuracy.rows(data) == [
+    classes = zip("abcde", [10, 50, 30, 10, 20], [75, 100, 50, 20, nan], strict=True)
+    assert accuracy.rows() == [
         {"split": "test", "class": label, "name": name, "n_k": count, "accuracy": percent}
         for label, (name, count, percent) in enumerate(classes)
     ]
     expected = {"balanced_acc1": (75 + 100 + 50 + 20) / 4, "many_acc1": 75, "medium_acc1": nan, "few_acc1": 47.5}
-    assert accuracy.by_frequency(counts) == expected
+    assert accuracy.by_frequency() == expected
     few_first = {"many_acc1": 47.5, "medium_acc1": 50, "few_acc1": 100}  # the order of n_k decides, not the label
-    assert accuracy.by_frequency([50, 10, 30, 40, 20]) == expected | few_first
+    assert class_accuracy(labels, predicted, [50, 10, 30, 40, 20]).by_frequency() == expected | few_first
 
 
 def test_class_accuracies_of_an_empty_split():
-    split = Split(torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.int64), torch.zeros(3))
-    accuracy = ClassAccuracy(split, "test")
-    assert math.isnan(accuracy.overall())
-    assert all(math.isnan(value) for value in accuracy.by_frequency([3, 2, 1]).values())
+    accuracy = class_accuracy([], [], [3, 2, 1])
+    assert math.isnan(accuracy.overall()) and math.isnan(accuracy.overall(top=5))
+    assert all(math.isnan(value) for value in accuracy.by_frequency().values())
+
+
+def test_the_five_largest_logits():
+    """The logits of image i are those of class 0 (the least) to 6: labels 0 and 1 are not among the five largest."""
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 6])
+    split = Split(torch.zeros(8, 3, 32, 32), labels, torch.zeros(3))
+    accuracy = ClassAccuracy(Data(split, split, [1, 1, 1, 1, 1, 1, 2]), "train")
+    accuracy.update(torch.arange(7.0).expand(8, 7), labels)
+    assert top5(accuracy, accuracy) == {"train_acc5": 75, "test_acc5": 75} and accuracy.overall() == 25
+    assert top5(class_accuracy([0], [1]), None) == {}  # of five classes
 
 
 # ---------------------------------------------------------------------------------------------------------
