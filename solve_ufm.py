@@ -17,8 +17,8 @@ import csv
 import dataclasses
 import json
 import math
-from argparse import ArgumentTypeError
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
