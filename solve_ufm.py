@@ -322,7 +322,7 @@ def print_table(args, result):
     if result["threshold"] is not None:
         print(f"{'threshold of collapse':<27} n_k = {result['threshold']:.4g}: {collapsing(result['collapsed'])}")
     else:
-        print(f"{'threshold of collapse':<27} not known in closed form: {collapsing(result['collapsed'])}")
+        print(f"{'threshold of collapse':<27} not known: {collapsing(result['collapsed'])}")
     if "closed_form" in result:
         print(f"{'loss, ' + result['method']:<27} {result['closed_form']['loss']:.15g}")
     if "minimised" in result:
