@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import re
+import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from cli import (
     Help,
     Parser,
     Share,
+    add_count_flags,
     add_loss_flags,
     bounded,
-    class_count_list,
+    conflict_of_counts,
     decay_type,
     epochs_or_share,
     existing_or_new_dir,
-    imbalance_profile,
     keyword_arguments,
     layer_names,
     name_of,
@@ -50,6 +51,7 @@ PROFILE = "says how many images each class has"
 MEASURES_ONLY = "has no effect on training"
 LOCATION = "says where the images are; config.json has a hash of the images, which must agree instead"
 
+ADAMS = ("Adam", "AdamW")
 RECIPE_STEPS = 2000  # of the recipe in docs/recipe.md, with fewer of which runs have ended far from the optimum
 
 
@@ -133,28 +135,7 @@ def make_parser(doc=None):
         metavar="S",
         help="resize the images of imagefolder or FILE.npz to S x S pixels",
     )
-    add(
-        "--imbalance",
-        roles=(NAMES_RUN, PROFILE),
-        type=imbalance_profile,
-        metavar="PROFILE",
-        help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
-        "(default: paper; for imagefolder and FILE.npz, all images)",
-    )
-    add(
-        "--n_max",
-        roles=(NAMES_RUN, PROFILE),
-        type=count,
-        metavar="N",
-        help="images of the largest class with balanced, exp:R and step:R (default: the most that the data allow)",
-    )
-    add(
-        "--class_counts",
-        roles=(NAMES_RUN, PROFILE),
-        type=class_count_list,
-        metavar="N,N,...",
-        help="training images of each class, instead of --imbalance (default: set by --imbalance)",
-    )
+    add_count_flags(partial(add, roles=(NAMES_RUN, PROFILE)))
     add(
         "--data_augmentation",
         roles=(NAMES_RUN,),
@@ -564,10 +545,20 @@ def parse_args(doc=None, argv=None, config=None, folder=None):
     parser = make_parser(doc)
     defaults = {action.dest: action.default for action in parser._actions if action.dest != "help"}
     typed = given_flags(parser, argv)
+    of_files = typed.keys() - given_flags(parser, without_files(argv)).keys()
+    if typed.get("optimizer", "Adam") not in ADAMS:  # a recipe for Adam with another optimizer
+        typed = {name: value for name, value in typed.items() if name not in of_files & {*flags_with(ADAM_ONLY)}}
     args = merge_config(parser, defaults, typed, config, folder) if config else with_epochs(defaults | typed)
     if message := contradiction(args, defaults):
+        named = [f"--{name}" for name in sorted(of_files) if re.search(rf"--(no-)?{name}\b", message)]
+        message += f" ({', '.join(named)}: from the @FILE)" if named else ""
         raise UserError(f"{folder}/config.json and the flags: {message}" if config else message)
     return args
+
+
+def without_files(argv):
+    """Return the words `argv` (None: the command line) without @FILEs of flags."""
+    return [word for word in (sys.argv[1:] if argv is None else argv) if not str(word).startswith("@")]
 
 
 def given_flags(parser, argv):
@@ -577,9 +568,12 @@ def given_flags(parser, argv):
     return {name: value for name, value in vars(parser.parse_args(argv, start)).items() if value is not absent}
 
 
-def with_epochs(flags):
-    """Return a namespace of flags {name: value}, with each share of --epochs, such as 36%, as a number of epochs."""
-    epochs = flags["epochs"]
+def with_epochs(flags, epochs=None):
+    """Return a namespace of flags {name: value}, with each share of --epochs, such as 36%, as a number of epochs.
+
+    epochs: those that the shares are of; default: --epochs.
+    """
+    epochs = epochs or flags["epochs"]
     return argparse.Namespace(
         **{name: value.of(epochs) if isinstance(value, Share) else value for name, value in flags.items()}
     )
@@ -597,7 +591,8 @@ def merge_config(parser, defaults, typed, config, folder):
         raise UserError(f"{folder}/config.json: damaged, {error}") from None
     replaced = ("imbalance", "n_max") if typed.get("class_counts") else ("class_counts",) * bool(typed.get("imbalance"))
     kept = {name: value for name, value in recorded.items() if name not in replaced}
-    then, now = with_epochs(defaults | recorded), with_epochs(defaults | kept | typed)
+    of_epochs = config.get("epochs_of_shares")  # of the run's first call: a longer one keeps its schedules
+    then, now = with_epochs(defaults | recorded), with_epochs(defaults | kept | typed, of_epochs)
     if now.class_counts == config["class_counts"]:  # the same images
         vars(now).update({name: getattr(then, name) for name in flags_with(PROFILE)})
     optional = flags_with(OFF_BY_DEFAULT)
@@ -606,6 +601,11 @@ def merge_config(parser, defaults, typed, config, folder):
     )
     if NPZ == source_of(then.dataset) == source_of(now.dataset):
         flags_then["dataset"] = now.dataset  # the file may have been moved
+    if typed.get("resume") and now.decay_type == then.decay_type == "cosine" and now.epochs != then.epochs:
+        raise UserError(
+            f"{folder}: --epochs is {now.epochs}, in the run {then.epochs}, where its cosine ends: train a new run "
+            "with --init_from and the last checkpoint of this one, or this one again with --force instead of --resume"
+        )
     contradictions = [
         f"--{name} is {value}, in the run {flags_then.get(name)}"
         for name, value in flags_now.items()
@@ -635,10 +635,8 @@ def contradiction(args, defaults):
     """Return the error message for flags that are valid one by one but not together, or None."""
     if args.resume and args.force:
         return "--resume and --force: give one of them"
-    if args.class_counts and args.imbalance:
-        return "--class_counts and --imbalance: give one of them"
-    if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
-        return "--n_max: only with --imbalance balanced, exp:R or step:R"
+    if message := conflict_of_counts(args):
+        return message
     if args.whiten and args.data_augmentation:
         return "--whiten and --data_augmentation: give one of them; images are whitened once, before training"
     if args.planes and args.model == "MLP":
@@ -664,7 +662,7 @@ def contradiction(args, defaults):
         return f"--penalty_warmup_epochs {args.penalty_warmup_epochs}: must be less than --epochs {args.epochs}"
     given = read_arguments(args.optimizer_args or "")
     for name in flags_with(ADAM_ONLY):
-        if args.optimizer not in ("Adam", "AdamW") and getattr(args, name) != defaults[name]:
+        if args.optimizer not in ADAMS and getattr(args, name) != defaults[name]:
             return f"--{name}: only with --optimizer Adam or AdamW"
         if "betas" in given and getattr(args, name) != defaults[name]:
             return f"--{name} and --optimizer_args betas: give one of them"

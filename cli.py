@@ -47,8 +47,23 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if "default" in action.help else super()._get_help_string(action)
 
 
+SYNONYMS = {  # what people type: our flag, or flags
+    "--lambda_w": "--weight_decay",
+    "--lambda_h": "--feature_decay_rate",
+    "--lambda": "--weight_decay (lambda_W) or --feature_decay_rate (lambda_H)",
+    "--wd": "--weight_decay",
+    "--learning_rate": "--lr",
+    "--momentum": "--optimizer_args momentum=X",
+    "--num_epochs": "--epochs",
+}
+
+
 def did_you_mean(word, known):
     """Return "; did you mean X?" for the known word closest to `word`, or "" if none is close."""
+    typed = word.lower().replace("-", "_").replace("__", "--", 1)
+    for synonym in difflib.get_close_matches(typed, SYNONYMS, 1, 0.85):
+        if SYNONYMS[synonym].split()[0] in known:
+            return f"; did you mean {SYNONYMS[synonym]}?"
     closest = difflib.get_close_matches(word.lower(), [name.lower() for name in known], 1, 0.7)
     return "".join(f"; did you mean {name}?" for name in known if name.lower() in closest)
 
@@ -209,6 +224,38 @@ def run_label(text):
 # ---------------------------------------------------------------------------------------------------------
 # Flags that several scripts have
 # ---------------------------------------------------------------------------------------------------------
+
+
+def add_count_flags(add):
+    """Add the flags that say how many training images each class has; `conflict_of_counts` judges them together."""
+    add(
+        "--imbalance",
+        type=imbalance_profile,
+        metavar="PROFILE",
+        help="training images per class: paper, balanced, exp:R or step:R, with R = n_max/n_min "
+        "(default: paper; for imagefolder and FILE.npz, all images)",
+    )
+    add(
+        "--n_max",
+        type=bounded(int, 1, high=2**31 - 1),
+        metavar="N",
+        help="images of the largest class with balanced, exp:R and step:R (default: the most that the data allow)",
+    )
+    add(
+        "--class_counts",
+        type=class_count_list,
+        metavar="N,N,...",
+        help="training images of each class, instead of --imbalance (default: set by --imbalance)",
+    )
+
+
+def conflict_of_counts(args):
+    """Return the error message for flags of `add_count_flags` that exclude each other, or None."""
+    if args.class_counts and args.imbalance:
+        return "--class_counts and --imbalance: give one of them"
+    if args.n_max and not (args.imbalance or "").startswith(("balanced", "exp", "step")):
+        return "--n_max: only with --imbalance balanced, exp:R or step:R"
+    return None
 
 
 def add_loss_flags(add):

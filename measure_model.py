@@ -16,6 +16,7 @@ measured at its input. With --epochs there is a row for each epoch, too, and the
 import functools
 import inspect
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from image_files import list_folder, open_rgb
 from nc_layers import head_input, head_weight
 from nc_metrics import untrained_classes
 from utils import UserError, atomic_write, message_of, run_file, run_script
+
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def main():
@@ -104,6 +107,24 @@ def make_parser():
     add(
         "--size", type=bounded(int, 1), metavar="N", help="images of N x N pixels (default: the model's own transforms)"
     )
+    add(
+        "--mean",
+        type=channel_values,
+        metavar="R,G,B",
+        help="with --size: what is subtracted from pixels in [0, 1], a number for all channels or one for each; give "
+        "those with which the model was trained, or 0 (default: ImageNet's, 0.485,0.456,0.406)",
+    )
+    add(
+        "--std",
+        type=channel_values,
+        metavar="R,G,B",
+        help="with --size: what the result is divided by, 1 for nothing (default: ImageNet's, 0.229,0.224,0.225)",
+    )
+    add(
+        "--transform",
+        metavar="FILE.py:FUNCTION",
+        help="function of a PIL image that returns what the model takes, instead of --size (default: the model's own)",
+    )
     add("--batch_size", type=bounded(int, 1), default=64, metavar="N", help="images per forward pass")
     add("--workers", type=bounded(int, 0), default=0, metavar="N", help="processes that decode images")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="device to compute on")
@@ -161,12 +182,7 @@ def load_model_and_data(args):
         print("random weights: give --weights FILE to measure trained ones")
     if args.data:
         return model, loaders, num_classes
-    if args.size:
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
-        resize = transforms.Resize((args.size, args.size), antialias=True)
-        transform = transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
-    if transform is None:
-        raise UserError(f"{args.model} has no transforms of its own: give --size")
+    transform = transform_of(args, transform)
     options = {"batch_size": args.batch_size, "num_workers": args.workers}
     images = {name: Images(split, transform, args.classes) for name, split in splits.items() if len(split.paths)}
     return model, {name: DataLoader(of_split, **options) for name, of_split in images.items()}, num_classes
@@ -195,6 +211,42 @@ def load_data(name):
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--data {name}: batches are not pairs (inputs, labels): {message_of(error)}") from None
     return loaders, largest + 1
+
+
+def channel_values(text):
+    """Return one number, or three, as a list of three, as an argparse type."""
+    values = [bounded(float, -1e6)(word) for word in text.split(",")]
+    if len(values) not in (1, 3):
+        raise ArgumentTypeError(f"{text!r} is not a number or three, such as 0.485,0.456,0.406")
+    return values * 3 if len(values) == 1 else values
+
+
+def transform_of(args, own):
+    """Return the transform of an image that the flags choose, and print it; own: the model's, or None."""
+    if args.transform and (args.size or args.mean or args.std):
+        raise UserError("--transform and --size, --mean or --std: give one of them")
+    if (args.mean or args.std) and not args.size:
+        raise UserError("--mean and --std: only with --size")
+    if args.std and min(args.std) <= 0:
+        raise UserError("--std: must be > 0")
+    if args.transform:
+        source, _, name = args.transform.rpartition(":")
+        print(f"images: as {args.transform} returns them")
+        return load_function(source, name, "--transform")
+    if args.size:
+        mean, std = args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD
+        known = "" if args.mean and args.std else " (ImageNet's: give --mean and --std if the model had others)"
+        print(f"images: {args.size} x {args.size} pixels, mean {listed(mean)}, std {listed(std)}{known}")
+        resize = transforms.Resize((args.size, args.size), antialias=True)
+        return transforms.Compose([resize, transforms.ToTensor(), transforms.Normalize(mean, std)])
+    if own is None:
+        raise UserError(f"{args.model} has no transforms of its own: give --size, or --transform FILE.py:FUNCTION")
+    print("images: as the model's own transforms return them")
+    return own
+
+
+def listed(values):
+    return ",".join(f"{value:g}" for value in values)
 
 
 def build(name, num_classes=None):
@@ -232,8 +284,7 @@ def load_function(path, name, flag):
         raise UserError(f"{flag} {path}:{name}: the file has no function {name}")
     function = getattr(module, name)
     if not callable(function) or isinstance(function, nn.Module):
-        made = "model" if flag == "--model" else "loader"
-        raise UserError(f"{flag} {path}:{name}: a {type(function).__name__}, wanted a function that returns a {made}")
+        raise UserError(f"{flag} {path}:{name}: a {type(function).__name__}, wanted a function")
     return function
 
 

@@ -68,10 +68,10 @@ def layer_statistics(
     loader: yields pairs (inputs, labels), the same in both passes: no random augmentation, no drop_last. inputs are a
         tensor, an array, a list of them that the model takes, or a dict of its keyword arguments; labels (B,) are
         integers in 0..num_classes-1.
-    layers: dotted names, as in `model.named_modules()`. A layer is measured at its output, but a head at its input,
-        the features that it classifies; `at_head` of the result says which. A head is a linear map whose output is
-        one of the model's outputs, or their softmax or sigmoid: a Linear layer, also one that is normalised, quantised
-        or adapted, an nn.Sequential of them, or a 1x1 convolution of pooled features.
+    layers: a dotted name, as in `model.named_modules()`, or several. A layer is measured at its output, but a head
+        at its input, the features that it classifies; `at_head` of the result says which. A head is a linear map whose
+        output is one of the model's outputs, or their softmax or sigmoid: a Linear layer, also one that is normalised,
+        quantised or adapted, an nn.Sequential of them, or a 1x1 convolution of pooled features.
     device: where inputs are moved to; by default where the model is.
     features: a function from outputs that are not (B, d) to features (B, d); it may take the inputs of the model as a
         second argument, for example for an attention mask. The default averages over tokens (B, T, d), the class token
@@ -104,7 +104,7 @@ def layer_statistics(
     """
     if reference is None and isinstance(loader, Iterator):
         raise ValueError("the loader can be read once only, and two passes are needed: give a DataLoader or a list")
-    modules = find_layers(model, layers)
+    modules = find_layers(model, [layers] if isinstance(layers, str) else layers)
     if reference is not None and (missing := set(modules) - set(reference)):
         raise ValueError(f"the reference has no layer {', '.join(sorted(missing))}: it has {', '.join(reference)}")
     reader = Recorder(model, modules, num_classes, features, device, classes)

@@ -163,6 +163,15 @@ class Objective:
         weights = torch.as_tensor(self.variant.parameters(self.class_counts).weights)
         self.variant_loss.weights.copy_(weights if use else torch.ones_like(weights))
 
+    def loss_at_zero(self):
+        """Return the objective of a network whose logits, features and head are all zero: log K for cross entropy."""
+        num_classes, counts = len(self.class_counts), torch.tensor(self.class_counts, dtype=torch.float64)
+        logits, labels = torch.zeros(1, num_classes), torch.arange(num_classes)
+        criterion = self.criterion.function if self.variant.is_plain else self.variant_loss.to(logits)
+        losses = torch.stack([criterion(logits, label[None]).sum() for label in labels])
+        factor = self.data_factor if self.objective == "released" else 1.0
+        return factor * float(counts @ losses.double() / counts.sum())
+
     @property
     def num_samples(self):
         return sum(self.class_counts)

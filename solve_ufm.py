@@ -3,7 +3,9 @@
     python solve_ufm.py --class_counts 100,100,200,200,300,300,400,400,500,500 \\
         --weight_decay 0.005 --feature_decay_rate 0.00005
     python solve_ufm.py --logit_adjustment 1                               (other losses: see --help)
+    python solve_ufm.py --imbalance exp:100 --n_max 500                    (counts as training has them: see --help)
     python solve_ufm.py --class_counts 20,50,100 --suggest_lambdas         (penalties for a largest margin of 5)
+    python solve_ufm.py --imbalance exp:100 --n_max 500 --suggest_lambdas --collapse 3     (the 3 smallest collapse)
     python solve_ufm.py --phase_diagram figures/phase_diagram              (where the smallest class collapses)
     python solve_ufm.py --counts_file bigrams.csv                          (next-token prediction, with soft labels)
 
@@ -16,6 +18,7 @@ import dataclasses
 import json
 import math
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +27,33 @@ from matplotlib.figure import Figure
 from scipy.sparse.csgraph import connected_components
 
 from analysis.style import COLOURS, STYLE_FILE, TEXT_WIDTH
-from cli import Parser, add_loss_flags, bounded, class_count_list
+from cli import Parser, add_count_flags, add_loss_flags, bounded, conflict_of_counts, existing_or_new_dir, real_path
 from nc_theory import (
     LOSSES,
     MOST_CLASSES,
     UFM,
     LossVariant,
     closed_form,
+    collapse_count,
     collapse_threshold,
     solve_numerically,
     split_optimum,
+    suggest_collapse,
     suggest_lambdas,
 )
 from nc_theory import solve as solve_problem
 from utils import Progress, UserError, run_script
 
-# Flags of the two other modes; any other flag would have no effect
-FLAGS_OF_PHASES = "class_counts loss grid phase_diagram".split()
+# Flags of the other modes; any other flag would have no effect
+FLAGS_OF_COUNTS = "class_counts imbalance n_max dataset data_dir train_list test_list".split()
+FLAGS_OF_PHASES = "loss grid phase_diagram".split()
 FLAGS_OF_CONTEXTS = "weight_decay feature_decay_rate bias bias_decay no_relu json counts_file".split()
-FLAGS_OF_SUGGESTION = "class_counts ratio suggest_lambdas".split()
+FLAGS_OF_SUGGESTION = "ratio suggest_lambdas".split()
+VARIANTS = [field.name for field in dataclasses.fields(LossVariant)]
+FLAGS_OF_COLLAPSE = ["ratio", "collapse", "loss", *VARIANTS, "bias", "no_relu", "suggest_lambdas"]
+LARGEST_MARGIN = 5.0  # of --suggest_lambdas without a value
+PAPER_COUNTS = [100, 100, 200, 200, 300, 300, 400, 400, 500, 500]
+MOST_NAMED = 20  # classes that are named one by one
 MERGED = 1e-3  # two contexts share a direction if the cosine of their features is at least 1 - MERGED
 ZERO = 1e-6  # |h_k|^2 up to which a class has collapsed, in units of sqrt(lambda_W / (lambda_H n_k))
 
@@ -54,44 +65,85 @@ def main():
         raise UserError("--bias_decay: only with --bias")
     if args.ratio != parser.get_default("ratio") and not args.suggest_lambdas:
         raise UserError("--ratio: only with --suggest_lambdas")
+    if args.collapse and args.suggest_lambdas != LARGEST_MARGIN:
+        raise UserError("--collapse: only with --suggest_lambdas, and without a margin there")
     try:
         if args.phase_diagram:
             only_flags(args, parser, "phase_diagram", FLAGS_OF_PHASES)
+            args.class_counts = class_counts(args)
             for path in phase_diagram(args):
                 print(path)
         elif args.suggest_lambdas:
-            only_flags(args, parser, "suggest_lambdas", FLAGS_OF_SUGGESTION)
+            only_flags(args, parser, "suggest_lambdas", FLAGS_OF_COLLAPSE if args.collapse else FLAGS_OF_SUGGESTION)
+            args.class_counts = class_counts(args)
             print_suggestion(args)
         elif args.counts_file:
-            only_flags(args, parser, "counts_file", FLAGS_OF_CONTEXTS)
+            only_flags(args, parser, "counts_file", FLAGS_OF_CONTEXTS, counts=False)
             print_contexts(args)
-        elif args.json:
-            print(json.dumps(solve(args), indent=2))
         else:
-            print_table(args, solve(args))
+            args.class_counts = class_counts(args)
+            print_json(solve(args)) if args.json else print_table(args, solve(args))
     except ValueError as error:
         raise UserError(error) from None
 
 
-def only_flags(args, parser, mode, names):
-    """Raise UserError if a flag is set that `mode` does not use."""
-    other = [name for name, value in vars(args).items() if name not in names and value != parser.get_default(name)]
+def only_flags(args, parser, mode, names, counts=True):
+    """Raise UserError if a flag is set that `mode` does not use; counts: it also takes the class counts."""
+    taken = names + FLAGS_OF_COUNTS * counts
+    other = [name for name, value in vars(args).items() if name not in taken and value != parser.get_default(name)]
     if other:
-        takes = ", ".join(f"--{name}" for name in names if name != mode)
+        takes = ", ".join(f"--{name}" for name in names if name != mode) + " and class counts" * counts
         raise UserError(f"--{mode} takes {takes}, not --{other[0]}")
+
+
+def class_counts(args):
+    """Return n_k (K,) as training has them with the same flags; without any of them, a tenth of the paper's CIFAR-10.
+
+    Images are read only where the counts depend on how many there are.
+    """
+    if message := conflict_of_counts(args):
+        raise UserError(message)
+    if args.class_counts and not args.dataset:
+        return args.class_counts
+    if not (args.dataset or args.imbalance):
+        return PAPER_COUNTS
+    from args import data_set  # here, since these modules and torchvision take seconds to load
+    from datasets import load_data, profile_counts, source_of
+
+    try:
+        dataset = data_set(args.dataset or "cifar10")
+    except ArgumentTypeError as error:
+        raise UserError(f"--dataset: {error}") from None
+    source = source_of(dataset)
+    if args.imbalance == "paper" and not source.paper_counts:
+        raise UserError(f"--imbalance paper: the paper has no profile for {dataset}; give balanced, exp:R or step:R")
+    if not args.class_counts and args.imbalance in (None, "paper") and source.paper_counts:
+        return list(source.paper_counts)
+    if args.n_max and source.num_classes:
+        counts = profile_counts(args.imbalance, [args.n_max] * source.num_classes, args.n_max)
+        if min(counts) < 1:
+            raise UserError(f"--imbalance {args.imbalance} leaves classes without images; raise --n_max")
+        return counts
+    lists = {"train_list": args.train_list, "test_list": args.test_list}
+    counts = {"imbalance": args.imbalance, "n_max": args.n_max, "class_counts": args.class_counts}
+    return load_data(dataset, args.data_dir, **counts, **lists, download=False).class_counts
 
 
 def make_parser():
     parser = Parser(__doc__)
     add = parser.add_argument
     positive, not_negative = bounded(float, 0, above=True), bounded(float, 0)
+    add_count_flags(add)
+    add("--dataset", metavar="NAME", help="as in training, whose class counts are then taken (default: cifar10)")
     add(
-        "--class_counts",
-        type=class_count_list,
-        default=[100, 100, 200, 200, 300, 300, 400, 400, 500, 500],
-        metavar="N,N,...",
-        help="samples of each class, n_k",
+        "--data_dir",
+        type=existing_or_new_dir,
+        default=existing_or_new_dir("~/data"),
+        metavar="DIR",
+        help="as in training; read where the class counts depend on the images that are there",
     )
+    for split in ("train", "test"):
+        add(f"--{split}_list", type=real_path, metavar="FILE", help="as in training (default: class folders)")
     add("--weight_decay", type=positive, default=5e-3, metavar="X", help="lambda_W")
     add("--feature_decay_rate", type=positive, default=5e-5, metavar="X", help="lambda_H")
     add("--loss", choices=LOSSES, default="CrossEntropy", help="loss of a sample")
@@ -126,10 +178,16 @@ def make_parser():
         "--suggest_lambdas",
         type=positive,
         nargs="?",
-        const=5.0,
+        const=LARGEST_MARGIN,
         metavar="M",
-        help="instead, print lambda_W and lambda_H for which no class of --class_counts collapses and the largest "
-        "margin is M (default: off; M = 5 if left out)",
+        help="instead, print lambda_W and lambda_H for which no class collapses and the largest margin is M "
+        "(default: off; M = 5 if left out)",
+    )
+    add(
+        "--collapse",
+        type=bounded(int, 1),
+        metavar="N",
+        help="with --suggest_lambdas: those for which exactly the N smallest classes collapse (default: none)",
     )
     add("--ratio", type=positive, default=100.0, metavar="X", help="lambda_W / lambda_H for --suggest_lambdas")
     add(
@@ -137,10 +195,24 @@ def make_parser():
         type=Path,
         metavar="FILE",
         help="instead, draw FILE.pdf and FILE.png: the imbalance of exponential profiles, with K and n_max of "
-        "--class_counts, against lambda_W lambda_H (default: off)",
+        "the class counts, against lambda_W lambda_H (default: off)",
     )
     add("--grid", type=bounded(int, 2), default=13, metavar="N", help="points along each side of the phase diagram")
     return parser
+
+
+def problem_of(args, lambda_w, lambda_h):
+    """Return the `UFM` of the flags at given penalties."""
+    return UFM(
+        args.class_counts,
+        lambda_w,
+        lambda_h,
+        loss=args.loss,
+        relu=not args.no_relu,
+        bias=args.bias,
+        bias_decay=args.bias_decay,
+        variant=LossVariant(**{name: getattr(args, name) for name in VARIANTS}),
+    )
 
 
 def solve(args):
@@ -149,16 +221,7 @@ def solve(args):
     "closed_form" is the solution found without search: in closed form, or class by class. "minimised" is the result of
     direct minimisation, which is left out for more than MOST_CLASSES classes if there is a solution without search.
     """
-    problem = UFM(
-        args.class_counts,
-        args.weight_decay,
-        args.feature_decay_rate,
-        loss=args.loss,
-        relu=not args.no_relu,
-        bias=args.bias,
-        bias_decay=args.bias_decay,
-        variant=LossVariant(**{field.name: getattr(args, field.name) for field in dataclasses.fields(LossVariant)}),
-    )
+    problem = problem_of(args, args.weight_decay, args.feature_decay_rate)
     split, result = split_optimum(problem), {}
     if split is None or problem.num_classes <= MOST_CLASSES:
         with Progress(None, "round") as progress:
@@ -181,7 +244,15 @@ def solve(args):
         if "minimised" in result:
             result["loss_gap"] = found.optimum.loss / split.loss - 1
     optimum = split or found.optimum
-    return {"class_counts": args.class_counts, **plain(optimum), **certificate(optimum), **result}
+    collapse = {"threshold": collapse_count(problem), "collapsed": zero_classes(optimum)}
+    return {"class_counts": args.class_counts, **plain(optimum), **certificate(optimum), **collapse, **result}
+
+
+def zero_classes(optimum):
+    """Return the classes that have collapsed, h_k = 0, in order."""
+    problem = optimum.problem
+    unit = math.sqrt(problem.lambda_w / problem.lambda_h) / problem.counts.sqrt()
+    return (optimum.mean_norms_sq <= ZERO * unit).nonzero().flatten().tolist()
 
 
 def certificate(optimum):
@@ -204,10 +275,29 @@ def plain(optimum):
 
 def print_suggestion(args):
     """Print the penalties of --suggest_lambdas as flags, and the margins that they lead to."""
-    lambda_w, lambda_h = suggest_lambdas(args.class_counts, args.suggest_lambdas, args.ratio)
-    margins = closed_form(UFM(args.class_counts, lambda_w, lambda_h)).margins
+    if args.collapse:
+        lambda_w, lambda_h = suggest_collapse(problem_of(args, 1, 1), args.collapse, args.ratio)
+    else:
+        lambda_w, lambda_h = suggest_lambdas(args.class_counts, args.suggest_lambdas, args.ratio)
+    optimum = closed_form(problem_of(args, lambda_w, lambda_h))
+    margins, zero = optimum.margins, zero_classes(optimum)
+    living = margins[[label for label in range(len(margins)) if label not in zero]]
     print(f"--weight_decay {lambda_w:.6g} --feature_decay_rate {lambda_h:.6g}")
-    print(f"lambda_W and lambda_H for margins from {margins.min():.3g} to {margins.max():.3g}, no class collapsed")
+    print(f"lambda_W and lambda_H for margins from {living.min():.3g} to {living.max():.3g}, {collapsing(zero)}")
+
+
+def collapsing(labels):
+    """Return in words which classes collapse."""
+    if not labels:
+        return "no class collapses"
+    if len(labels) > MOST_NAMED:
+        return f"{len(labels)} classes collapse"
+    *others, last = map(str, labels)
+    return f"classes {', '.join(others)} and {last} collapse" if others else f"class {last} collapses"
+
+
+def print_json(result):
+    print(json.dumps(result, indent=2))
 
 
 def print_table(args, result):
@@ -222,13 +312,17 @@ def print_table(args, result):
         cells = []
         for name in ("margins", "mean_norms_sq"):
             values = [solution[name][label] for solution in solutions]
-            cells += [f"{value:.8g}" for value in values]
+            cells += [f"{value + 0.0:.8g}" for value in values]  # no -0
             if compared:
                 cells.append(f"{values[1] / values[0] - 1:.1e}" if values[0] else "-")
         if args.bias:
             cells.append(f"{result['bias'][label]:.8g}")
         print(f"{label:>5} {count:>7}" + "".join(f" {cell:>13}" for cell in cells))
     print()
+    if result["threshold"] is not None:
+        print(f"{'threshold of collapse':<27} n_k = {result['threshold']:.4g}: {collapsing(result['collapsed'])}")
+    else:
+        print(f"{'threshold of collapse':<27} not known: {collapsing(result['collapsed'])}")
     if "closed_form" in result:
         print(f"{'loss, ' + result['method']:<27} {result['closed_form']['loss']:.15g}")
     if "minimised" in result:
@@ -299,7 +393,7 @@ def print_contexts(args):
     result = {"contexts": names, "merged": groups, "collapsed": collapsed, "entropy": problem.irreducible_loss}
     result |= plain(optimum) | certificate(optimum)
     if args.json:
-        print(json.dumps(result, indent=2))
+        print_json(result)
         return
     print(f"{'n_k':>9} {'|h_k|^2':>13}  context")
     for name, count, norm in zip(names, problem.class_counts, result["mean_norms_sq"], strict=True):

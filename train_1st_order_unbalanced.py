@@ -17,6 +17,7 @@ import torch
 
 from analysis import draw_heatmaps
 from analysis.diagnosis import explain
+from analysis.summary import divergence
 from args import code_digests, notes, parse_args, recorded_flags, run_folder, training_flags
 from engine.checkpoints import Checkpoints, is_due, load_weights
 from engine.device import describe, device_name, keep_freed_memory, pick_device, set_precision
@@ -29,7 +30,7 @@ from engine.tables import UNTIL, MeasuredRun
 from engine.training import Training, make_model, read_data
 from models import to_device
 from nc_layers import find_layers
-from utils import Interrupted, Progress, UserError, is_first_rank, run_script
+from utils import FAILED_WORK, Interrupted, Progress, UserError, is_first_rank, run_script
 
 
 def main(argv=None, data=None):
@@ -58,6 +59,7 @@ def prepare(argv, data, ranks):
     data = read_data(args, data)
     if args.resume:
         run.check_data(data)
+        run.check_resumable()
     torch.manual_seed(args.seed)  # the weights are drawn on the CPU: the same on every device
     model, data = to_device(make_model(args, data.num_classes, data.shape), data, device)
     try:
@@ -81,6 +83,8 @@ def train(args, run, training):
     checkpoints = Checkpoints(run, state, epochs=args.epochs, save_every=args.save_every, keep=args.keep)
     if args.resume and run.last.exists():
         checkpoints.load_state(training.device)
+    elif args.resume and run.checkpoints():
+        checkpoints.load_newest_weights(training.device)
     else:
         if args.init_from:
             load_weights(training.model, args.init_from, training.device)
@@ -93,7 +97,9 @@ def train(args, run, training):
     if ended and "ended_at_epoch" not in run.config:  # training was killed just before
         run.write_end(state.epoch)
     if state.epoch < args.epochs and not ended:
-        run.write_config(recorded_flags(args, run.flags), training_flags(args), facts(training, code_digests(args)))
+        run.write_config(
+            recorded_flags(args, run.flags), training_flags(args), facts(args, training, code_digests(args))
+        )
     measured = MeasuredRun(run, bn_statistics=args.bn_statistics)
     announce(args, measured, training, checkpoints, ended)
     if state.epoch >= args.epochs or ended:
@@ -143,6 +149,8 @@ def train(args, run, training):
         print(f"epoch {state.epoch}: {', '.join(UNTIL)} are at most {args.until:g}, as --until asks")
     if args.nc_every and is_first_rank():
         print(*explain(measured), sep="\n")
+    if reason := divergence(measured):
+        raise UserError(f"{run.folder} has diverged: {reason}", FAILED_WORK)
     print(f"finished: {run.folder}")
 
 
@@ -179,12 +187,14 @@ def train_one_epoch(training, batches, checkpoints, stop):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def facts(training, code):
+def facts(args, training, code):
     """Return what config.json records besides the flags."""
     objective = training.objective
     decays = objective.effective_decays() or (None, None)
     return {
         "class_counts": training.data.class_counts,
+        "epochs_of_shares": args.epochs,
+        "loss_at_zero": objective.loss_at_zero(),
         "code": code,
         "class_names": training.data.class_names,
         "class_images": training.data.class_images,
@@ -204,6 +214,8 @@ def announce(args, run, training, checkpoints, ended):
     """Print the settings of a `MeasuredRun` and the disk space that it needs."""
     data, epoch, ranks = training.data, training.state.epoch, training.ranks.count
     resumed = f"resumes {run.folder} after epoch {epoch}" if epoch else f"no run in {run.folder} yet: starts at epoch 1"
+    if args.resume and epoch and not run.run.last.exists():
+        resumed += f", from epoch_{epoch:03d}.pth: last.pt is missing, so the optimizer starts afresh"
     print(resumed if args.resume else f"run        {run.folder}")
     print(
         f"data       {args.dataset}: {len(data.train)} training images in {data.num_classes} classes, "

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 from analysis.panels import (
@@ -44,6 +45,9 @@ FIGURES = {  # name: the figure of settings against x, or None if there are no d
 }
 VECTOR_CLASSES = 30  # number of classes above which a PDF holds heatmaps as bitmaps instead of vector graphics
 NAMED_CLASSES = 12  # largest number of classes whose names are written beside axes and points
+ONE_ROW = 75  # characters of a legend's entries that fit in one row
+LEGEND_BELOW = 30  # points between an axis and its legend, for ticks and a label
+MARKED = 9  # largest number of points of a curve that have a marker
 FRAMES_PER_SECOND = 5  # of an animation
 
 
@@ -95,16 +99,20 @@ def curves(panels, settings, x="epoch"):
     panels = curve_panels(panels, settings, x, split=several)
     num_columns = 2 if len(panels) == 4 else 3
     num_rows = -(-len(panels) // num_columns)
-    figure = Figure(figsize=(TEXT_WIDTH, 2.2 * num_rows))
+    entries = 0 if several else max(len(panel.series) + any(s.theory for s in panel.series) for panel in panels)
+    legend_columns = 2 if num_columns == 2 else 1
+    figure = Figure(figsize=(TEXT_WIDTH, (2.2 + 0.18 * -(-entries // legend_columns)) * num_rows))
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels, strict=False):
-        draw_curves(axis, panel, several)
+        draw_curves(axis, panel, several, legend_columns)
     for axis in axes[len(panels) :]:
         axis.axis("off")
 
     spread, seeds = "mean over seeds (geometric on log axes) and range", [setting.seeds for setting in settings]
     if several:
-        least = {series.setting.index: series.theory.y[0] for p in panels for series in p.series if series.theory}
+        least = {
+            series.setting.index: series.setting.least_loss for p in panels for series in p.series if series.theory
+        }
         optima = [f"dashed: optimum {least[s.index]:.4g}" if s.index in least else "" for s in settings]
         shared, labels = in_common(settings, seeds, optima)
         legend_below(figure, handles_of(settings), labels, listed(spread if any(seeds) else "", shared))
@@ -151,24 +159,42 @@ def draw_layers(axes, table):
     axes[-1].legend()
 
 
-def draw_curves(axis, panel, several):
+def draw_curves(axis, panel, several, legend_columns=1):
     """Draw a panel of curves: colours and markers tell the settings apart if there are several, else the columns."""
     set_axis(axis, panel, panel.ylabel, title=panel.title)
     axis.xaxis.set_major_locator(MaxNLocator(4))  # step numbers are wide
     for position, series in enumerate(panel.series):
         if len(series.x):
             style = style_of(series.setting.index if several else position)
-            axis.plot(series.x, series.mean, markevery=-(-len(series.x) // 8), label=series.label, **style)
+            marked = thinned(range(len(series.x)), MARKED)  # also the last point
+            axis.plot(series.x, series.mean, markevery=marked, label=series.label, **style)
             if series.setting.seeds:
                 axis.fill_between(series.x, series.low, series.high, color=style["color"], alpha=0.25, linewidth=0)
     for series in panel.series:
         if series.theory:
-            colour, least = style_of(series.setting.index)["color"], series.theory.y[0]
-            axis.axhline(least, color=colour, linestyle="--", label=f"optimum, {least:.4g}")
+            line = {"color": style_of(series.setting.index)["color"] if several else COLOURS[-1], "linestyle": "--"}
+            label = f"optimum, {series.setting.least_loss:.4g}"
+            axis.plot(series.theory.x, series.theory.y, label=label, **line)
     if not axis.lines:
         axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
-    elif not several:
-        axis.legend()
+    elif not several and any(panel.columns.values()):  # below the axis: curves may be anywhere in it
+        below = axis.transAxes + ScaledTranslation(0, -LEGEND_BELOW / 72, axis.figure.dpi_scale_trans)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below, "borderaxespad": 0}
+        axis.legend(**place, ncols=legend_columns)
+    if panel.yscale == "log":
+        show_two_powers(axis)
+
+
+def show_two_powers(axis):
+    """Extend a logarithmic y axis to two powers of ten, of which ticks are labelled; those between them are not."""
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    low, high = np.log10(axis.get_ylim())
+    if np.floor(high) - np.ceil(low) < 1:
+        down, up = low - np.floor(low), np.ceil(high) - high
+        both = np.floor(high) < np.ceil(low)  # no power of ten in between
+        axis.set_ylim(
+            10 ** np.floor(low) if both or down <= up else None, 10 ** np.ceil(high) if both or up < down else None
+        )
 
 
 def set_axis(axis, panel, ylabel, title=""):
@@ -194,8 +220,9 @@ def plain(text):
 
 def legend_below(figure, handles, labels, title, **options):
     """Add a legend below a figure, with a row for each handle, and make the figure taller by its height."""
-    labels = [textwrap.fill(label, 115) for label in labels]
-    figure.set_figheight(figure.get_figheight() + 0.15 * (1 + sum(label.count("\n") + 1 for label in labels)))
+    labels, title = [textwrap.fill(label, 88) for label in labels], textwrap.fill(title, 100)
+    lines = sum(text.count("\n") + 1 for text in (title, *labels))
+    figure.set_figheight(figure.get_figheight() + 0.16 * lines)
     figure.legend(handles, labels, title=title, loc="outside lower center", **options)
 
 
@@ -213,14 +240,7 @@ def theorem(settings):
     for axis, panel in zip(axes, panels, strict=True):
         set_axis(axis, panel, panel.title)
         legends = [draw_theorem(axis, series, several) for series in panel.series]
-    if several:
-        shared, labels = in_common(settings, *measured_texts(settings))
-        labels = [listed(label, *list(handles)[2:]) for label, handles in zip(labels, legends, strict=True)]
-        options = {"handlelength": 6, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.5)}}
-        title = f"{shared or 'measured'}; theory; collapse threshold"
-        legend_below(figure, [tuple(handles.values()) for handles in legends], labels, title, **options)
-    else:
-        figure.legend(legends[0].values(), legends[0].keys(), ncols=3, loc="outside lower center")
+    add_class_legend(figure, settings, legends, "theory")
     return figure
 
 
@@ -236,40 +256,65 @@ def draw_theorem(axis, series, several):
         line = {"color": colour} | ({} if theory.is_curve else points)
         axis.plot(theory.x, theory.y, **line)
         legend["theory"] = Line2D([], [], **line)
-        threshold, is_near = collapse_threshold(setting)
-        if is_near:
-            axis.axvline(threshold, color=colour, linestyle=":")
-        if threshold is not None:
-            largest = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
-            handle = Line2D([], [], color=colour, linestyle=":" if is_near else "none")
-            legend[rf"collapse: $n_k\leq{largest}$"] = handle
+        legend |= draw_threshold(axis, setting, colour)
     return legend
+
+
+def draw_threshold(axis, setting, colour):
+    """Draw the threshold of collapse if it is near the class sizes; return {text: handle}, empty if there is none."""
+    threshold, is_near = collapse_threshold(setting)
+    if threshold is None:
+        return {}
+    if is_near:
+        axis.axvline(threshold, color=colour, linestyle=":")
+    number = np.format_float_positional(threshold, precision=3, fractional=False, trim="-")
+    where = " (below all classes)" if threshold < min(setting.class_counts) else ""
+    handle = Line2D([], [], color=colour, linestyle=":" if is_near else "none")
+    return {f"collapse threshold {number}{where}": handle}
 
 
 def class_accuracy(settings):
     """Return the figure of each class's test accuracy against n_k, with a line through the means at equal n_k.
 
-    None if no setting has test accuracies.
+    A vertical line is the threshold up to which classes collapse. None if no setting has test accuracies.
     """
     if not (panels := class_panels(ACCURACY_PANELS, settings)):
         return None
     (panel,) = panels
     settings = [series.setting for series in panel.series]
-    figure = Figure(figsize=(TEXT_WIDTH if len(settings) > 1 else TEXT_WIDTH / 2, 2.45))
-    axis, line = figure.subplots(), "line: mean at equal $n_k$"
+    figure, several, legends = Figure(figsize=(TEXT_WIDTH, 2.45)), len(settings) > 1, []
+    axis = figure.subplots()
     set_axis(axis, panel, f"{panel.title} of the class ({panel.ylabel})")
     for series in panel.series:
         style = style_of(series.setting.index)
         draw_points(axis, series, style)
-        axis.plot(*means_at_equal_counts(series), color=style["color"], alpha=0.5)
-    names = settings[0].class_names if len(settings) == 1 else None
+        (line,) = axis.plot(*means_at_equal_counts(series), color=style["color"], alpha=0.5)
+        points = Line2D([], [], linestyle="none", **style)
+        handles = {listed(*chain(*measured_texts([series.setting]))): points, "mean at equal $n_k$": line}
+        legends.append(handles | draw_threshold(axis, series.setting, style["color"] if several else COLOURS[1]))
+    names = None if several else settings[0].class_names
     if names and len(names) <= NAMED_CLASSES:
         for name, x, y in zip(names, panel.series[0].x, panel.series[0].mean, strict=True):
-            axis.annotate(shortened(name, 16), (x, y), (3, 2), textcoords="offset points", fontsize=5, parse_math=False)
-    shared, labels = in_common(settings, *measured_texts(settings))
-    title = listed(shared, line if labels[0] else "")
-    legend_below(figure, handles_of(settings), [label or line for label in labels], title)
+            axis.annotate(shortened(name, 16), (x, y), (3, 2), textcoords="offset points", fontsize=7, parse_math=False)
+    add_class_legend(figure, settings, legends, "mean at equal $n_k$")
     return figure
+
+
+def add_class_legend(figure, settings, legends, line):
+    """Add a legend below a figure against n_k: of one setting an entry for each handle, of several a row for each.
+
+    legends: {text: handle} of each setting: of its points, of the line, and of the threshold if there is one.
+    """
+    if len(settings) == 1:
+        columns = 3 if len("".join(legends[0])) <= ONE_ROW else 1
+        figure.set_figheight(figure.get_figheight() + 0.16 * (len(legends[0]) if columns == 1 else 0))
+        figure.legend(legends[0].values(), legends[0].keys(), ncols=columns, loc="outside lower center")
+        return
+    shared, labels = in_common(settings, *measured_texts(settings))
+    labels = [listed(label, *list(handles)[2:]) for label, handles in zip(labels, legends, strict=True)]
+    options = {"handlelength": 6, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.5)}}
+    title = f"{shared or 'measured'}; {line}; collapse threshold"
+    legend_below(figure, [tuple(handles.values()) for handles in legends], labels, title, **options)
 
 
 def draw_points(axis, series, style):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.settings import ABSCISSAE, Setting
+from analysis.settings import ABSCISSAE, Setting, listed
 from nc_theory import SHARES, class_curve, collapse_count
 
 WIDE = 20  # n_max / n_min above which an axis of n_k is logarithmic
@@ -69,7 +69,7 @@ GAPS = {f"gap_{share}": label for share, (label, _) in SHARES.items()}
 TRAINING_PANELS = [
     Panel("loss", "", {"loss": "objective", "ce": "cross entropy", "mse": "MSE"}),
     Panel("accuracy", "%", {"train_acc1": "training", "test_acc1": "test"}, "linear"),
-    Panel("optimizer", "", {"lr": "learning rate"}),
+    Panel("learning rate", "", {"lr": ""}),
     Panel("optimality gap", "share, in units of the loss", GAPS),
 ]
 THEOREM_PANELS = [
@@ -103,7 +103,7 @@ def curve_panels(panels, settings, x="epoch", split=True):
     """
     if split:
         panels = [
-            replace(panel, title=f"{panel.title}, {label}", columns={column: label})
+            replace(panel, title=listed(panel.title, label), columns={column: label})
             for panel in panels
             for column, label in panel.columns.items()
             if any(len(setting.series(column, x)[0]) for setting in settings)
@@ -122,13 +122,13 @@ def training_panels(settings):
 
 
 def curves(panel, settings, x):
-    """Return the series of a panel's columns; the theory of the loss is the least loss, at the first and last x."""
+    """Return the series of a panel's columns; the theory of the loss is the least loss, at the penalties' scale."""
     found = []
     for column, label in panel.columns.items():
         for setting in settings:
             ends, values = setting.series(column, x)
-            least = setting.least_loss if column == "loss" else None
-            theory = None if least is None else Theory(ends[[0, -1]] if len(ends) else ends, np.full(2, least))
+            least = setting.least_losses(x) if column == "loss" else None
+            theory = None if least is None else Theory(*least)
             found.append(over_seeds(setting, label, ends, values, theory, panel.yscale))
     return found
 

@@ -30,6 +30,7 @@ from analysis.panels import (
     THEOREM_PANELS,
     Matrices,
     class_panels,
+    collapse_threshold,
     curve_panels,
     training_panels,
 )
@@ -47,7 +48,17 @@ CLASSES = 100  # largest number of classes whose rows and columns of the matrice
 SYMBOLS = {"circle": "●", "square": "■", "triangle-up": "▲", "diamond": "◆", "triangle-down": "▼", "cross": "✚"}
 DASHES = ["solid", "dash", "dashdot"]  # the next one each time the colours repeat
 FACTS = ("class_counts", "num_parameters", "device", "git_commit")
-HTML = {r"^{\!\top}": "ᵀ", r"\!": "", r"\|": "‖", r"\mu": "μ", "^2": "²", "_k": "<sub>k</sub>", "$": ""}  # of mathtext
+HTML = {
+    r"\Sigma_W": "Σ<sub>W</sub>",
+    r"\Sigma_B^\dagger": "Σ<sub>B</sub><sup>†</sup>",
+    r"^{\!\top}": "ᵀ",
+    r"\!": "",
+    r"\|": "‖",
+    r"\mu": "μ",
+    "^2": "²",
+    "_k": "<sub>k</sub>",
+    "$": "",
+}  # of mathtext
 
 
 class Page(Template):
@@ -69,9 +80,11 @@ def write_report(runs, path):
     classes = class_panels(THEOREM_PANELS + ACCURACY_PANELS, settings, to_threshold=False)
     data = {
         "panels": {
-            "curves": [plot(panel, curve, panel.name) for panel in curve_panels(NC_PANELS, settings)],
-            "classes": [plot(panel, points, html_of(panel.title)) for panel in classes],
-            "training": [plot(panel, curve, panel.name) for panel in curve_panels(training_panels(settings), settings)],
+            "curves": [plot(panel, curve, html_of(panel.title)) for panel in curve_panels(NC_PANELS, settings)],
+            "classes": [with_thresholds(plot(panel, points, html_of(panel.title)), settings) for panel in classes],
+            "training": [
+                plot(panel, curve, html_of(panel.title)) for panel in curve_panels(training_panels(settings), settings)
+            ],
         },
         "heatmaps": [heatmaps(setting, ENTRIES // len(measured)) for setting in measured],
         "matrices": [html_of(label) for label in MATRICES.values()],
@@ -138,6 +151,7 @@ def runs_table(settings):
 
 def folded(what, items):
     """Return pairs (name, value) as a collapsed HTML list, headed by its length and the noun `what`."""
+    what = what[:-1] if len(items := list(items)) == 1 and what == "folders" else what
     entries = [f"<li><b>{escape(name)}</b> {escape(str(value))}</li>" for name, value in items]
     return f"<details><summary>{len(entries)} {what}</summary><ul>{''.join(entries)}</ul></details>"
 
@@ -200,11 +214,39 @@ def html_of(label):
 
 def plot(panel, traces, title):
     """Return the Plotly panel of a panel with one column; traces: a function of its series."""
-    label = panel.columns[panel.name]
-    ylabel = panel.ylabel if "$" in label else listed(label, panel.ylabel)
     xaxis = {"title": {"text": html_of(panel.xlabel)}, "type": panel.xscale}
-    layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": {"title": {"text": ylabel}, "type": panel.yscale}}
+    yaxis = {"title": {"text": panel.ylabel}, "type": panel.yscale}
+    for axis, name in ((xaxis, "x"), (yaxis, "mean")):
+        values = np.concatenate([getattr(series, name) for series in panel.series])
+        axis |= {"exponentformat": "power", **power_ticks(values)} if axis["type"] == "log" else {}
+    layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": yaxis}
     return {"data": [trace for series in panel.series for trace in traces(series)], "layout": layout}
+
+
+def power_ticks(values):
+    """Return the Plotly options of an axis with ticks at powers of ten, if the values span two or more of these."""
+    logs = np.log10(values[np.isfinite(values) & (values > 0)])
+    return {"dtick": 1} if len(logs) and np.floor(logs.max()) > np.ceil(logs.min()) else {}
+
+
+def with_thresholds(panel, settings):
+    """Return a Plotly panel against n_k with a dotted line at each setting's threshold of collapse, if it is near."""
+    drawn = [(collapse_threshold(setting), mark_of(setting)["line"]["color"]) for setting in settings if setting.epoch]
+    near = [(threshold, colour) for (threshold, is_near), colour in drawn if is_near]
+    lines = [
+        {
+            "type": "line",
+            "x0": x,
+            "x1": x,
+            "yref": "paper",
+            "y0": 0,
+            "y1": 1,
+            "line": {"color": c, "dash": "dot", "width": 1},
+        }
+        for x, c in near
+    ]
+    panel["layout"]["shapes"] = lines
+    return panel
 
 
 def trace(setting, x, y, hover, **options):
@@ -227,7 +269,7 @@ def curve(series):
         band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": line | {"width": 0}}
         traces.append(trace(setting, [*x, *x[::-1]], [*low, *high[::-1]], "", **band))
     if theory := series.theory:
-        hover = f"optimum {theory.y[0]:.4g}"
+        hover = "optimum %{y:.4g}"
         traces.append(trace(setting, theory.x, theory.y, hover, line=line | {"dash": "dot"}))
     return traces
 

@@ -1,5 +1,6 @@
 """Finished runs grouped by setting: runs that differ only in their seed are one setting, with a label of its own."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from engine.run import Run
 from engine.tables import BN_SUFFIXES, THEORY_SUFFIXES, MeasuredRun
 from utils import UserError
 
+MOST_SCALES = 100  # of the penalties while they change, at which the least loss is computed
 ABSCISSAE = {"epoch": "epoch", "step": "optimizer step", "minutes": "minutes of training"}
 
 
@@ -24,6 +26,8 @@ def read_measured_run(folder, theory="objective", bn_statistics="running", colum
     run = MeasuredRun(Run(folder), theory, bn_statistics)
     if not run.folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    if not (run.config or run.run.holds_results()) and any(run.folder.glob("*/config.json")):
+        raise UserError(f"{folder}: a folder of runs, not a run: give {folder}/*/")
     require_columns(run, columns)
     return run
 
@@ -126,6 +130,23 @@ class Setting:
     def least_loss(self):
         """The least value of the training objective, or None if it is not known."""
         return self.runs[0].comparison.least_loss
+
+    def least_losses(self, x):
+        """Return x (P,) and the least value (P,) of the objective at the penalties of the moment, or None.
+
+        The two ends suffice where the penalties are constant.
+        """
+        if self.least_loss is None:
+            return None
+        ends, _ = self.series("loss", x)
+        if not self.runs[0].flags.get("sep_decay"):
+            return ends[[0, -1]], np.full(2, self.least_loss)
+        times, scales = self.series("penalty_scale", x)
+        if not len(ends) or not len(times) or (scales == 1).all():
+            return ends[[0, -1]] if len(ends) else ends, np.full(2, self.least_loss)
+        changes = np.flatnonzero(np.diff(scales[0], prepend=math.nan, append=math.nan))  # first of each scale, and end
+        kept = np.unique([*thinned(changes[changes < len(times)].tolist(), MOST_SCALES), len(times) - 1])
+        return times[kept], np.array([self.runs[0].comparison.least_loss_at(scale) for scale in scales[0][kept]])
 
     def class_values(self, name):
         """Return values (S, K) of S seeds and K classes at the epoch, or None if a run lacks them.

@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 
+from nc_theory import collapse_count
 from utils import duration
 
 METRICS = "NC1 NC2_H NC2_WWT NC3_WH margin_rel_err norm_rel_err train_acc1 test_acc1".split()
@@ -11,6 +12,8 @@ FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split() 
 STORED = "NC0 gap_margins gap_duality gap_within gap_means".split()  # likewise, but in the CSV only
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # a run has collapsed once all of these are at most the threshold
 THRESHOLDS = (0.05, 0.01)
+AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below are at zero
+DIVERGED = 100  # times the loss of a network of zeros, above which a run has diverged
 UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # unit of the time to collapse: head of its column
 LONG = 40  # length of a label above which the tables number the settings
 METRICS_NOTE = (
@@ -27,14 +30,24 @@ COLLAPSE_NOTE = (
 # ---------------------------------------------------------------------------------------------------------
 
 
+def divergence(run):
+    """Return why a `MeasuredRun` at its end has diverged; None if it has not."""
+    zero, loss = run.config.get("loss_at_zero", 0), run.log["loss"].iloc[-1] if len(run.log) else 0
+    if not loss > DIVERGED * zero > 0:
+        return None
+    return f"the loss is {loss:.2g}, that of a network of zeros {zero:.2g}: lower --lr or give --clip_grad_norm 1"
+
+
 def state(run):
-    """Return "finished", "unfinished: k of n epochs" or "failed: why" for a run."""
+    """Return "finished", "unfinished: k of n epochs", "diverged: why" or "failed: why" for a run."""
     epoch = run.log["epoch"].iloc[-1] if len(run.log) else last_measured(run)
     epochs = run.config.get("ended_at_epoch", run.flags.get("epochs", epoch))
     if len(run.log) and not math.isfinite(run.log["loss"].iloc[-1]):
         return f"failed: the loss is not finite in epoch {epoch}"
     if epoch < epochs:
         return f"unfinished: {epoch} of {epochs} epochs"
+    if reason := divergence(run):
+        return f"diverged: {reason}"
     return "finished" if epoch else "failed: no epoch in it"
 
 
@@ -71,6 +84,42 @@ def time_to_collapse(run, threshold):
         return math.nan, math.nan, math.nan
     epoch = stays.min()
     return epoch, run.steps_until(epoch), run.seconds_until(epoch)
+
+
+def table_of_runs(runs):
+    """Return a DataFrame with a row for each run: its state, flags, class counts, classes, and last measured row.
+
+    n_min, n_max and R = n_max/n_min are of its classes, threshold the n_k up to which they collapse at the optimum, if
+    known in closed form. classes_at_zero and the mean |mu_k|^2 of the smallest and the largest classes are measured at
+    the last epoch, and with suffix _theory those of the optimum.
+    """
+    return pd.DataFrame([facts_of_run(run) for run in runs])
+
+
+def facts_of_run(run):
+    """Return {column: value} of a run, as `table_of_runs` has them."""
+    facts = {"folder": str(run.folder), "state": state(run)}
+    texts = {list: lambda values: ",".join(map(str, values))}
+    facts |= {name: texts.get(type(value), lambda same: same)(value) for name, value in run.flags.items()}
+    counts = run.config.get("class_counts")
+    if counts:
+        facts |= {"class_counts": texts[list](counts), "n_min": min(counts), "n_max": max(counts)}
+        facts["R"] = max(counts) / min(counts)
+    if (problem := run.comparison.problem) is not None:
+        facts |= {"lambda_W": problem.lambda_w, "lambda_H": problem.lambda_h, "threshold": collapse_count(problem)}
+    if not len(run.rows):
+        return facts
+    facts |= run.rows.iloc[-1].to_dict()
+    if not run.geometry_file(epoch := last_measured(run)).exists():
+        return facts
+    parts = run.geometry(epoch)
+    counts, optimal = parts["class_counts"], parts.get("mean_norms_sq_theory", parts["mean_norms_sq"])
+    for suffix in ("", "_theory") if "mean_norms_sq_theory" in parts else ("",):
+        norms = parts[f"mean_norms_sq{suffix}"]
+        facts[f"classes_at_zero{suffix}"] = int((norms <= AT_ZERO * optimal.max()).sum())
+        facts[f"norm_sq_smallest{suffix}"] = norms[counts == counts.min()].mean()
+        facts[f"norm_sq_largest{suffix}"] = norms[counts == counts.max()].mean()
+    return facts
 
 
 # ---------------------------------------------------------------------------------------------------------

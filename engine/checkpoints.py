@@ -107,13 +107,28 @@ class Checkpoints:
             if step:
                 state.rows[:step] = saved["record"].reshape(state.rows.shape)[:step]
         except UserError as error:  # a file that this repository wrote, and that was damaged
-            raise UserError(error, FAILED_WORK) from None
+            hint = "delete this file for --resume to go on from the newest checkpoint"
+            raise UserError(f"{error}; {hint}" if self.run.checkpoints() else error, FAILED_WORK) from None
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # an unrelated file raises exceptions of many types
             reason = message_of(error)[:100]
             raise UserError(f"{path}: not the state of a run with these flags ({reason})", FAILED_WORK) from None
         state.epoch, state.step, state.seconds = epoch, step, seconds
+
+    def load_newest_weights(self, device):
+        """Load the weights of the newest checkpoint that is whole; raise UserError if there are some, but none is."""
+        checkpoints, failed = self.run.checkpoints(), []
+        for epoch, path in reversed(checkpoints.items()):
+            try:
+                load_weights(self.state.model, path, device)
+            except UserError as error:
+                failed.append(error)
+                continue
+            self.state.epoch = epoch
+            return
+        if failed:
+            raise UserError(f"{failed[0]}; last.pt is missing, and no checkpoint is whole", FAILED_WORK)
 
     @first_rank_only
     def prune(self):

@@ -1,9 +1,10 @@
 """What the measurements of a run are compared with: a theory, the problem it stands for, and its optimum."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from nc_theory import UFM, closed_form, has_released_formula, released_formula, solve
+from nc_theory import UFM, closed_form, collapse_count, has_released_formula, released_formula, solve
 from utils import Progress
 
 MANY = 50  # classes from which on finding an optimum by minimisation takes seconds
@@ -53,6 +54,16 @@ class Comparison:
             return None
         return self.optimum.loss * self.data_factor
 
+    def least_loss_at(self, scale):
+        """Return the least value of the objective with penalties `scale` times as strong; NaN where it is not known."""
+        if scale == 1:
+            return self.least_loss
+        if not scale > 0:
+            return math.nan  # without penalties the loss has no minimum
+        lambdas = {name: scale * getattr(self.problem, name) for name in ("lambda_w", "lambda_h")}
+        optimum = closed_form(replace(self.problem, **lambdas))
+        return math.nan if optimum is None else optimum.loss * self.data_factor
+
     def summary(self):
         """Return the theory's predictions in one line; without a closed form, only say that it takes minimisation."""
         if self.problem is None:
@@ -64,6 +75,8 @@ class Comparison:
         collapsed = (optimum.mean_norms_sq == 0).nonzero().flatten().tolist()
         named = f"classes {', '.join(map(str, collapsed))}" if len(collapsed) <= 20 else f"{len(collapsed)} classes"
         classes = f"{named} collapse to zero" if collapsed else "no class collapses"
+        if (threshold := collapse_count(self.problem)) is not None:
+            classes += f", the threshold is n_k = {threshold:.3g}"
         least, low, high = optimum.loss * self.data_factor, optimum.margins.min(), optimum.margins.max()
         return f"least loss {least:.6f}; margins {low:.3f} to {high:.3f}; {classes}"
 

@@ -302,6 +302,7 @@ def load_run(folder, epoch=None, data_dir=None):
 
 @torch.inference_mode()
 def features(model, split):
-    """Return (features (N, d), labels (N,)) of all images of a split."""
+    """Return (features (N, d), labels (N,)) of all images of a split; in float64, like `nc_layers.head_weight`."""
     model.eval()
-    return torch.cat([model(images)[1] for images in map(split.normalise, split.pixels.split(BATCH))]), split.labels
+    found = [model(images)[1] for images in map(split.normalise, split.pixels.split(BATCH))]
+    return torch.cat(found).double(), split.labels

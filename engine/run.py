@@ -60,9 +60,17 @@ class Run:
         names = [f"{name}{suffix}.csv" for name in ("class_accuracy", "nc_layers") for suffix in BN_SUFFIXES.values()]
         return [self.folder / name for name in [*(f"nc_metrics{suffix}.csv" for suffix in SUFFIXES), *names]]
 
+    def holds_results(self):
+        """Return True if the folder holds checkpoints, tables, last.pt, or a log of more than an epoch.
+
+        With a single line in its log and nothing else, a run has failed before its first checkpoint.
+        """
+        files = any(path.exists() for path in (self.last, *self.tables()))
+        return files or bool(self.checkpoints()) or len(self.train_log.lines()) > 1
+
     def check_startable(self, resume, force):
         """Raise UserError if the folder holds another run and neither --resume nor --force is given."""
-        holds_results = bool(self.checkpoints()) or any(path.exists() for path in (self.last, *self.tables()))
+        holds_results = self.holds_results()
         if resume and holds_results and not self.config:
             raise UserError(
                 f"{self.folder} holds a run without its config.json: it cannot be resumed; give --save_path"
@@ -70,6 +78,14 @@ class Run:
         if holds_results and not (resume or force):
             raise UserError(
                 f"{self.folder} holds a run: give --resume to continue it, --force to delete it, or --save_path"
+            )
+
+    def check_resumable(self):
+        """Raise UserError if the folder holds results, but neither last.pt nor a checkpoint to go on from."""
+        if lines := [] if self.last.exists() or self.checkpoints() else self.train_log.lines()[1:]:
+            raise UserError(
+                f"{self.folder}: last.pt and all checkpoints are missing, and the log has {lines[-1]['epoch']} epochs: "
+                "give --force to delete it and start again, or --save_path"
             )
 
     def check_data(self, data):

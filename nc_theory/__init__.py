@@ -19,9 +19,11 @@ from nc_theory.closed_form import (
     class_curve,
     closed_form,
     collapse_count,
+    collapse_products,
     collapse_threshold,
     has_released_formula,
     released_formula,
+    suggest_collapse,
     suggest_lambdas,
 )
 from nc_theory.copositive import polar
@@ -53,6 +55,7 @@ __all__ = [
     "class_margins",
     "closed_form",
     "collapse_count",
+    "collapse_products",
     "collapse_threshold",
     "convergence",
     "diagnose",
@@ -70,6 +73,7 @@ __all__ = [
     "solve",
     "solve_numerically",
     "split_optimum",
+    "suggest_collapse",
     "suggest_lambdas",
     "validate_counts",
 ]

@@ -141,8 +141,39 @@ def collapse_threshold(class_counts: ArrayLike, loss: str = "CrossEntropy") -> f
         >>> f"{collapse_threshold([100, 200, 300]):.3e}"
         '1.852e-04'
     """
-    counts = validate_counts(class_counts)
-    return (counts.min() / (counts.sum().square() * shrink_factor(len(counts), loss))).item()
+    return min(collapse_products(UFM(validate_counts(class_counts).tolist(), 1, 1, loss=loss)).tolist())
+
+
+def collapse_products(problem: UFM) -> torch.Tensor:
+    """Return, for each class (K,), the lambda_W lambda_H from which on it collapses, h_k = 0, at the same class counts.
+
+    The square of the root at which the closed form's M_k, or s_k of MSE, reaches zero. Cross entropy and the variants
+    that treat all wrong classes alike, with r_k, w_k, c_k and s as in `closed_form`:
+
+        sqrt(lambda_W lambda_H) = w_k sqrt(n_k) / (N sqrt((K-1)/K)) max(0, (K-1)/(K-1+exp(-c_k)) - s (K-1)/K)
+
+    so that classes with weights n_k^-E, E > 1/2, collapse from the largest to the smallest. MSE: sqrt(n_k) / N.
+
+    Raises ValueError where no threshold is known in closed form: with a bias, logit adjustment or scaling, soft labels,
+    and several linear layers; and for the cross entropy without ReLU, where classes merge instead.
+
+    Example:
+        >>> from nc_theory import UFM, collapse_products
+        >>> [f"{product:.3e}" for product in collapse_products(UFM([100, 200, 300], 1e-3, 1e-3)).tolist()]
+        ['1.852e-04', '3.704e-04', '5.556e-04']
+    """
+    if not has_closed_form(problem) or problem.depth_linear > 1:
+        raise ValueError(
+            "no threshold of collapse is known in closed form with a bias, logit adjustment or scaling, soft labels or "
+            "several linear layers, nor for the cross entropy without ReLU"
+        )
+    counts, num_classes, total = problem.counts, problem.num_classes, problem.counts.sum()
+    if problem.loss == "MSE":
+        return counts / total.square()
+    others, share = num_classes - 1, (num_classes - 1) / num_classes
+    inner = others / (others + (-added_margins(problem, counts)).exp()) - problem.variant.label_smoothing * share
+    weights = torch.from_numpy(problem.loss_parameters.weights)
+    return (weights * inner.clamp(min=0)).square() * counts / (total.square() * share)
 
 
 def collapse_count(problem: UFM) -> float | None:
@@ -190,6 +221,41 @@ def suggest_lambdas(class_counts: ArrayLike, margin: float = 5.0, ratio: float =
         raise ValueError(f"the ratio lambda_W / lambda_H must be > 0 and finite, got {ratio}")
     shrink = math.sqrt((num_classes - 1) / num_classes)
     root = math.sqrt(largest) / (counts.sum().item() * shrink * (1 + math.exp(margin) / (num_classes - 1)))
+    return root * math.sqrt(ratio), root / math.sqrt(ratio)
+
+
+def suggest_collapse(problem: UFM, classes: int, ratio: float = 100.0) -> tuple[float, float]:
+    """Return (lambda_W, lambda_H) at which exactly the `classes` smallest classes collapse, h_k = 0.
+
+    Their product is the geometric mean of the two thresholds of `collapse_products` that it lies between. problem: its
+    lambdas do not matter. ratio: lambda_W / lambda_H. Raises ValueError if there are no such lambdas.
+
+    Example:
+        >>> from nc_theory import UFM, solve, suggest_collapse
+        >>> lambda_w, lambda_h = suggest_collapse(UFM([100, 200, 300], 1, 1), classes=2)
+        >>> solve(UFM([100, 200, 300], lambda_w, lambda_h)).collapsed
+        tensor([ True,  True, False])
+    """
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"the ratio lambda_W / lambda_H must be > 0 and finite, got {ratio}")
+    if not 1 <= classes < problem.num_classes:
+        raise ValueError(
+            f"of {problem.num_classes} classes, 1 to {problem.num_classes - 1} can collapse, not {classes}"
+        )
+    counts, products = problem.counts, collapse_products(problem)
+    order = counts.argsort(stable=True)
+    last, first = counts[order[classes - 1]].item(), counts[order[classes]].item()
+    if last == first:
+        sizes = [int((counts < last).sum()), int((counts <= last).sum())]
+        possible = [str(size) for size in sizes if 0 < size < problem.num_classes]
+        raise ValueError(
+            f"the {int((counts == last).sum())} classes of {last:g} samples collapse together: exactly "
+            f"{' or '.join(possible) or 'none'} can, not {classes}"
+        )
+    low, high = products[order[:classes]].max().item(), products[order[classes:]].min().item()
+    if not 0 < low < high:
+        raise ValueError("with this loss, the smallest classes are not the first to collapse")
+    root = (low * high) ** 0.25
     return root * math.sqrt(ratio), root / math.sqrt(ratio)
 
 

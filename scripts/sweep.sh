@@ -5,6 +5,7 @@
 # CUDA_VISIBLE_DEVICES, else 1). --line N runs only the Nth; --count prints their number. Blank, comment and repeated
 # lines do not count. Each job sees one GPU of CUDA_VISIBLE_DEVICES (-j 4 puts two jobs on each of two GPUs);
 # on the CPU it gets its share of the cores unless OMP_NUM_THREADS is set. Job N appends its output to FILE.logs/N.log.
+# After each job: how many are done, failed and left, and about how long the rest takes.
 # --mps starts NVIDIA's Multi-Process Service for the time of the sweep, so that jobs on one GPU run at the same time
 # instead of taking turns; it needs the driver's nvidia-cuda-mps-control, and changes no setting of the GPU.
 # Ctrl-C and SIGTERM stop the jobs as well, and so do SIGHUP, SIGUSR1 and SIGXCPU. If the commands have --resume, run the sweep again to continue.
@@ -20,6 +21,13 @@ run_job() { # run_job N COMMAND: called by xargs in a process of its own; SLOT n
     echo "job $1 starts, log: $log"
     { echo "$(date '+%F %T')  $2" && bash -c "$2"; } >>"$log" 2>&1 </dev/null || status=$?
     [ $status -eq 0 ] || echo "job $1 failed with exit status $status, $log: $(tail -n 1 "$log")" >>"$failures"
+    echo >>"$ended"
+    local done_now failed left seconds
+    done_now=$(wc -l <"$ended") failed=$(wc -l <"$failures")
+    left=$((total - done_now)) seconds=$((($(date +%s) - began) * left / done_now))
+    printf 'job %s %s: %s of %s done, %s failed, %s to go, about %d:%02d:%02d\n' "$1" \
+        "$([ $status -eq 0 ] && echo ended || echo failed)" $((done_now - failed)) "$total" "$failed" "$left" \
+        $((seconds / 3600)) $((seconds / 60 % 60)) $((seconds % 60))
 }
 
 start_mps() { # start a service of this sweep alone: its sockets and logs lie in a folder of its own
@@ -31,7 +39,7 @@ start_mps() { # start a service of this sweep alone: its sockets and logs lie in
 }
 
 finish() {
-    rm -f "$failures"
+    rm -f "$failures" "$ended"
     [ -z "$mps" ] || { echo quit | nvidia-cuda-mps-control >/dev/null 2>&1 || true; rm -rf "$mps"; }
 }
 
@@ -63,15 +71,16 @@ mapfile -t -O 1 commands < <(awk '!/^[[:space:]]*(#|$)/ && !seen[$0]++' <"$1")
 [ "${line:-1}" -le ${#commands[@]} ] || fail "--line $line: $1 has ${#commands[@]} commands"
 [ -z "$count" ] || { echo ${#commands[@]} && exit; }
 
-logs=$(realpath -- "$1").logs failures=$(mktemp) xargs=''
+logs=$(realpath -- "$1").logs failures=$(mktemp) ended=$(mktemp) xargs='' began=$(date +%s) total=${#commands[@]}
 trap finish EXIT
+[ -z "$line" ] || total=1
 [ -z "$wants_mps" ] || start_mps
 mkdir -p -- "$logs"
 cd "$root"
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-}"
 jobs=${jobs:-$((${#gpus[@]} > 0 ? ${#gpus[@]} : 1))} cores=$(nproc)
 jobs=$((line ? 1 : jobs < ${#commands[@]} ? jobs : ${#commands[@]}))
-export logs failures OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+export logs failures ended began total OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 export -f run_job
 for name in $stopping; do trap "stop $(kill -l "$name")" "$name"; done
 exec 9<"$failures" && flock 9 # jobs inherit this lock; it is free again when the last of their processes has ended
@@ -80,4 +89,8 @@ xargs -0 -n 2 -P "$jobs" --process-slot-var=SLOT bash -ec 'run_job "$@"' run_job
     < <(for n in ${line:-${!commands[@]}}; do printf '%s\0' "$n" "${commands[n]}"; done) &
 xargs=$! && set +m && exec 9<&-
 wait $xargs || echo "not all jobs were run: xargs ended with exit status $?" >>"$failures"
-! grep . "$failures"
+if grep . "$failures"; then
+    echo "next: mend what failed and run the sweep again; commands with --resume then end at once where they are done"
+    exit 1
+fi
+echo "next: python summarize.py with the folders of the runs, for a table and a row a run in summary_runs.csv"

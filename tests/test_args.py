@@ -299,6 +299,17 @@ def test_config_and_shares_of_the_epochs():
         adopt("--patience 40%", config)
 
 
+def test_a_longer_run_keeps_its_shares_of_the_epochs():
+    """Also the second time, when config.json has the new --epochs; a cosine has ended, and the error says so."""
+    for epochs in (250, 3000):
+        config = config_of(f"--epochs {epochs} --patience 90 --penalty_warmup_epochs 50") | {"epochs_of_shares": 250}
+        args = adopt("--resume --epochs 4000 --patience 36% --penalty_warmup_epochs 20%", config)
+        assert (args.epochs, args.patience, args.penalty_warmup_epochs) == (4000, 90, 50)
+    config = config_of("--epochs 250 --decay_type cosine --patience 36%") | {"epochs_of_shares": 250}
+    with pytest.raises(UserError, match="in the run 250, where its cosine ends: train a new run with --init_from"):
+        adopt("--resume --epochs 3000 --decay_type cosine --patience 36%", config)
+
+
 @pytest.mark.parametrize("model", ["MLP", "ResNet18"])
 def test_a_switch_turned_off_contradicts_the_config(model):
     """Also for a flag that is part of the run's name only when it is on."""
@@ -317,6 +328,16 @@ def test_the_recipe_is_resumed_by_the_same_command():
         adopt("--planes 16", config_of(recipe))
 
 
+def test_a_recipe_works_with_another_optimizer():
+    """Its flags of Adam have no effect then; what else contradicts a typed flag is said to come from the file."""
+    recipe = f"@{ROOT}/scripts/collapse.flags"
+    assert parse(f"{recipe} --optimizer SGD").adam_beta2 == 0.999 and parse(recipe).adam_beta2 == 0.99
+    with pytest.raises(UserError, match="--adam_beta2: only with --optimizer Adam or AdamW"):
+        parse(f"{recipe} --optimizer SGD --adam_beta2 0.9")
+    with pytest.raises(UserError, match=r"give one of them.* \(--whiten: from the @FILE\)"):
+        parse(f"{recipe} --data_augmentation")
+
+
 def test_parser_leaves_no_flag_without_a_group():
     parser = make_parser()
     grouped = {action.dest for group in parser._action_groups[2:] for action in group._group_actions}
@@ -327,7 +348,8 @@ def test_parser_leaves_no_flag_without_a_group():
 @pytest.mark.parametrize(
     "flags, suggestion",
     [("--epoch 5", "did you mean --epochs?"), ("--weigth_decay 1", "did you mean --weight_decay?"), ("--qqq", None),
-     ("stray -epochs 3", "did you mean --epochs?"),
+     ("stray -epochs 3", "did you mean --epochs?"), ("--lambda_w 1", "did you mean --weight_decay?"),
+     ("--lamda 1", "did you mean --weight_decay (lambda_W) or --feature_decay_rate (lambda_H)?"),
      ("--model ResNet81", "did you mean ResNet18?"), ("--model LeNet", None)],
 )  # fmt: skip
 def test_a_typo_gets_a_suggestion(flags, suggestion):

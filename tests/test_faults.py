@@ -54,6 +54,7 @@ def same_runs(a, b):
             if name == "config.json":
                 content[name] = json.loads(path.read_text())
                 content[name]["flags"] |= {"save_path": None, "resume": None, "epochs": None}
+                content[name]["epochs_of_shares"] = None
             elif name == "train_log.jsonl":
                 content[name] = log_of(folder)
             elif name == "last.pt":
@@ -532,6 +533,40 @@ def test_a_checkpoint_of_a_gpu_loads_on_a_machine_without(train, measure, tmp_pa
         torch.load(path, weights_only=True)
     assert all(torch.equal(value, expected[key]) for key, value in load_torch(path).items())
     measure("--load_path", "run")
+
+
+def test_without_last_pt_training_goes_on_from_the_newest_whole_checkpoint(train, tmp_path):
+    run = tmp_path / "run"
+    train(*TINY, "--epochs", 4, "--save_every", 1, "--save_path", "run")
+    (run / "last.pt").unlink()
+    (run / "epoch_004.pth").write_bytes((run / "epoch_004.pth").read_bytes()[:1000])
+    before = {number: (run / f"epoch_{number:03d}.pth").read_bytes() for number in (1, 2, 3)}
+    lines = log_of(run)
+    _, error = train(*TINY, "--epochs", 4, "--save_path", "run", status=2)
+    assert "give --resume to continue it, --force to delete it" in error
+    out, _ = train(*TINY, "--epochs", 5, "--save_every", 1, "--save_path", "run", "--resume")
+    assert "resumes run after epoch 3, from epoch_003.pth: last.pt is missing, so the optimizer starts afresh" in out
+    assert all((run / f"epoch_{number:03d}.pth").read_bytes() == content for number, content in before.items())
+    assert [line["epoch"] for line in log_of(run)] == [1, 2, 3, 4, 5] and log_of(run)[:3] == lines[:3]
+    load_torch(run / "epoch_004.pth"), load_torch(run / "last.pt")
+
+
+def test_without_last_pt_and_a_whole_checkpoint_nothing_is_lost(train, tmp_path):
+    run = tmp_path / "run"
+    train(*TINY, "--save_every", 1, "--save_path", "run")
+    (run / "last.pt").unlink()
+    for path in run.glob("epoch_*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    log = (run / "train_log.jsonl").read_text()
+    _, error = train(*TINY, "--save_path", "run", "--resume", status=1)
+    assert "epoch_002.pth: truncated or damaged" in error and "last.pt is missing, and no checkpoint is whole" in error
+    for path in run.glob("epoch_*"):
+        path.unlink()
+    _, error = train(*TINY, "--save_path", "run", "--resume", status=2)
+    assert "last.pt and all checkpoints are missing, and the log has 2 epochs: give --force" in error
+    train(*TINY, "--save_path", "run", status=2)
+    assert (run / "train_log.jsonl").read_text() == log
+    train(*TINY, "--save_path", "run", "--force")
 
 
 def test_weights_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):

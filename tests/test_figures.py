@@ -10,7 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from analysis.figures import class_accuracy, curves, draw_runs, heatmaps, theorem, training, write_animation
+from analysis.figures import (
+    class_accuracy,
+    curves,
+    draw_runs,
+    heatmaps,
+    show_two_powers,
+    theorem,
+    training,
+    write_animation,
+)
 from analysis.panels import NC_PANELS, TRAINING_PANELS
 from analysis.settings import make_settings, read_measured_run
 from analysis.style import STYLE_FILE
@@ -156,7 +165,12 @@ def test_what_a_folder_lacks_is_left_out(monkeypatch, tmp_path):
 
 def test_curves_of_a_run_are_its_columns(tmp_path):
     run = settings_of(recorded(tmp_path / "run"))
-    panels = curves(NC_PANELS, run).axes
+    figure = curves(NC_PANELS, run)
+    panels = figure.axes
+    figure.draw_without_rendering()
+    for axis in panels:  # the legend is off the curves, and the last point has a marker
+        assert not axis.get_legend().get_window_extent().overlaps(axis.get_window_extent())
+        assert all(line.get_markevery()[-1] == len(EPOCHS) - 1 for line in axis.lines)
     for axis, columns in zip(panels, (["NC1"], ["NC2_H", "NC2_WWT", "NC2_W"], ["NC3_WH"]), strict=True):
         assert axis.get_yscale() == "log" and axis.get_xlabel() == "epoch" and not axis.collections
         for line, column in zip(axis.lines, columns, strict=True):
@@ -205,6 +219,39 @@ def test_the_loss_ends_at_the_optimum_of_what_was_minimised(tmp_path):
     nominal = recorded(tmp_path / "nominal")
     (nominal / "nc_metrics.csv").rename(nominal / "nc_metrics_nominal.csv")
     assert len(curves(TRAINING_PANELS, settings_of(nominal, theory="nominal")).axes[0].lines) == 2
+
+
+def test_the_optimum_is_that_of_the_penalties_of_the_moment(tmp_path):
+    """Otherwise the objective would lie below it while the penalties rise."""
+    run = recorded(tmp_path / "run")
+    path = run / "train_log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["penalty_scale"] = min(1, (line["epoch"] - 1) / 20)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axis = curves(TRAINING_PANELS, settings_of(run)).axes[0]
+    optimum = dict(zip(*axis.lines[2].get_data(), strict=True))
+    for epoch in (2, 11, 20, 21, 80):
+        scale = min(1, (epoch - 1) / 20)
+        expected = solve(UFM(COUNTS, lambda_w=0.01 * scale, lambda_h=0.0005 * scale)).loss
+        assert optimum[epoch] == pytest.approx(expected, rel=1e-12)
+    assert np.isnan(optimum[1]) and legend_of(axis)[2] == "optimum, 0.958"  # without penalties there is none
+
+
+def test_a_logarithmic_axis_shows_two_powers_of_ten(tmp_path):
+    axis = Figure().subplots()
+    for low, high, powers in (
+        (0.3, 0.8, {0.1, 1}),
+        (0.13, 1.1, {0.1, 1}),
+        (2, 90, {1, 10, 100}),
+        (0.01, 10, {0.01, 10}),
+    ):
+        axis.clear()
+        axis.set(yscale="log", ylim=(low, high))
+        show_two_powers(axis)
+        bottom, top = axis.get_ylim()
+        inside = [power for power in powers if bottom * 0.999 <= power <= top * 1.001]
+        assert len(inside) >= 2 and bottom <= low and top >= high and top / bottom <= 10 * high / low
 
 
 def test_the_axes_say_what_is_small(tmp_path):
@@ -295,7 +342,7 @@ def test_the_theorem_is_a_curve_over_n_k(tmp_path):
         np.testing.assert_allclose(points.get_ydata(), geometry(80)[name])
         np.testing.assert_allclose(curve.get_ydata(), expected, rtol=1e-9)
         np.testing.assert_allclose(collapse.get_xdata(), threshold)
-    assert legend_of(figure) == ["measured at epoch 80", "theory", r"collapse: $n_k\leq5.78$"]
+    assert legend_of(figure) == ["measured at epoch 80", "theory", "collapse threshold 5.78 (below all classes)"]
 
 
 def test_a_threshold_far_from_the_classes_is_in_the_legend_alone(tmp_path):
@@ -304,7 +351,7 @@ def test_a_threshold_far_from_the_classes_is_in_the_legend_alone(tmp_path):
     set_config(run, problems={"objective": problem, "nominal": problem})
     figure = theorem(settings_of(run))
     assert len(figure.axes[0].lines) == 2 and figure.axes[0].get_xlim()[0] > 10
-    assert legend_of(figure)[2] == r"collapse: $n_k\leq0.0578$"
+    assert legend_of(figure)[2] == "collapse threshold 0.0578 (below all classes)"
 
 
 @pytest.mark.parametrize("counts", [COUNTS, [102] * 10, [1, 900]])
@@ -362,7 +409,7 @@ def test_settings_in_the_theorem_have_a_row_each(tmp_path):
     settings = settings_of(*three_seeds(tmp_path), recorded(tmp_path / "other", bias=True))
     figure = theorem(settings)
     assert legend_of(figure) == [
-        r"bias off, mean and range over 3 seeds, collapse: $n_k\leq5.78$",
+        "bias off, mean and range over 3 seeds, collapse threshold 5.78 (below all classes)",
         "bias on",
     ]
     assert figure.legends[0].get_title().get_text() == "measured at epoch 80; theory; collapse threshold"
@@ -380,13 +427,21 @@ def test_test_accuracy_of_each_class(monkeypatch, tmp_path):
         write_accuracies(folder, factor * values)
     figure = class_accuracy(settings_of(*folders))
     (axis,) = figure.axes
-    points, *_, line = axis.lines
+    points, *_, line, threshold = axis.lines
     np.testing.assert_allclose(points.get_ydata(), 3 * values)
+    np.testing.assert_allclose(threshold.get_xdata(), 1020**2 * 0.01 * 0.0005 * 10 / 9)
     np.testing.assert_allclose(line.get_xdata(), COUNTS[::2])
     np.testing.assert_allclose(line.get_ydata(), 3 * np.array([0.5, 2.5, 4.5, 6.5, 8.5]))
     ends = np.array([segment[:, 1] for segment in axis.collections[0].get_segments()])
     np.testing.assert_allclose(ends, np.stack([values, 6 * values], axis=1))
-    assert figure.legends[0].get_title().get_text() == "measured at epoch 80, mean and range over 3 seeds"
+    assert legend_of(figure) == [
+        "measured at epoch 80, mean and range over 3 seeds",
+        "mean at equal $n_k$",
+        "collapse threshold 5.78 (below all classes)",
+    ]
+    other = recorded(tmp_path / "other", bias=True)
+    write_accuracies(other, values)
+    assert (class_accuracy(settings_of(*folders, other)).get_size_inches()[0] == figure.get_size_inches()[0]).all()
     assert "class_accuracy" in {path.stem for path in draw_runs([read_measured_run(folders[0])], tmp_path / "figures")}
     assert "class_accuracy" not in {
         path.stem for path in draw_runs([read_measured_run(folders[0])], tmp_path / "61", epoch=61)

@@ -9,6 +9,7 @@ import torchvision
 from PIL import Image
 
 from engine.checkpoints import load_weights
+from nc_layers import layer_statistics
 from tests.conftest import TINY, full_nc1, python_examples, rows_of
 from utils import UserError
 
@@ -457,3 +458,49 @@ def test_a_model_of_onnxruntime_is_measured_as_its_pytorch_twin(tmp_path):
     found = nc_metrics(layer_statistics(model, batches, ["fc"], 3)["fc"], model.fc.weight.detach())
     wanted = nc_metrics(layer_statistics(twin, batches, ["2"], 3)["2"], twin[2].weight.detach())
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("how", ["--mean", "--transform"])
+def test_the_normalisation_is_chosen_and_said(run_script, images, tmp_path, how):
+    """With other numbers than ImageNet's, and with the same by a function of the user's own."""
+    own_model(tmp_path)
+    flags = ["--model", "own.py:build", "--data_dir", images, "--layers", "0", "--batch_size", 5]
+    (tmp_path / "mine.py").write_text(
+        "from torchvision import transforms as t\n"
+        "half = t.Compose([t.Resize((32, 32)), t.ToTensor(), t.Normalize([0.5] * 3, [0.25] * 3)])\n"
+    )
+    chosen = ["--size", 32, "--mean", 0.5, "--std", "0.25,0.25,0.25"] if how == "--mean" else [how, "mine.py:half"]
+    out, _ = run_script(SCRIPT, *flags, *chosen, "--out", "mine")
+    assert ("mean 0.5,0.5,0.5, std 0.25,0.25,0.25\n" if how == "--mean" else "images: as mine.py:half returns") in out
+    out, _ = run_script(SCRIPT, *flags, "--size", 32, "--out", "imagenet")
+    assert "mean 0.485,0.456,0.406, std 0.229,0.224,0.225 (ImageNet's: give --mean and --std" in out
+    found = [float(rows_of(tmp_path / name / "layers.csv")[0]["NC1"]) for name in ("mine", "imagenet")]
+    with torch.no_grad():
+        pixels, labels = tensors(images, "train", 32)
+        back = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+        pixels = (pixels * back[1] + back[0] - 0.5) / 0.25
+        h = own_model(tmp_path)[0](pixels).mean((2, 3)).double().numpy()
+    assert found[0] == pytest.approx(full_nc1(h, labels, 3), rel=1e-3) and found[0] != pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--mean", 0], "--mean and --std: only with --size"),
+        (["--size", 32, "--std", 0], "--std: must be > 0"),
+        (["--size", 32, "--mean", "1,2"], "is not a number or three"),
+        (["--transform", "none.py:f"], "--transform none.py:f: wanted FILE.py:FUNCTION of a file"),
+        (["--transform", "own.py:build", "--size", 32], "--transform and --size, --mean or --std: give one of them"),
+    ],
+)
+def test_a_wrong_normalisation_is_one_line(run_script, images, tmp_path, flags, words):
+    own_model(tmp_path)
+    base = ["--model", "own.py:build", "--data_dir", images, "--layers", "0"]
+    _, error = run_script(SCRIPT, *base, *flags, status=2)
+    assert words in error and error.count("\n") == 1
+
+
+def test_the_name_of_one_layer_is_a_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    loader = [(torch.rand(4, 2), torch.tensor([0, 1, 2, 0]))]
+    assert list(layer_statistics(model, loader, "2", 3)) == ["2"]

@@ -290,3 +290,17 @@ def test_as_many_features_as_the_optimum_needs_are_enough():
 def test_mse_with_a_deep_head_has_its_optimum():
     problem = make(loss="MSE", depth_linear=2).problem()
     assert problem.depth_linear == 2 and UFM(**make(loss="MSE", depth_linear=2).problems()["nominal"]) == problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, math.log(3)),
+        ({"objective": "released"}, math.log(3) / 2),
+        ({"loss": "MSE"}, 0.5),
+        ({"class_weights": 1.0}, math.log(3)),  # the mean weight of a sample is 1
+        ({"label_smoothing": 0.1}, math.log(3)),
+    ],
+)
+def test_loss_of_a_network_of_zeros(flags, expected):
+    assert Objective([10, 20, 40], 8, 5, sep_decay=True, **flags).loss_at_zero() == pytest.approx(expected, rel=1e-6)

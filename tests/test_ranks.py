@@ -1,5 +1,6 @@
 """A run on several processes started by torchrun gives the result of one device, even if interrupted."""
 
+import itertools
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.run
 from PIL import Image
 
+from engine.tables import UNTIL
 from tests.conftest import (
     FORKED,
     ROOT,
@@ -111,6 +113,27 @@ def test_ranks_train_the_run_of_one_device(torchrun, train, tmp_path):
         assert out.count("finished: ") == 1 and f", {ranks} ranks, each" in out and not errors
         assert config_of(several)["ranks"] == ranks and config_of(one)["ranks"] == 1
         check_same_run(several, one, epoch=4)
+
+
+def test_until_ends_all_ranks_at_the_epoch_of_one_device(torchrun, train, tmp_path):
+    """A limit that is met in between: at the second of two measurements below it."""
+    flags = [*FLAGS, "--batch_size", 102, "--epochs", 40, "--nc_every", 2, "--save_every", 100]
+    flags += ["--weight_decay", 0.01, "--feature_decay_rate", 0.0005]
+    train(*flags, "--save_path", "whole")
+    worst = [max(float(row[name]) for name in UNTIL) for row in rows_of(tmp_path / "whole" / "nc_metrics.csv")]
+    limit = 1.01 * max(worst[5:7])  # at epochs 11 and 13
+    met = [max(pair) <= limit for pair in itertools.pairwise(worst)]
+    epoch = 3 + 2 * met.index(True)
+    assert 3 < epoch < 39
+    flags += ["--until", limit]
+    train(*flags, "--save_path", "one")
+    out, errors = torchrun(2, *flags, "--save_path", "two").wait()
+    assert out.count(f"epoch {epoch}: ") == 1 and out.count("finished: ") == 1 and not errors
+    for name in ("one", "two"):
+        assert config_of(tmp_path / name)["ended_at_epoch"] == epoch == log_of(tmp_path / name)[-1]["epoch"]
+    check_same_run(tmp_path / "two", tmp_path / "one", epoch)
+    out, errors = torchrun(2, *flags, "--save_path", "two", "--resume").wait()
+    assert f"{epoch} are done, with which --until" in out and not errors
 
 
 # ---------------------------------------------------------------------------------------------------------

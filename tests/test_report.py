@@ -47,6 +47,9 @@ def page_of(runs, folder):
     return page, json.loads(unpacked(page, "data"))
 
 
+NC1 = "NC1, tr(Σ<sub>W</sub>Σ<sub>B</sub><sup>†</sup>)/K"
+
+
 def report_of(*folders):
     return page_of([read_measured_run(folder) for folder in folders], folders[0].parent)
 
@@ -103,11 +106,14 @@ def test_the_script_writes_one_file_that_needs_no_other(run_script, tmp_path):
 def test_panels_of_a_run_are_its_columns(tmp_path):
     write_accuracies(recorded(tmp_path / "run"), range(60, 70))
     _, data = report_of(tmp_path / "run")
-    for column in ("NC1", "NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "test_acc1"):
-        (trace,) = traces_of(data, column)
+    assert NC1 in [panel["layout"]["title"]["text"] for panel in data["panels"]["curves"]]
+    titles = [NC1, "NC2, HᵀH", "NC2, WWᵀ", "NC2, W against H", "NC3, WH", "accuracy, test"]
+    columns = ("NC1", "NC2_H", "NC2_WWT", "NC2_W", "NC3_WH", "test_acc1")
+    for title, column in zip(titles, columns, strict=True):
+        (trace,) = traces_of(data, title)
         assert trace["x"] == EPOCHS and trace["mode"] == "lines+markers"
         np.testing.assert_allclose(trace["y"], ROWS[column], rtol=1e-3)
-    loss, optimum = traces_of(data, "loss")
+    loss, optimum = traces_of(data, "loss, objective")
     np.testing.assert_allclose(loss["y"], [line["loss"] for line in LOG], rtol=1e-3)
     assert optimum["line"]["dash"] == "dot" and optimum["y"] == pytest.approx([0.958] * 2, abs=1e-3)
     parts = geometry(80)
@@ -118,12 +124,15 @@ def test_panels_of_a_run_are_its_columns(tmp_path):
         at_counts = np.interp(parts["class_counts"], line["x"], line["y"])
         np.testing.assert_allclose(at_counts, parts[f"{name}_theory"], rtol=5e-3)
     assert traces_of(data, "test accuracy")[0]["y"] == list(range(60, 70))
+    for panel in data["panels"]["classes"]:  # with the threshold of collapse
+        (line,) = panel["layout"]["shapes"]
+        assert line["x0"] == line["x1"] == pytest.approx(1020**2 * 0.01 * 0.0005 * 10 / 9)
 
 
 def test_seeds_are_mean_and_range_and_the_table_has_their_deviation(tmp_path):
     """Seeds at 1, 2 and 4 times the recorded values: geometric mean 2, arithmetic mean 7/3."""
     page, data = report_of(*three_seeds(tmp_path))
-    mean, band = traces_of(data, "NC1")
+    mean, band = traces_of(data, NC1)
     np.testing.assert_allclose(mean["y"], 2 * ROWS["NC1"], rtol=1e-3)
     np.testing.assert_allclose(band["y"], [*ROWS["NC1"], *4 * ROWS["NC1"][::-1]], rtol=1e-3)
     assert mean["text"][-1] == f"<br>{ROWS['NC1'][-1]:.3g} to {4 * ROWS['NC1'][-1]:.3g} over the seeds"
@@ -190,7 +199,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path):
     np.testing.assert_allclose(entry["frames"][-1][2], normalised(geometry(80)["WH"]), rtol=1e-2)
     assert len(traces_of(data, "margin M<sub>k</sub>")) == 1
     titles = [panel["layout"]["title"]["text"] for panel in data["panels"]["training"]]
-    assert titles == ["train_acc1", "test_acc1"]
+    assert titles == ["accuracy, training", "accuracy, test"]
     (curves_only := recorded(tmp_path / "curves") / "geometry").rename(tmp_path / "gone")
     _, data = report_of(curves_only.parent)
     assert data["heatmaps"] == data["panels"]["classes"] == [] and len(data["panels"]["curves"]) == 5
@@ -201,7 +210,11 @@ def test_columns_without_a_finite_value_have_no_curve(tmp_path, value):
     change_rows(recorded(tmp_path / "a"), lambda column: column * (value if column.name in ("NC1", "NC2_H") else 1))
     page, data = report_of(tmp_path / "a")
     assert tables(page)[1]["NC1"] == ["inf" if value == np.inf else "-"]
-    assert {panel["layout"]["title"]["text"] for panel in data["panels"]["curves"]} == {"NC2_WWT", "NC2_W", "NC3_WH"}
+    assert {panel["layout"]["title"]["text"] for panel in data["panels"]["curves"]} == {
+        "NC2, WWᵀ",
+        "NC2, W against H",
+        "NC3, WH",
+    }
 
 
 def test_plotly_knows_every_attribute(tmp_path):
@@ -228,7 +241,7 @@ def test_ten_runs_of_a_hundred_classes_take_less_than_8_mb(tmp_path):
         run.config["training_flags"]["width"] = number + 1
     page, data = page_of(runs, tmp_path)
     assert len(page) < 8e6
-    assert len(traces_of(data, "NC1")[9]["x"]) == POINTS
+    assert len(traces_of(data, NC1)[9]["x"]) == POINTS
     assert len(data["heatmaps"]) == 10 and all(entry["epochs"][-1] == 80 for entry in data["heatmaps"])
     assert len(data["heatmaps"][9]["frames"]) >= 4
 

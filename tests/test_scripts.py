@@ -543,6 +543,24 @@ def test_resume_does_not_overwrite_what_it_cannot_resume(train, tmp_path):
     assert "holds a run without its config.json" in error
 
 
+def test_a_resumed_run_can_be_longer(train, tmp_path):
+    """Like one of that length from the start, whose shares of --epochs are given as numbers."""
+    train(*TINY, "--epochs", 2, "--patience", "50%", "--save_path", "run")
+    train(*TINY, "--epochs", 3, "--patience", "50%", "--save_path", "run", "--resume")
+    train(*TINY, "--epochs", 4, "--patience", "50%", "--save_path", "run", "--resume")
+    train(*TINY, "--epochs", 4, "--patience", 1, "--save_path", "whole")
+    assert log_of(tmp_path / "run") == log_of(tmp_path / "whole")
+    assert same_weights(tmp_path / "run" / "epoch_004.pth", tmp_path / "whole" / "epoch_004.pth")
+
+
+def test_a_run_that_has_diverged_does_not_end_as_finished(train, tmp_path):
+    out, error = train(*TINY, "--lr", 100, "--save_path", "run", status=1)
+    assert "finished" not in out and "run has diverged: the loss is" in error
+    assert "that of a network of zeros 2.3: lower --lr or give --clip_grad_norm 1" in error and error.count("\n") == 1
+    assert state(MeasuredRun(Run(tmp_path / "run"))).startswith("diverged: the loss is")
+    assert config_of(tmp_path / "run")["loss_at_zero"] == pytest.approx(math.log(10))
+
+
 def test_resume_of_a_finished_run_changes_nothing(train, tmp_path):
     train(*TINY, "--save_path", "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import solve_ufm
+from datasets import load_data
 from nc_theory import LOSSES, UFM, LossVariant, collapse_threshold
 from nc_theory import solve as solve_problem
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_folder
 
 
 @pytest.fixture
@@ -106,13 +107,23 @@ def test_json_of_every_sample(solve):
         (["--level", "batch"], "invalid choice"),
         (
             ["--phase_diagram", "x", "--bias"],
-            "--phase_diagram takes --class_counts, --loss, --grid, not --bias",
+            "--phase_diagram takes --loss, --grid and class counts, not --bias",
         ),
-        (["--suggest_lambdas", "--loss", "MSE"], "--suggest_lambdas takes --class_counts, --ratio, not --loss"),
+        (["--suggest_lambdas", "--loss", "MSE"], "--suggest_lambdas takes --ratio and class counts, not --loss"),
         (["--suggest_lambdas", 0.5], "the largest margin must be above"),
         (["--counts_file", "none.csv"], "--counts_file: no file none.csv"),
         (["--counts_file", "none.csv", "--loss", "MSE"], "--counts_file takes --weight_decay, --feature_decay_rate"),
         (["--ratio", 1], "--ratio: only with --suggest_lambdas"),
+        (["--collapse", 1], "--collapse: only with --suggest_lambdas"),
+        (["--suggest_lambdas", 7, "--collapse", 1], "and without a margin there"),
+        (["--suggest_lambdas", "--collapse", 1], "2 classes of 100 samples collapse together: exactly 2 can, not 1"),
+        (["--suggest_lambdas", "--collapse", 10], "of 10 classes, 1 to 9 can collapse, not 10"),
+        (["--suggest_lambdas", "--collapse", 2, "--bias"], "no threshold of collapse is known in closed form"),
+        (["--suggest_lambdas", "--collapse", 2, "--class_weights", 1], "are not the first to collapse"),
+        (["--imbalance", "exp:10", "--class_counts", "1,2"], "--class_counts and --imbalance: give one of them"),
+        (["--imbalance", "exp:100", "--n_max", 50], "leaves classes without images; raise --n_max"),
+        (["--imbalance", "paper", "--dataset", "imagefolder"], "the paper has no profile for imagefolder"),
+        (["--dataset", "digit"], "did you mean digits?"),
     ],
 )
 def test_wrong_input_is_one_line(solve, flags, words):
@@ -124,9 +135,53 @@ def test_wrong_input_is_one_line(solve, flags, words):
 def test_suggested_lambdas_are_flags_of_the_solver(solve, flags, margin):
     out, _ = solve("--class_counts", "10,20,40", "--suggest_lambdas", *flags)
     suggested, words = out.splitlines()
-    assert "no class collapsed" in words
+    assert "no class collapses" in words
     out, _ = solve("--class_counts", "10,20,40", "--json", *suggested.split())
     assert json.loads(out)["closed_form"]["margins"][-1] == pytest.approx(margin, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, counts",
+    [
+        (["--imbalance", "exp:100", "--n_max", 500], [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]),
+        (["--imbalance", "paper"], [n for n in range(1000, 5001, 1000) for _ in range(2)]),
+        (["--dataset", "digits", "--imbalance", "step:5"], None),
+        (["--dataset", "digits", "--class_counts", "9,8,7,6,5,4,3,2,2,1"], [9, 8, 7, 6, 5, 4, 3, 2, 2, 1]),
+    ],
+)
+def test_counts_are_those_of_training(solve, flags, counts):
+    result = json.loads(solve(*flags, "--json")[0])
+    assert result["class_counts"] == (counts or load_data("digits", "none", imbalance="step:5").class_counts)
+
+
+def test_counts_of_a_list_of_images(solve, tmp_path):
+    write_folder(tmp_path / "images", train=4)
+    lines = [f"train/{name}/{n:04d}.png {label}" for label, name in enumerate(("ant", "bee")) for n in range(3 - label)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    lists = ["--train_list", tmp_path / "list.txt", "--test_list", tmp_path / "list.txt"]
+    out, _ = solve("--dataset", "imagefolder", "--data_dir", tmp_path / "images", *lists, "--json")
+    assert json.loads(out)["class_counts"] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "flags, number",
+    [
+        (["--imbalance", "exp:100", "--n_max", 500], 3),
+        (["--class_counts", "10,20,40", "--loss", "MSE", "--no_relu"], 2),
+        (["--class_counts", "10,20,40", "--class_weights", 0.3, "--label_smoothing", 0.1, "--ldam_margin", 0.2], 1),
+    ],
+)
+def test_lambdas_at_which_the_smallest_classes_collapse(solve, flags, number):
+    """Also by direct minimisation, which knows no threshold."""
+    out, _ = solve(*flags, "--suggest_lambdas", "--collapse", number)
+    suggested, words = out.splitlines()
+    result = json.loads(solve(*flags, "--json", *suggested.split())[0])
+    smallest = np.argsort(result["class_counts"])[:number]
+    assert result["collapsed"] == sorted(smallest.tolist()) and words.endswith(" collapse" + "s" * (number == 1))
+    norms = np.array(result["minimised"]["mean_norms_sq"]) * np.sqrt(result["class_counts"])
+    assert (np.flatnonzero(norms < 1e-6) == np.sort(smallest)).all()
+    out, _ = solve(*flags, *suggested.split())
+    assert f"{words.split(', ', 1)[1]}\n" in out and "threshold of collapse" in out
 
 
 BIGRAMS = "context,a,b,c\nx,30,10,0\ny,28,12,0\nz,0,5,40\nw,1,1,1\n"

@@ -12,6 +12,7 @@ from analysis.settings import by_setting, read_measured_run
 from analysis.summary import METRICS, markdown, shortfall, summarize, time_to_collapse
 from engine.tables import write_table
 from tests.conftest import make_run
+from tests.recorded import ROWS, geometry, three_seeds
 
 TINY = "--dataset digits --width 24 --depth_relu 1 --epochs 1 --batch_size 200 --no-bias --sep_decay".split()
 
@@ -210,3 +211,30 @@ def test_wrong_input_is_one_line(run_script, tmp_path):
     ):
         _, error = run_script("summarize.py", *runs, status=2)
         assert words in error and error.count("\n") == 1, error
+
+
+def test_a_row_a_run_and_a_column_a_flag(run_script, tmp_path):
+    folders = three_seeds(tmp_path)
+    run_script("summarize.py", *folders, "--out", "out")
+    table = pd.read_csv(tmp_path / "out" / "summary_runs.csv")
+    assert table["seed"].tolist() == [1, 2, 3] and (table["R"] == 5).all() and (table["weight_decay"] == 0.01).all()
+    assert table["NC2_H"].tolist() == pytest.approx([factor * ROWS["NC2_H"][-1] for factor in (1, 2, 4)])
+    assert table["threshold"][0] == pytest.approx(1020**2 * 0.01 * 0.0005 * 10 / 9)
+    assert table["norm_sq_smallest"][0] == pytest.approx(geometry(80)["mean_norms_sq"][:2].mean())
+    assert (table["classes_at_zero_theory"] == 0).all()
+
+
+def test_a_folder_of_runs_is_not_a_run(run_script, tmp_path):
+    three_seeds(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for folder, words in ((".", "a folder of runs, not a run: give"), ("empty", "empty: no run in it")):
+        _, error = run_script("summarize.py", folder, status=2)
+        assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "summary.csv").exists()
+
+
+def test_the_figure_of_minority_collapse(run_script, tmp_path):
+    folders = three_seeds(tmp_path)
+    out, _ = run_script("scripts/collapse_figure.py", *folders, "--out", tmp_path / "new" / "collapse")
+    assert out.split() == [str(tmp_path / "new" / f"collapse.{kind}") for kind in ("pdf", "png")]
+    assert (tmp_path / "new" / "collapse.png").stat().st_size > 10_000

@@ -1,6 +1,7 @@
 """sweep.sh and the Slurm array: assignment of jobs, failed and stopped jobs, and wrong calls."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -59,7 +60,11 @@ def test_failed_jobs_are_named_and_the_others_run(tmp_path):
     assert sorted(log.name for log in logs.iterdir()) == ["1.log", "2.log", "3.log", "4.log"]
     assert (logs / "2.log").read_text().count("it's this\n") == 2  # a log holds all attempts, and their command
     assert f"  echo 100% >{tmp_path}/last\n" in (logs / "4.log").read_text()
-    assert sweep(write_sweep(tmp_path, "true"))[0].count("\n") == 1
+    assert "3 of 4 done, 1 failed, 0 to go, about 0:00:00" in out
+    assert out.splitlines()[-1].startswith("next: mend what failed and run the sweep again")
+    started, ended, following = sweep(write_sweep(tmp_path, "true"))[0].splitlines()
+    assert started.startswith("job 1 starts, log: ") and following.startswith("next: python summarize.py")
+    assert re.fullmatch(r"job 1 ended: 1 of 1 done, 0 failed, 0 to go, about 0:00:00", ended)
 
 
 def test_each_job_has_a_gpu_of_its_own(tmp_path):

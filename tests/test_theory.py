@@ -18,6 +18,7 @@ from nc_theory import (
     class_margins,
     closed_form,
     collapse_count,
+    collapse_products,
     collapse_threshold,
     gap_shares,
     lower_bound,
@@ -26,6 +27,7 @@ from nc_theory import (
     seli,
     solve,
     solve_numerically,
+    suggest_collapse,
     suggest_lambdas,
 )
 from nc_theory.geometries import square_root
@@ -407,3 +409,36 @@ def test_the_optimum_of_vs_misclassifies_the_rarest_classes_of_shuttle():
     variants = LossVariant(), LossVariant(logit_adjustment=1, logit_scaling=0.3)
     largest = [solve(UFM(counts, 1e-3, 1e-6, variant=variant)).WH.argmax(0).tolist() for variant in variants]
     assert largest == [[0, 1, 2, 3, 4, 5, 6], [0, 2, 2, 3, 4, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    "variant", [{}, {"class_weights": 0.3}, {"class_weights": 1.0}, {"ldam_margin": 0.5}, {"label_smoothing": 0.2}]
+)
+def test_each_class_collapses_at_its_product(variant):
+    """At a margin M, class k costs (n_k/N) l_k(M) + sqrt(lambda_W lambda_H n_k (K-1)/K) M, which is convex in M."""
+    problem = UFM([3, 20, 100, 400], 1, 1, variant=LossVariant(**variant))
+    parameters, counts = problem.loss_parameters, problem.counts.numpy()
+    step, shares = 1e-6, np.array([1.0, -1 / 3, -1 / 3, -1 / 3]) * 3 / 4  # logits of a margin of 1
+    for label, product in enumerate(collapse_products(problem).tolist()):
+        logits = np.stack([np.zeros(4), step * np.roll(shares, label)])
+        losses, _ = parameters.losses_and_residuals(logits, np.array([label, label]))
+        fall = (losses[0] - losses[1]) / step * counts[label] / counts.sum()
+        assert math.sqrt(product * counts[label] * 3 / 4) == pytest.approx(max(fall, 0), rel=1e-5)
+
+
+def test_mse_collapses_at_its_product():
+    problem = UFM([3, 20, 100, 400], 1, 1, loss="MSE")
+    for label, product in enumerate(collapse_products(problem).tolist()):
+        for factor in (0.99, 1.01):
+            root = math.sqrt(product * factor)
+            assert closed_form(UFM([3, 20, 100, 400], root, root, loss="MSE")).collapsed[label] == (factor > 1)
+
+
+def test_no_lambdas_for_equal_classes_or_other_losses():
+    with pytest.raises(ValueError, match="2 classes of 9 samples collapse together: exactly 1 or 3 can, not 2"):
+        suggest_collapse(UFM([3, 9, 9, 20], 1, 1), 2)
+    for fields in ({"bias": True}, {"relu": False}, {"variant": LossVariant(logit_adjustment=1)}):
+        with pytest.raises(ValueError, match="no threshold of collapse is known"):
+            collapse_products(UFM([3, 9], 1, 1, **fields))
+    with pytest.raises(ValueError, match="ratio"):
+        suggest_collapse(UFM([3, 9], 1, 1), 1, ratio=0)
