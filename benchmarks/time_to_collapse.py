@@ -66,9 +66,8 @@ SETTINGS = {
     "resnet18": Setting(
         "--model ResNet18 --planes 16 --dataset cifar10 --class_counts 10,10,20,20,30,30,40,40,50,50 "
         "--weight_decay 0.005 --feature_decay_rate 0.0005 --bn_statistics training_set",
-        random="@scripts/collapse_resnet.flags",
-        recipe="@scripts/collapse.flags --no-revive --whiten 0 --batch_size 60 --epochs 120 --patience 36% "
-        "--penalty_warmup_epochs 20%",
+        random="@scripts/random_head.flags --no-revive --lr 0.001 --batch_size 60 --epochs 600",
+        recipe="@scripts/collapse_resnet.flags --batch_size 300",
         every=5,
     ),
     "paper": Setting(

@@ -202,7 +202,7 @@ def test_flags_from_a_file_and_later_ones_win(tmp_path):
 
 def test_flag_files_that_extend_others_work_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert parse(shlex.quote(f"@{ROOT}/scripts/collapse_resnet.flags")).clip_grad_norm == 0.5
+    assert parse(shlex.quote(f"@{ROOT}/scripts/collapse_resnet.flags")).head_fixed
     (tmp_path / "own.flags").write_text("--lr 0.5\n")
     (tmp_path / "both.flags").write_text("@scripts/collapse.flags\n@own.flags\n")
     args = parse("@both.flags")
