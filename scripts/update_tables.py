@@ -83,6 +83,7 @@ HEADS_COLUMNS = {  # of results/trained_heads.csv, and how they are written
     "majority": number,
     "rarest_cosine": "{:+.2f}".format,
 }
+KINDS = ("random", "recipe")  # of benchmarks/time_to_collapse.py
 SHOWN = {name: table for name, table in TABLES.items() if table.heads}
 BY_CLASS = {f"{name}_classes": table for name, table in TABLES.items() if table.by_class}
 
@@ -198,6 +199,19 @@ def classes_markdown(table, rows):
         own = rows[rows["setting"] == name]
         cells = [f"{mean:.1f} ± {std:.1f}" for mean, std in zip(own["test"], own["test_std"], strict=True)]
         shown[f"test: {setting.label}"] = cells
+    return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
+
+
+def collapse_times(rows):
+    """Return the steps and seconds to collapse of each setting as Markdown: medians, and ranges of the ratios."""
+    shown = []
+    for (setting, bound), of_setting in rows.groupby(["setting", "bound"], sort=False):
+        row = {"setting": setting, "to": f"{bound:g}", "seeds": len(of_setting)}
+        for unit, form in (("steps", "{:,.0f}"), ("seconds", "{:,.1f}")):
+            row |= {f"{unit}, {kind}": form.format(of_setting[f"{unit}, {kind}"].median()) for kind in KINDS}
+            low, middle, high = of_setting[f"{unit}, ratio"].quantile([0, 0.5, 1])
+            row[f"{unit}, ratio"] = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+        shown.append(row)
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 
