@@ -43,6 +43,14 @@ def test_the_caption_of_the_first_figure_says_what_its_runs_reached():
     assert 20 < float(row["seconds"]) < 40 and "After 60 epochs, half a minute on one core" in text
 
 
+def test_the_headline_is_the_papers_mlp_of_the_results():
+    (row,) = (row for row in rows_of(ROOT / "results" / "paper.csv") if "paper/paper-1" in row["folders"])
+    worst = 100 * max(float(row["margin_rel_err_worst"]), float(row["norm_rel_err_worst"]))
+    text = README.replace("\n", " ")
+    assert f"at the theorem in {float(row['seconds']) / 60:.0f} minutes on one core**" in text
+    assert f"every margin and norm is within {worst:.1g} % after {25 * 118:,} steps (three seeds" in text
+
+
 def test_the_times_on_a_gpu_follow_from_its_check():
     rate = {row["what"]: row["value"] for row in rows_of(ROOT / "results" / "check_gpu_cuda.csv")}
     minutes = 4000 * math.ceil(30_000 / 256) / float(rate["MLP, fp32, ours"]) / 60
