@@ -28,7 +28,7 @@ from torch import nn
 
 from nc_metrics import ClassStatistics
 
-__all__ = ["average", "head_input", "head_weight", "layer_statistics"]
+__all__ = ["average", "find_layers", "head_input", "head_weight", "layer_statistics"]
 
 HEADS = ("fc", "classifier", "head", "heads", "score")  # names of classifiers in torchvision, timm and Hugging Face
 LOGITS = ("logits", "out")  # names of the logits in an output with names
@@ -128,7 +128,14 @@ def layer_statistics(
 
 
 def find_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    """Return {name: module} of dotted names; raise ValueError, with the nearest names, if one does not exist."""
+    """Return {name: module} of dotted names; raise ValueError, with the nearest names, if one does not exist.
+
+    Example:
+        >>> from torch import nn
+        >>> from nc_layers import find_layers
+        >>> find_layers(nn.Sequential(nn.Linear(2, 3), nn.ReLU()), ["1"])
+        {'1': ReLU()}
+    """
     modules = modules_by_name(model)
     for name in layers:
         if name not in modules:

@@ -67,11 +67,12 @@ AGREE = 1e-2  # relative difference, of all weights or of losses, that rounding 
 def collapse(device, size, data):
     """Train the paper's MLP with the recipe until NC2_H, NC3_WH, margins and norms are at most 0.01."""
     for objective in size.objectives:
-        words = f"@{ROOT}/scripts/collapse.flags --lr 0.0005 --epochs 25 --nc_every 1 --until 0.01 --force"
-        words += f" --weight_decay 0.0001 --feature_decay_rate 0.00001 --objective {objective}"
+        words = "--lr 0.0005 --epochs 25 --nc_every 1 --until 0.01 --force --weight_decay 0.0001"
+        words += f" --feature_decay_rate 0.00001 --objective {objective}"
+        words = [f"@{ROOT}/scripts/collapse.flags", *words.split()]
         with tempfile.TemporaryDirectory() as folder:
             run, began = MeasuredRun(Run(folder)), time.perf_counter()
-            train_here([*words.split(), *mlp_words(device, size), "--save_path", folder], data)
+            train_here([*words, *mlp_words(device, size), "--save_path", folder], data)
             wall, log, reached = time.perf_counter() - began, run.log, "ended_at_epoch" in run.run.config
         yield f"{objective}: steps to 0.01", int(run.steps_until(len(log))) if reached else math.nan, "steps"
         yield f"{objective}: training to 0.01", log["seconds"].sum() if reached else math.nan, "s"

