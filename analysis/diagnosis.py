@@ -9,19 +9,45 @@ import numpy as np
 import torch
 
 from nc_theory import GAP_COLUMNS, SHARES, GapShares, class_margins, diagnose, gap_bounds
+from nc_theory.diagnosis import named
 
 LARGEST = 100  # percent, or degrees: nothing larger is printed as proved
+LARGE = 1.0  # an NC1 above, and this many times NC1_trace or more, is explained if classes have merged
+LARGE_RATIO = 100
+MERGED = 0.1  # of the median distance of two class means: classes that are closer have merged
 AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below have no direction
 
 
 def explain(run):
-    """Return sentences on the last measured epoch of a `MeasuredRun`; none without an optimum and a gap."""
-    optimum, rows = run.comparison.optimum, run.rows
-    if optimum is None or rows.empty or not set(GAP_COLUMNS) <= set(rows):
+    """Return sentences on the last measured epoch of a `MeasuredRun`; on its gap only with an optimum and a gap."""
+    if run.rows.empty:
         return []
-    row = rows.iloc[-1]
+    row = run.rows.iloc[-1]
     parts = run.geometry(int(row["epoch"]))
-    if math.isnan(row["gap_margins"]) or "gap_margins" not in parts:
+    on_gap, on_nc1 = gap_explained(run, row, parts), nc1_lines(row, parts)
+    return [*on_gap, *([""] if on_gap and on_nc1 else []), *on_nc1]
+
+
+def nc1_lines(row, parts):
+    """Return a sentence if NC1 is large because class means have merged, or died; `parts`: of the geometry."""
+    values = [row.get(name, math.nan) for name in ("NC1", "NC1_trace")]
+    squares = parts["HTH"].diagonal()
+    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * parts["HTH"], 0))
+    pairs = ~np.eye(len(squares), dtype=bool)
+    merged = pairs & (distances < MERGED * np.median(distances[pairs]))
+    if not (values[0] > max(LARGE, LARGE_RATIO * values[1]) and merged.any()):
+        return []
+    classes = named(np.flatnonzero(merged.any(1)).tolist())
+    return [
+        f"NC1 is {values[0]:.2g} because the means of {classes} have nearly merged: it divides by the distance between "
+        f"them; see NC1_trace: {values[1]:.2g}"
+    ]
+
+
+def gap_explained(run, row, parts):
+    """Return sentences on the gap of a run at a measured epoch; none without an optimum and a gap."""
+    optimum = run.comparison.optimum
+    if optimum is None or math.isnan(row.get("gap_margins", math.nan)) or "gap_margins" not in parts:
         return []
     shares = (torch.from_numpy(parts[name]) for name in GAP_COLUMNS[1:])
     gap = GapShares(optimum.lower_bound, *shares, irreducible_loss=optimum.problem.irreducible_loss)
