@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from analysis.diagnosis import explain, nc1_lines
+from analysis.report import proof_table
 from engine.run import Run
 from engine.tables import MeasuredRun
 from nc_theory import UFM, LossVariant, closed_form, convergence, diagnose, gap_bounds, gap_shares, solve
@@ -153,6 +154,9 @@ def test_what_is_proved_stands_beside_what_is_measured(train, tmp_path):
     assert line.startswith(f"every margin within {possible:.2g} % ({100 * row['margin_rel_err']:.2g})")
     assert row["margin_rel_err"] < possible / 100
     norms = np.sqrt(parts["mean_norms_sq"])
+    html = proof_table(measured)  # of the report
+    assert f"<td>every margin within {possible:.2g} %</td>" in html
+    assert f"<td>{100 * row['margin_rel_err']:.2g} %</td>" in html
     cosines = parts["HTH"] / np.outer(norms, norms) - np.eye(10)
     assert f"({math.degrees(math.asin(cosines.max())):.2g}) of orthogonal" in line
 
