@@ -182,7 +182,7 @@ def explanations(settings):
 
 
 def proof_table(run):
-    """Return as an HTML table what the gap of a run proves, beside what was measured; "" if it proves nothing."""
+    """Return as an HTML table what the gap of a run proves, if anything, beside what was measured."""
     rows = [
         {
             "proved by the gap alone": f"{what} within {proved:.2g} {unit}{of}",
