@@ -9,24 +9,61 @@ import numpy as np
 import torch
 
 from nc_theory import GAP_COLUMNS, SHARES, GapShares, class_margins, diagnose, gap_bounds
+from nc_theory.diagnosis import named
 
 LARGEST = 100  # percent, or degrees: nothing larger is printed as proved
+LARGE = 1.0  # an NC1 above, and this many times NC1_trace or more, is explained if classes have merged
+LARGE_RATIO = 100
+MERGED = 0.1  # of the median distance of two class means: classes that are closer have merged
 AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below have no direction
 
 
-def explain(run):
-    """Return sentences on the last measured epoch of a `MeasuredRun`; none without an optimum and a gap."""
-    optimum, rows = run.comparison.optimum, run.rows
-    if optimum is None or rows.empty or not set(GAP_COLUMNS) <= set(rows):
+def explain(run, with_proof=True):
+    """Return sentences on the last measured epoch of a `MeasuredRun`; on its gap only with an optimum and a gap.
+
+    with_proof: also what the gap proves, which `proof_rows` has as a table.
+    """
+    if run.rows.empty:
         return []
-    row = rows.iloc[-1]
-    parts = run.geometry(int(row["epoch"]))
-    if math.isnan(row["gap_margins"]) or "gap_margins" not in parts:
+    row = run.rows.iloc[-1]
+    on_gap = gap_explained(run, row, with_proof)
+    on_nc1 = nc1_lines(row, run.geometry(int(row["epoch"])))
+    return [*on_gap, *([""] if on_gap and on_nc1 else []), *on_nc1]
+
+
+def nc1_lines(row, parts):
+    """Return a sentence if NC1 is large because class means have merged, or died; `parts`: of the geometry."""
+    values = [row.get(name, math.nan) for name in ("NC1", "NC1_trace")]
+    squares = parts["HTH"].diagonal()
+    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * parts["HTH"], 0))
+    pairs = ~np.eye(len(squares), dtype=bool)
+    merged = pairs & (distances < MERGED * np.median(distances[pairs]))
+    if not (values[0] > max(LARGE, LARGE_RATIO * values[1]) and merged.any()):
         return []
+    classes = named(np.flatnonzero(merged.any(1)).tolist())
+    return [
+        f"NC1 is {values[0]:.2g} because the means of {classes} have nearly merged: it divides by the distance between "
+        f"them; see NC1_trace: {values[1]:.2g}"
+    ]
+
+
+def gap_of(run, row):
+    """Return (GapShares, parts of the geometry) of a run at a measured epoch; None without an optimum or a gap."""
+    optimum, parts = run.comparison.optimum, run.geometry(int(row["epoch"]))
+    if optimum is None or math.isnan(row.get("gap_margins", math.nan)) or "gap_margins" not in parts:
+        return None
     shares = (torch.from_numpy(parts[name]) for name in GAP_COLUMNS[1:])
-    gap = GapShares(optimum.lower_bound, *shares, irreducible_loss=optimum.problem.irreducible_loss)
+    return GapShares(optimum.lower_bound, *shares, irreducible_loss=optimum.problem.irreducible_loss), parts
+
+
+def gap_explained(run, row, with_proof):
+    """Return sentences on the gap of a run at a measured epoch; none without an optimum and a gap."""
+    optimum, found = run.comparison.optimum, gap_of(run, row)
+    if found is None:
+        return []
+    gap, parts = found
     lines = gap_lines(row, gap, optimum.certified or run.theory == "released")
-    if run.theory != "released":  # whose margins are not those of the minimum, with which the gap is taken
+    if with_proof and run.theory != "released":
         lines += ["", *proof_lines(optimum, gap, parts)]
     if run.theory == "objective":  # which training minimised
         diagnosis = diagnosis_of(run, optimum, gap, parts)
@@ -50,20 +87,35 @@ def gap_lines(row, gap, certified):
     ]
 
 
-def proof_lines(optimum, gap, parts):
-    """Return what the gap alone proves, with the measured values in brackets."""
+def proof_rows(run):
+    """Return what the gap of a run proves at its last measured epoch: rows (what, unit, of what, proved, measured).
+
+    None with `--theory released`, whose margins are not those of the minimum, with which the gap is taken.
+    """
+    row = None if run.rows.empty else run.rows.iloc[-1]
+    found = None if row is None or run.theory == "released" else gap_of(run, row)
+    return [] if found is None else proofs(run.comparison.optimum, *found)
+
+
+def proofs(optimum, gap, parts):
+    """Return `proof_rows` of a gap; none is larger than LARGEST."""
     bounds = gap_bounds(optimum, gap.total)
     norms_sq, expected = parts["mean_norms_sq"], optimum.mean_norms_sq.numpy()
     alive = expected > AT_ZERO * expected.max()
+    rows = (
+        ("every margin", "%", "", *margin_errors(optimum, bounds, parts, alive)),
+        ("class means", "degrees", " of orthogonal", *angles(bounds, parts["HTH"], alive)),
+        ("features", "%", " of their class means", *spreads(bounds, gap, optimum, norms_sq)),
+        ("the head", "%", " of its dual", *head_errors(bounds, gap, optimum, parts["WWT"])),
+    )
+    return [row for row in rows if row[3] < LARGEST]
+
+
+def proof_lines(optimum, gap, parts):
+    """Return what the gap alone proves, with the measured values in brackets."""
     statements = [
         f"{what} within {proved:.2g} {unit} ({measured:.2g}){of}"
-        for what, unit, of, (proved, measured) in (
-            ("every margin", "%", "", margin_errors(optimum, bounds, parts, alive)),
-            ("class means", "degrees", " of orthogonal", angles(bounds, parts["HTH"], alive)),
-            ("features", "%", " of their class means", spreads(bounds, gap, optimum, norms_sq)),
-            ("the head", "%", " of its dual", head_errors(bounds, gap, optimum, parts["WWT"])),
-        )
-        if proved < LARGEST
+        for what, unit, of, proved, measured in proofs(optimum, gap, parts)
     ]
     if not statements:
         return ["The gap is too large to prove anything about margins, angles, spread and head."]

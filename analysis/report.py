@@ -20,7 +20,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 
-from analysis.diagnosis import explain
+from analysis.diagnosis import explain, proof_rows
 from analysis.panels import (
     ACCURACY_PANELS,
     FRAMES,
@@ -174,9 +174,23 @@ def table(frame):
 
 def explanations(settings):
     """Return as HTML what the first run of each setting says about its gap; "" if no run says anything."""
-    texts = [(setting.note, "\n".join(explain(setting.runs[0]))) for setting in settings]
-    shown = [f"<p>{escape(note)}</p><pre>{escape(text)}</pre>" for note, text in texts if text]
+    shown = []
+    for setting in settings:
+        if text := "\n".join(explain(setting.runs[0], with_proof=False)):
+            shown += [f"<p>{escape(setting.note)}</p><pre>{escape(text)}</pre>", proof_table(setting.runs[0])]
     return "".join(["<h2>How far from the optimum, and why</h2>", *shown]) if shown else ""
+
+
+def proof_table(run):
+    """Return as an HTML table what the gap of a run proves, if anything, beside what was measured."""
+    rows = [
+        {
+            "proved by the gap alone": f"{what} within {proved:.2g} {unit}{of}",
+            "measured": f"{measured:.2g} {unit}",
+        }
+        for what, unit, of, proved, measured in proof_rows(run)
+    ]
+    return table(pd.DataFrame(rows)) if rows else ""
 
 
 def legend(settings):

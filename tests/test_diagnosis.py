@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.diagnosis import explain
+from analysis.diagnosis import explain, nc1_lines
+from analysis.report import proof_table
 from engine.run import Run
 from engine.tables import MeasuredRun
 from nc_theory import UFM, LossVariant, closed_form, convergence, diagnose, gap_bounds, gap_shares, solve
+from tests.recorded import change_geometry, change_rows
 
 PROBLEM = UFM([10, 20, 200, 300], 5e-3, 5e-5)
 EPOCHS = np.arange(1, 252, 10)
@@ -152,8 +154,38 @@ def test_what_is_proved_stands_beside_what_is_measured(train, tmp_path):
     assert line.startswith(f"every margin within {possible:.2g} % ({100 * row['margin_rel_err']:.2g})")
     assert row["margin_rel_err"] < possible / 100
     norms = np.sqrt(parts["mean_norms_sq"])
+    html = proof_table(measured)  # of the report
+    assert f"<td>every margin within {possible:.2g} %</td>" in html
+    assert f"<td>{100 * row['margin_rel_err']:.2g} %</td>" in html
     cosines = parts["HTH"] / np.outer(norms, norms) - np.eye(10)
     assert f"({math.degrees(math.asin(cosines.max())):.2g}) of orthogonal" in line
+
+
+def test_an_nc1_that_is_large_because_classes_merge_is_explained():
+    """Means 1e-3 apart and dead up to that: NC1 divides by it. Equal distances, or an NC1 that is as large as NC1_trace
+    says, need no explanation."""
+    means = np.diag([1.0, 1.0, 1.0, 1e-3, 1e-3])
+    row = {"NC1": 8.2e3, "NC1_trace": 0.05}
+    (line,) = nc1_lines(row, {"HTH": means @ means.T})
+    assert line.startswith("NC1 is 8.2e+03 because the means of classes 3 and 4 have nearly merged")
+    assert line.endswith("see NC1_trace: 0.05")
+    assert nc1_lines(row, {"HTH": np.eye(5)}) == []
+    for other in ({"NC1_trace": 5e3}, {"NC1": 0.5, "NC1_trace": 1e-4}):
+        assert nc1_lines(row | other, {"HTH": means @ means.T}) == []
+
+
+def test_validation_names_merged_classes_without_an_optimum_too(train, validate, tmp_path):
+    """The measurements are changed to those of a network in which two classes are dead but for a trace."""
+    train(*FLAGS, "--no-sep_decay", "--epochs", 2, "--save_path", "run")
+    validate("--load_path", "run")
+    run = tmp_path / "run"
+    change_rows(run, lambda column: {"NC1": 0 * column + 900, "NC1_trace": 0 * column + 0.1}.get(column.name, column))
+    near = np.diag([1.0] * 8 + [1e-3] * 2)
+    for path in (run / "geometry").iterdir():
+        change_geometry(path, lambda name, array: near if name == "HTH" else array)
+    (line,) = explain(MeasuredRun(Run(run)))
+    assert "the means of classes 8 and 9 have nearly merged" in line
+    assert line in validate("--load_path", "run")[0]
 
 
 def test_without_an_optimum_nothing_is_said(train, tmp_path):

@@ -10,8 +10,10 @@ import torch
 
 import nc_theory
 from args import make_parser, parse_args, run_folder
+from engine.measurement import features, load_run
 from engine.training import make_objective
 from models import build_model
+from nc_layers import head_weight
 from scripts.loss_figures import MERGED, cosines, exponential_problem
 from tests.conftest import PAPER, ROOT, TINY, python_examples, rows_of
 
@@ -165,6 +167,17 @@ def test_the_tutorial_runs(train, measure, run_script, tmp_path):
     ours, csv = re.search(r"NC1: (\S+), in nc_metrics.csv: (\S+)", run_example(code, run_script, tmp_path)).groups()
     assert float(ours) == pytest.approx(float(csv), rel=1e-4)
     assert (tmp_path / "distances.png").stat().st_size > 1000
+
+
+def test_the_logits_of_the_tutorial_are_those_of_the_model(train, tmp_path):
+    """As it says, the head's matrix and the features have the same type, float64, and need no conversion."""
+    assert "`h @ W.T`" in (ROOT / "docs" / "tutorial.md").read_text()
+    train(*TINY, "--save_path", "run")
+    _, data, model = load_run(tmp_path / "run")
+    h, _ = features(model, data.train)
+    logits = h @ head_weight(model.fc).T
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(data.train.images)[0].double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -275,6 +275,17 @@ def test_a_table_is_run_summarised_and_drawn(checkout, tmp_path):
     assert calls[-1] == f"plot_nc.py {' '.join([runs[0], *runs[2:]])} --out model_weights/plain/figures"
 
 
+def test_one_line_of_a_table_lists_the_runs_that_have_begun(checkout, tmp_path):
+    """As in a Slurm array: the runs of other tasks, which may not have begun, have not failed."""
+    folder, stub = checkout
+    stub.write_text(STUB.replace("train*)", 'train*) echo "{}" >"$run/config.json";'))
+    arguments = ("plain", tmp_path / "data", "--line", "3")
+    call(folder / "scripts" / "table.sh", *arguments, stub=stub, NOTES=f"{tmp_path}/calls")
+    *_, summarised, drawn = (tmp_path / "calls").read_text().splitlines()
+    assert summarised == "summarize.py model_weights/plain/bias --worst --out model_weights/plain"
+    assert drawn == "plot_nc.py model_weights/plain/bias --out model_weights/plain/figures"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_table_stops_its_jobs(checkout, tmp_path, number):
     """On SIGTERM to the script alone; on SIGINT and SIGHUP to its process group, as a terminal sends them."""
