@@ -948,7 +948,8 @@ def nc5(means: ArrayLike, ood_features: ArrayLike) -> float:
     """Return the mean over classes of |cos(mu_k, m)|, m the mean of out-of-distribution features (B, d).
 
     (1/K) sum_k |mu_k . m| / (|mu_k| |m|), zero where m is orthogonal to all class means (K, d), in the spirit of NC5 of
-    Ammar, Belkhir, Popescu, Manzanera, Franchi (2024, arXiv 2310.06823). Nothing is centred. Raises ValueError for features of another dimension.
+    Ammar, Belkhir, Popescu, Manzanera, Franchi (2024, arXiv 2310.06823). Nothing is centred. Raises ValueError for
+    features of another dimension.
 
     Example:
         >>> from nc_metrics import nc5
