@@ -493,7 +493,7 @@ def heads_by_name(model: nn.Module) -> list[list[str]]:
         for part in head if isinstance(head, (tuple, list, nn.ModuleList)) else [head]:
             for of in part.values() if isinstance(part, nn.ModuleDict) else [part]:
                 if isinstance(of, nn.Module):
-                    group += [of] if linear_layers(of) else outermost_linear(of)[-1:]
+                    group += [of] if linear_layers(of) or is_sum(of) else outermost_linear(of)[-1:]
         if named := list(dict.fromkeys(names[of] for of in group if of in names)):
             groups.append(named)
     return groups
@@ -504,6 +504,19 @@ def outermost_linear(module: nn.Module) -> list[nn.Module]:
     if is_linear_layer(module):
         return [module]
     return [layer for child in module.children() for layer in outermost_linear(child)]
+
+
+def is_sum(module: nn.Module) -> bool:
+    """Return True for a module of several linear layers that is itself a linear map, such as one with an adapter."""
+    if len(inner := outermost_linear(module)) < 2:
+        return False
+    with contextlib.suppress(Exception), undisturbed(module), torch.no_grad():
+        weight, bias = probe(module, dim := in_size(inner[0]))
+        of = next(module.parameters())
+        point = torch.linspace(-1, 1, dim, dtype=of.dtype, device=of.device)[None]
+        expected = torch.nn.functional.linear(point.double(), weight, bias)
+        return torch.allclose(module(point).double(), expected, rtol=1e-3, atol=1e-5)
+    return False
 
 
 def is_linear_layer(module: nn.Module) -> bool:

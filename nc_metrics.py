@@ -947,8 +947,9 @@ def nearest_cosines(rows: torch.Tensor) -> torch.Tensor:
 def nc5(means: ArrayLike, ood_features: ArrayLike) -> float:
     """Return the mean over classes of |cos(mu_k, m)|, m the mean of out-of-distribution features (B, d).
 
-    Zero where these are orthogonal to all class means (K, d): NC5 of Ammar, Belkhir, Popescu, Manzanera, Franchi (2024,
-    arXiv 2310.06823), equation 5. Nothing is centred. Raises ValueError for features of another dimension.
+    (1/K) sum_k |mu_k . m| / (|mu_k| |m|), zero where m is orthogonal to all class means (K, d), in the spirit of NC5 of
+    Ammar, Belkhir, Popescu, Manzanera, Franchi (2024, arXiv 2310.06823). Nothing is centred. Raises ValueError for
+    features of another dimension.
 
     Example:
         >>> from nc_metrics import nc5
@@ -997,8 +998,8 @@ def coefficient_of_variation(values: torch.Tensor) -> float:
 def regression_collapse(features: ArrayLike, targets: ArrayLike, weight: ArrayLike) -> dict[str, float]:
     """Return NRC1, NRC2, NRC3 of features (N, d), targets (N, n) and a head W (n, d), {column: float}; n < d, n < N.
 
-    Andriopoulos, Dong, Guo, Zhao, Ross (2024, arXiv 2409.04180), section 3. All are zero in collapse. With the features
-    centred at their mean and divided by their norms,
+    In the spirit of Andriopoulos, Dong, Guo, Zhao, Ross (2024, arXiv 2409.04180). All are zero in collapse. With the
+    features centred at their mean and divided by their norms,
 
     NRC1  mean squared distance of a feature from the span of the first n principal components of the centred features
     NRC2  mean squared distance of a feature from the span of W's rows

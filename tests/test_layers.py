@@ -738,3 +738,18 @@ def test_data_with_some_classes_of_the_head():
     ):
         with pytest.raises(ValueError, match=message):
             layer_statistics(whole, [(x, torch.tensor(classes)[position])], ["1"], 20, classes=given)
+
+
+def test_a_head_with_an_adapter_is_named_as_a_whole():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.lora_A, self.lora_B = nn.Linear(8, 3), nn.Linear(8, 2), nn.Linear(2, 3)
+
+        def forward(self, h):
+            return self.base(h) + self.lora_B(self.lora_A(h))
+
+    model = Body(fc=Adapted())
+    assert head_input(model) == head_input(model, IMAGES) == "fc"
+    head = model.fc
+    torch.testing.assert_close(head_weight(head), (head.base.weight + head.lora_B.weight @ head.lora_A.weight).double())
