@@ -27,18 +27,21 @@ def explain(run, with_proof=True):
         return []
     row = run.rows.iloc[-1]
     on_gap = gap_explained(run, row, with_proof)
-    on_nc1 = nc1_lines(row, run.geometry(int(row["epoch"])))
+    on_nc1 = nc1_lines(run, row)
     return [*on_gap, *([""] if on_gap and on_nc1 else []), *on_nc1]
 
 
-def nc1_lines(row, parts):
-    """Return a sentence if NC1 is large because class means have merged, or died; `parts`: of the geometry."""
+def nc1_lines(run, row):
+    """Return a sentence if NC1 of a row is large because class means have merged, or died."""
     values = [row.get(name, math.nan) for name in ("NC1", "NC1_trace")]
-    squares = parts["HTH"].diagonal()
-    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * parts["HTH"], 0))
+    if not values[0] > max(LARGE, LARGE_RATIO * values[1]):
+        return []
+    products = run.geometry(int(row["epoch"]))["HTH"]
+    squares = products.diagonal()
+    distances = np.sqrt(np.maximum(squares[:, None] + squares - 2 * products, 0))
     pairs = ~np.eye(len(squares), dtype=bool)
     merged = pairs & (distances < MERGED * np.median(distances[pairs]))
-    if not (values[0] > max(LARGE, LARGE_RATIO * values[1]) and merged.any()):
+    if not merged.any():
         return []
     classes = named(np.flatnonzero(merged.any(1)).tolist())
     return [
@@ -49,8 +52,11 @@ def nc1_lines(row, parts):
 
 def gap_of(run, row):
     """Return (GapShares, parts of the geometry) of a run at a measured epoch; None without an optimum or a gap."""
-    optimum, parts = run.comparison.optimum, run.geometry(int(row["epoch"]))
-    if optimum is None or math.isnan(row.get("gap_margins", math.nan)) or "gap_margins" not in parts:
+    optimum = run.comparison.optimum
+    if optimum is None or math.isnan(row.get("gap_margins", math.nan)):
+        return None
+    parts = run.geometry(int(row["epoch"]))
+    if "gap_margins" not in parts:
         return None
     shares = (torch.from_numpy(parts[name]) for name in GAP_COLUMNS[1:])
     return GapShares(optimum.lower_bound, *shares, irreducible_loss=optimum.problem.irreducible_loss), parts

@@ -299,9 +299,9 @@ def random_frame(
     generator = generator.clone_state() if generator else torch.Generator().manual_seed(0)
     if not non_negative:
         return torch.linalg.qr(torch.randn(dim, directions, dtype=torch.float64, generator=generator))[0]
-    owners = torch.arange(dim) % directions  # the column in which each coordinate is not zero
+    owners = torch.arange(dim * bool(directions)) % max(directions, 1)  # the column in which each entry is not zero
     frame = torch.zeros(dim, directions, dtype=torch.float64)
-    frame[torch.randperm(dim, generator=generator), owners] = 1.0
+    frame[torch.randperm(len(owners), generator=generator), owners] = 1.0
     return frame / frame.norm(dim=0)
 
 

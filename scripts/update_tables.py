@@ -158,6 +158,8 @@ def redraw(text, results):
 
 def markdown(name, results):
     """Return a table of SHOWN, that of the check of a GPU, or that of trained heads, as Markdown."""
+    if name == TIMES:
+        return collapse_times(pd.read_csv(results / f"{name}.csv"))
     if name == CHECK:
         return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
     if name in BY_CLASS:

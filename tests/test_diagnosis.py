@@ -1,6 +1,7 @@
 """Why a network is not at the optimum: the cause that was built in is the one that is named."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,13 +166,17 @@ def test_an_nc1_that_is_large_because_classes_merge_is_explained():
     """Means 1e-3 apart and dead up to that: NC1 divides by it. Equal distances, or an NC1 that is as large as NC1_trace
     says, need no explanation."""
     means = np.diag([1.0, 1.0, 1.0, 1e-3, 1e-3])
-    row = {"NC1": 8.2e3, "NC1_trace": 0.05}
-    (line,) = nc1_lines(row, {"HTH": means @ means.T})
+    row = {"NC1": 8.2e3, "NC1_trace": 0.05, "epoch": 1}
+
+    def of(means):
+        return SimpleNamespace(geometry=lambda epoch: {"HTH": means @ means.T})
+
+    (line,) = nc1_lines(of(means), row)
     assert line.startswith("NC1 is 8.2e+03 because the means of classes 3 and 4 have nearly merged")
     assert line.endswith("see NC1_trace: 0.05")
-    assert nc1_lines(row, {"HTH": np.eye(5)}) == []
+    assert nc1_lines(of(np.eye(5)), row) == []
     for other in ({"NC1_trace": 5e3}, {"NC1": 0.5, "NC1_trace": 1e-4}):
-        assert nc1_lines(row | other, {"HTH": means @ means.T}) == []
+        assert nc1_lines(of(means), row | other) == []
 
 
 def test_validation_names_merged_classes_without_an_optimum_too(train, validate, tmp_path):

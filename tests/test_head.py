@@ -159,3 +159,9 @@ def test_a_run_with_a_fixed_head_is_resumed_and_measured(train, measure, tmp_pat
     assert "the head was fixed" in out
     _, error = train(*flags, "--no-head_fixed", "--epochs", 5, "--save_path", "cut", "--resume", status=2)
     assert "--head_fixed is False, in the run True" in error
+
+
+def test_a_problem_in_which_all_classes_collapse_has_a_head_of_zeros():
+    optimum = solve(UFM([3, 4, 5], 1.0, 1.0))
+    assert optimum.collapsed.all() and torch.equal(optimum.head(8), torch.zeros(3, 8, dtype=torch.float64))
+    assert torch.equal(optimum.features(8), torch.zeros_like(optimum.features(8)))
