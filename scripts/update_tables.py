@@ -33,6 +33,7 @@ from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK, HEADS = "check_gpu_cuda", "trained_heads"
+TIMES = "time_to_collapse"
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
 
 
