@@ -34,11 +34,11 @@ from analysis.style import STYLE_FILE, TEXT_WIDTH
 from cli import Parser, bounded, layer_names
 from engine.checkpoints import load_weights
 from engine.device import pick_device
-from engine.measurement import Batches, load_run, measure_layers
+from engine.measurement import SplitLoader, find_head, load_run, measure_layers
 from engine.run import Run
 from engine.tables import write_table
 from image_files import list_folder, open_rgb
-from nc_layers import head_input, head_weight
+from nc_layers import head_weight
 from nc_metrics import untrained_classes
 from utils import UserError, atomic_write, message_of, run_file, run_script
 
@@ -146,7 +146,7 @@ def measure_run(args, device):
     """Yield the rows of --run at its last checkpoint, or at each of --epochs, with the epoch in the first column."""
     _, data, model = load_run(args.run, data_dir=args.data_dir)
     splits = {"train": data.train, "test": data.test}
-    loaders = {name: Batches(split) for name, split in splits.items() if len(split)}
+    loaders = {name: SplitLoader(split) for name, split in splits.items() if len(split)}
     if not args.epochs:
         yield measure(model.to(device), loaders, args.layers, data.num_classes)
         return
@@ -345,7 +345,7 @@ def measure(model, loaders, layers, num_classes, classes=None, quiet=False):
     num_classes: outputs of the head; None for as many as it has.
     """
     if "head" in layers or num_classes is None:
-        head = head_input(model, next((batch[0] for batch in loaders["train"]), None))
+        head = find_head(model, loaders["train"])
         weight = head_weight(model.get_submodule(head))
         num_classes = num_classes or len(weight)
         layers = [head if name == "head" else name for name in layers]

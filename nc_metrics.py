@@ -194,12 +194,13 @@ class ClassStatistics:
         basis = self.set_centres(self.means) if self.basis is None else self.basis
         self.eps, h = torch.finfo(h.dtype).eps, h.double()
         centred = h - self.centres[y]
-        self.shifts.index_add_(0, y, centred @ self.directions)
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
         self.within_sums.index_add_(0, y, centred.square().sum(1))
         projected = centred @ basis
         self.projected_sum += projected.square().sum()
-        self.products += centred.T @ torch.cat([projected, centred @ self.probes], 1)
+        if self.own_samples:  # else there is neither a drift nor a bias of NC1 to know
+            self.shifts.index_add_(0, y, centred @ self.directions)
+            self.products += centred.T @ torch.cat([projected, centred @ self.probes], 1)
         nearest = self.nearest_mean(h)
         self.hits += (nearest == y).sum()
         self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()

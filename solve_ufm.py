@@ -42,6 +42,7 @@ from nc_theory import (
     suggest_lambdas,
 )
 from nc_theory import solve as solve_problem
+from nc_theory.diagnosis import named
 from utils import Progress, UserError, run_script
 
 # Flags of the other modes; any other flag would have no effect
@@ -53,7 +54,6 @@ VARIANTS = [field.name for field in dataclasses.fields(LossVariant)]
 FLAGS_OF_COLLAPSE = ["ratio", "collapse", "loss", *VARIANTS, "bias", "no_relu", "suggest_lambdas"]
 LARGEST_MARGIN = 5.0  # of --suggest_lambdas without a value
 PAPER_COUNTS = [100, 100, 200, 200, 300, 300, 400, 400, 500, 500]
-MOST_NAMED = 20  # classes that are named one by one
 MERGED = 1e-3  # two contexts share a direction if the cosine of their features is at least 1 - MERGED
 ZERO = 1e-6  # |h_k|^2 up to which a class has collapsed, in units of sqrt(lambda_W / (lambda_H n_k))
 
@@ -244,15 +244,8 @@ def solve(args):
         if "minimised" in result:
             result["loss_gap"] = found.optimum.loss / split.loss - 1
     optimum = split or found.optimum
-    collapse = {"threshold": collapse_count(problem), "collapsed": zero_classes(optimum)}
+    collapse = {"threshold": collapse_count(problem), "collapsed": optimum.collapsed.nonzero().flatten().tolist()}
     return {"class_counts": args.class_counts, **plain(optimum), **certificate(optimum), **collapse, **result}
-
-
-def zero_classes(optimum):
-    """Return the classes that have collapsed, h_k = 0, in order."""
-    problem = optimum.problem
-    unit = math.sqrt(problem.lambda_w / problem.lambda_h) / problem.counts.sqrt()
-    return (optimum.mean_norms_sq <= ZERO * unit).nonzero().flatten().tolist()
 
 
 def certificate(optimum):
@@ -280,20 +273,14 @@ def print_suggestion(args):
     else:
         lambda_w, lambda_h = suggest_lambdas(args.class_counts, args.suggest_lambdas, args.ratio)
     optimum = closed_form(problem_of(args, lambda_w, lambda_h))
-    margins, zero = optimum.margins, zero_classes(optimum)
-    living = margins[[label for label in range(len(margins)) if label not in zero]]
+    living, zero = optimum.margins[~optimum.collapsed], optimum.collapsed.nonzero().flatten().tolist()
     print(f"--weight_decay {lambda_w:.6g} --feature_decay_rate {lambda_h:.6g}")
     print(f"lambda_W and lambda_H for margins from {living.min():.3g} to {living.max():.3g}, {collapsing(zero)}")
 
 
 def collapsing(labels):
     """Return in words which classes collapse."""
-    if not labels:
-        return "no class collapses"
-    if len(labels) > MOST_NAMED:
-        return f"{len(labels)} classes collapse"
-    *others, last = map(str, labels)
-    return f"classes {', '.join(others)} and {last} collapse" if others else f"class {last} collapses"
+    return f"{named(labels)} collapse{'' if len(labels) > 1 else 's'}"
 
 
 def print_json(result):

@@ -15,7 +15,7 @@ LARGEST = 100  # percent, or degrees: nothing larger is printed as proved
 LARGE = 1.0  # an NC1 above, and this many times NC1_trace or more, is explained if classes have merged
 LARGE_RATIO = 100
 MERGED = 0.1  # of the median distance of two class means: classes that are closer have merged
-AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below have no direction
+AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below are at zero, and have no direction
 
 
 def explain(run, with_proof=True):

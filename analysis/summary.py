@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 
+from analysis.diagnosis import AT_ZERO
 from nc_theory import collapse_count
 from utils import duration
 
@@ -12,7 +13,6 @@ FURTHER = "balanced_acc1 many_acc1 medium_acc1 few_acc1 optimality_gap".split() 
 STORED = "NC0 gap_margins gap_duality gap_within gap_means".split()  # likewise, but in the CSV only
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH"]  # a run has collapsed once all of these are at most the threshold
 THRESHOLDS = (0.05, 0.01)
-AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below are at zero
 DIVERGED = 100  # times the loss of a network of zeros, above which a run has diverged
 UNITS = {"epoch": "epochs", "step": "steps", "seconds": "time"}  # unit of the time to collapse: head of its column
 LONG = 40  # length of a label above which the tables number the settings

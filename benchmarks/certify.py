@@ -58,24 +58,31 @@ def solved(group, name, problem):
     return row | {"seconds": round(seconds, 3), "gap": optimum.gap, "certified": optimum.certified}
 
 
+def random_problem(random, least, most, relu):
+    """Return a random UFM of `least` to `most` classes, of which none, some or all collapse, with or without a bias.
+
+    Its loss is any variant of the cross entropy. random: a NumPy generator. relu: how often its features have a ReLU.
+    """
+    num_classes = int(random.integers(least, most + 1))
+    counts = random.integers(1, 300, num_classes)
+    values = [random.random() * limit * (random.random() < 0.5) for limit in (1.5, 2.0, 0.6, 2.0, 0.3)]
+    product = 10 ** random.uniform(-4, 0.2) * counts.max() / counts.sum() ** 2 * (num_classes - 1) / num_classes
+    ratio = 10 ** random.uniform(-3, 3)
+    return UFM(
+        counts,
+        math.sqrt(product * ratio),
+        math.sqrt(product / ratio),
+        relu=random.random() < relu,
+        bias=random.random() < 0.3,
+        variant=LossVariant(*values),
+    )
+
+
 def random_problems(count, least, most):
     """Yield (name, UFM) of the first `count` random problems with `least` to `most` classes that need minimisation."""
     seed = 0
     while count:
-        random = np.random.default_rng([most, seed])
-        num_classes = int(random.integers(least, most + 1))
-        counts = random.integers(1, 300, num_classes)
-        values = [random.random() * limit * (random.random() < 0.5) for limit in (1.5, 2.0, 0.6, 2.0, 0.3)]
-        product = 10 ** random.uniform(-4, 0.2) * counts.max() / counts.sum() ** 2 * (num_classes - 1) / num_classes
-        ratio = 10 ** random.uniform(-3, 3)
-        problem = UFM(
-            counts,
-            math.sqrt(product * ratio),
-            math.sqrt(product / ratio),
-            relu=random.random() < 0.8,
-            bias=random.random() < 0.3,
-            variant=LossVariant(*values),
-        )
+        problem = random_problem(np.random.default_rng([most, seed]), least, most, relu=0.8)
         if split_optimum(problem) is None:
             yield f"seed {seed}", problem
             count -= 1

@@ -55,7 +55,7 @@ class Measurement:
         """Return what the function `measure_layers` does, in the precision and with the BatchNorm of `measure`."""
         self.model.eval()
         splits = {"train": self.data.train, "test": self.data.test}
-        loaders = {name: Batches(split, self.after_batch) for name, split in splits.items() if len(split)}
+        loaders = {name: SplitLoader(split, self.after_batch) for name, split in splits.items() if len(split)}
         with warnings.catch_warnings(record=True) as caught:
             try:
                 with self.batch_norm(), autocast(self.precision, self.device):
@@ -80,9 +80,7 @@ class Measurement:
         """Return the context in which BatchNorm uses the statistics that --bn_statistics selects."""
         if self.run.bn_statistics == "running":
             return contextlib.nullcontext()
-        return training_set_statistics(
-            self.model, lambda: map(self.data.train.normalise, self.data.train.pixels.split(BATCH))
-        )
+        return training_set_statistics(self.model, lambda: (images for images, _ in SplitLoader(self.data.train)))
 
     def _measure(self):
         statistics, optimum = ClassStatistics(self.data.num_classes), self.run.comparison.optimum
@@ -170,14 +168,11 @@ def top5(train, test):
     return {"train_acc5": train.overall(top=5), "test_acc5": test.overall(top=5)}
 
 
-class Batches:
-    """A split's pairs (images, labels), batch by batch, for `layer_statistics`; calls `after_batch` after each."""
+class SplitLoader:
+    """A split's pairs (images, labels), batch by batch and as often as it is read; calls `after_batch` after each."""
 
     def __init__(self, split, after_batch=lambda: None):
         self.split, self.after_batch = split, after_batch
-
-    def __len__(self):
-        return -(-len(self.split) // BATCH)
 
     def __iter__(self):
         for pixels, labels in zip(self.split.pixels.split(BATCH), self.split.labels.split(BATCH), strict=True):
@@ -185,20 +180,20 @@ class Batches:
             self.after_batch()
 
 
-def named_layers(model, layers, inputs):
-    """Return {name: name in the model} of layers, of which "head" is the model's head, found with a batch of inputs."""
-    return {name: head_input(model, inputs) if name == "head" else name for name in layers}
+def find_head(model, loader):
+    """Return the name of a model's head, found with the first inputs of a loader."""
+    return head_input(model, next((batch[0] for batch in loader), None))
 
 
 def measure_layers(model, loaders, layers, num_classes, classes=None):
     """Return a row (a dict) of metrics for each layer and split; raise ValueError as `layer_statistics`.
 
     loaders: {"train": loader}, and "test" if there are test samples; these are measured against the training means.
-    layers: as in `named_layers`. num_classes and classes: as in `layer_statistics`. The columns that compare with an
-    optimum are left out.
+    layers: their names in the model, or "head". num_classes and classes: as in `layer_statistics`. The columns that
+    compare with an optimum are left out.
     """
-    names = named_layers(model, layers, next((batch[0] for batch in loaders["train"]), None))
-    layers = list(dict.fromkeys(names.values()))
+    names = (find_head(model, loaders["train"]) if name == "head" else name for name in layers)
+    layers = list(dict.fromkeys(names))
     train = layer_statistics(model, loaders["train"], layers, num_classes, classes=classes)
     statistics = {"train": train}
     if "test" in loaders:
@@ -304,5 +299,4 @@ def load_run(folder, epoch=None, data_dir=None):
 def features(model, split):
     """Return (features (N, d), labels (N,)) of all images of a split; in float64, like `nc_layers.head_weight`."""
     model.eval()
-    found = [model(images)[1] for images in map(split.normalise, split.pixels.split(BATCH))]
-    return torch.cat(found).double(), split.labels
+    return torch.cat([model(images)[1] for images, _ in SplitLoader(split)]).double(), split.labels

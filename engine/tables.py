@@ -189,7 +189,7 @@ def read_rows(path):
         numbers = numbers.astype({name: float for name in numbers if name not in ("epoch", "class", "n_k", "d")})
         if table["epoch"].dtype != int:
             raise ValueError
-    except (ValueError, KeyError, TypeError, csv.Error):
+    except (ValueError, KeyError, TypeError, OverflowError, csv.Error):
         raise UserError(f"{path}: damaged, not a table of numbers; delete it to have it measured again") from None
     table = table.assign(**numbers).sort_values("epoch", kind="stable")
     if "gap_head" in table:  # of a version that split the gap otherwise, in relative units, under the same names

@@ -74,6 +74,8 @@ def draw(table):
             axis.plot(theory.index, theory, color=drawn["color"])
             axis.errorbar(measured.index, measured["mean"], bars, linestyle="none", label=name, **drawn)
         axis.set(xscale="log", xlabel=label)
+        axis.set_xticks(chosen[x].unique(), labels=[f"{value:.3g}" for value in chosen[x].unique()])
+        axis.minorticks_off()
     figure.axes[0].set_ylabel(r"class-mean norm $\|\mu_k\|^2$")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ranks))
     return figure

@@ -131,9 +131,8 @@ TABLES = {
     ),
     "collapse": Table(  # drawn by scripts/collapse_figure.py
         what="Digits at four imbalances and five lambdas, for scripts/collapse_figure.py, three seeds each",
-        time="5 to 31 seconds of training for each of the runs with another R, on a core of a busy machine",
-        expected="with another R, classes below the threshold end at zero, the other norms within 0.16 % of the "
-        "theorem; with another lambda: unknown",
+        time="2 to 31 seconds of training for each run on a core of a busy machine",
+        expected="classes below the threshold end at zero, the other norms within 0.16 % of the theorem",
         flags="@scripts/collapse.flags --dataset digits --imbalance exp:10 --n_max 170 --depth_relu 3 --width 128 "
         "--batch_size 102 --save_every 60 --nc_every 60 --weight_decay 0.02 --feature_decay_rate 0.002",
         seeds=3,

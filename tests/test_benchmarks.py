@@ -26,7 +26,6 @@ from tests.conftest import FORKED, ROOT, SERVER, TINY, as_main, nothing, rows_of
 @pytest.fixture
 def run_here(monkeypatch, capsys, tmp_path):
     """run_here(name, flags) runs a benchmark here, with forks as its processes, and returns what it prints."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
     def run(name, flags):
         module = importlib.import_module(name)
@@ -89,7 +88,6 @@ def test_measuring(run_here, tmp_path):
 
 def test_time_to_collapse(run_here, monkeypatch, tmp_path):
     """Both recipes are trained and compared; a bound that is never met leaves its steps empty."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import time_to_collapse
 
     small = f"--dataset digits --width 16 --depth_relu 1 {' '.join(TINY[-2:])} --epochs 2"
@@ -109,7 +107,6 @@ def test_time_to_collapse(run_here, monkeypatch, tmp_path):
 
 
 def test_rare_classes(run_here, monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import rare_classes
 
     monkeypatch.setattr(rare_classes, "SETTING", "--dataset digits --class_counts 9,9,9,9,9,9,9,9,9,1 --width 16")
@@ -131,7 +128,6 @@ def test_certify(run_here, tmp_path):
 
 def test_a_class_is_lost_only_if_the_theorem_keeps_it(run_here, monkeypatch, tmp_path):
     """With all features zero every class is lost, but at penalties where zero is the optimum none is."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from rare_classes import read_data, train
 
     def zero(model, images):
@@ -150,9 +146,8 @@ def test_ranks(run_here, tmp_path):
     assert row["ranks"] == "2" and float(row["ratio"]) > 0
 
 
-def test_the_usual_nc1_is_ours(monkeypatch, tmp_path):
+def test_the_usual_nc1_is_ours(tmp_path):
     """The usual way is fp32 on 8-bit images; the images here are 8-bit, with classes far apart."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from reference import usual_nc1
 
     torch.manual_seed(0)
@@ -222,8 +217,7 @@ def endless_part(*setting):
     time.sleep(100)
 
 
-def test_a_part_that_takes_too_long_is_cut(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_a_part_that_takes_too_long_is_cut(tmp_path):
     import check_gpu
 
     table, size = tmp_path / "table.csv", check_gpu.SimpleNamespace(fraction=0.01)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from certify import random_problem
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -38,24 +39,6 @@ MEMBERS = {
     "smoothed": LossVariant(label_smoothing=0.1),
     "all": LossVariant(0.5, 0.5, 0.1, 0.5, 0.05),
 }
-
-
-def random_problem(random):
-    """A random problem: any loss variant, with or without ReLU and bias, where none, some or all classes collapse."""
-    num_classes = int(random.integers(2, 9))
-    counts = random.integers(1, 300, num_classes)
-    limits = [1.5, 2.0, 0.6, 2.0, 0.3]
-    values = [random.random() * limit * (random.random() < 0.5) for limit in limits]
-    product = 10 ** random.uniform(-4, 0.2) * counts.max() / counts.sum() ** 2 * (num_classes - 1) / num_classes
-    ratio = 10 ** random.uniform(-3, 3)
-    return UFM(
-        counts,
-        math.sqrt(product * ratio),
-        math.sqrt(product / ratio),
-        relu=random.random() < 0.7,
-        bias=random.random() < 0.3,
-        variant=LossVariant(*values),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -104,7 +87,7 @@ def test_polar_with_repeated_eigenvalues():
 def test_the_bound_is_never_above_the_minimum_found(seed):
     """Neither the bound from the minimiser's logits nor that from other logits, near or far."""
     random = np.random.default_rng(seed)
-    problem = random_problem(random)
+    problem = random_problem(random, 2, 8, relu=0.7)
     optimum = solve(problem)
     assert optimum.lower_bound <= optimum.loss * (1 + 1e-12)
     size = optimum.WH.abs().max().item() + 0.1
@@ -115,7 +98,7 @@ def test_the_bound_is_never_above_the_minimum_found(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_problems_are_certified(seed):
-    optimum = solve(random_problem(np.random.default_rng(seed)))
+    optimum = solve(random_problem(np.random.default_rng(seed), 2, 8, relu=0.7))
     assert optimum.certified and optimum.gap <= 1e-7
 
 

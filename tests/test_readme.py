@@ -49,7 +49,7 @@ def test_the_headline_is_the_papers_mlp_of_the_results():
     (row,) = (row for row in rows_of(ROOT / "results" / "paper.csv") if "paper/paper-1" in row["folders"])
     worst = 100 * max(float(row["margin_rel_err_worst"]), float(row["norm_rel_err_worst"]))
     text = README.replace("\n", " ")
-    assert f"at the theorem in {float(row['seconds']) / 60:.0f} minutes on one core**" in text
+    assert f"at the theorem after {float(row['seconds']) / 60:.0f} minutes of training on one core**" in text
     assert f"every margin and norm is within {worst:.1g} % after {25 * 118:,} steps (three seeds" in text
 
 

@@ -96,6 +96,7 @@ def test_shares_of_the_gap_that_meant_something_else_are_not_read(tmp_path):
         "",
         "\0\0",
         "epoch,NC1\n,1\n",
+        pytest.param(f"epoch,NC1\n1,{10**400}\n", id="too large for a float"),
     ],
 )
 def test_damaged_tables_are_named(tmp_path, text):

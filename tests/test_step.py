@@ -1,10 +1,10 @@
 """The operations, host reads and leftovers of a step, and the host reads of an epoch, checked on the CPU."""
 
 import gc
-import importlib
 
 import pytest
 import torch
+from kernels import Trace
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
@@ -14,7 +14,7 @@ from engine.batches import Batches
 from engine.run import Run
 from engine.training import Training, make_model
 from models import MODELS, build_model
-from tests.conftest import ROOT, TINY, log_of
+from tests.conftest import TINY, log_of
 from train_1st_order_unbalanced import train
 
 TO_HOST = {torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__}
@@ -27,13 +27,6 @@ def build(name="MLP", *flags):
     args = parse_args(argv=["--model", name, *size, "--batch_size", "8", "--no-bias", "--sep_decay", *flags])
     split = Split(torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20) % 4, *torch.rand(3, 3))
     return Training(args, Data(split, split, [5] * 4), make_model(args, 4), torch.device("cpu")).step
-
-
-@pytest.fixture
-def trace(monkeypatch):
-    """The class that records the operations of a step, of the benchmark that counts them."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("kernels").Trace
 
 
 class NothingGoesToTheHost(TorchFunctionMode):
@@ -55,7 +48,7 @@ LAYERS = 8  # of the paper's MLP, the head included
     ],
     ids=["fp32", "bf16", "clipped", "revived"],
 )
-def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more, trace):
+def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more):
     """A layer has a product and a ReLU forwards; two products, its bias's gradient and a threshold backwards.
 
     Each of the other operations is one for all layers: four to normalise the images, which lie on the device as bytes,
@@ -63,7 +56,7 @@ def test_a_step_of_the_papers_mlp_launches_few_operations(flags, more, trace):
     """
     step, indices = build("MLP", *flags.split()), torch.arange(8)
     step(indices)
-    with trace() as recorded:
+    with Trace() as recorded:
         step(indices)
     assert len(recorded.launches()) <= 6 * LAYERS + 30 + more
 
@@ -82,10 +75,10 @@ SETTINGS += [
 
 
 @pytest.mark.parametrize("name, flags", SETTINGS)
-def test_a_step_reads_nothing_and_is_the_same_every_time(name, flags, trace):
+def test_a_step_reads_nothing_and_is_the_same_every_time(name, flags):
     """Its tensors are fake: what depends on their values cannot be computed. The first step makes Adam's moments."""
     with FakeTensorMode(), NothingGoesToTheHost():
-        step, traces = build(name, *flags.split()), [trace() for _ in range(3)]
+        step, traces = build(name, *flags.split()), [Trace() for _ in range(3)]
         for recorded in traces:
             with recorded:
                 step(torch.arange(8))
