@@ -48,10 +48,10 @@ BETWEEN = ("classes", "means", "samples")
 TILE = 2**22  # entries of a K x K matrix that are processed at a time
 CLOSE = 1e-4  # |p - q|^2 / (|p|^2 + |q|^2) of two points, below which their distance is taken from their difference
 FIRST_PASS = ("counts", "sums", "negatives")  # the sums that each pass of ClassStatistics gathers
-SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "products", "hits", "disagreements", "shifts")
+SECOND_PASS = ("within_counts", "within_sums", "projected_sum", "gram", "hits", "disagreements", "shifts")
 DIRECTIONS = 16  # random directions in which sums of h - mu are compared with zero
-PROBES = 64  # random directions in which the scatter outside the span of the class means is known
-NOISE = 0.1  # share of noise in a direction of the class means, from which on a warning is given
+PROBES = 32  # random directions in which the scatter outside the span of the class means is known
+BIAS = 0.1  # relative difference of NC1_corrected and NC1, from which on a warning is given
 PARALLEL, SHORT = 0.85, 0.6  # cosine and relative norm of the rows of classes that look untrained
 NO_SIGNAL = 0.5  # share of noise from which on NC1 cannot be corrected
 
@@ -104,7 +104,7 @@ class ClassStatistics:
         self.within_counts = zeros(num_classes)  # (K,) samples of each class in the second pass
         self.within_sums = zeros(num_classes)  # (K,) sums of |h_i - mu_k|^2
         self.projected_sum = zeros()  # () sum of (h_i - mu_{y_i})^T pinv(Sigma_B) (h_i - mu_{y_i})
-        self.products = zeros(0, 0)  # (d, r + p) sum of (h_i - mu_{y_i})(h_i - mu_{y_i})^T times [B, probes]
+        self.gram = zeros(0, 0)  # (r + p, r + p) sum of z z^T, z = [B, probes]^T (h_i - mu_{y_i})
         self.hits = zeros()  # () samples whose nearest class mean is that of their own class
         self.disagreements = zeros()  # () samples whose nearest class mean is not the predicted class
         self.shifts = zeros(num_classes, DIRECTIONS)  # (K, DIRECTIONS) sums of h_i - mu_k in random directions
@@ -163,7 +163,8 @@ class ClassStatistics:
         basis = statistics.set_centres(means)
         statistics.within_counts, statistics.within_sums = counts.clone(), within_sums.clone()
         statistics.projected_sum = (basis * (scatter @ basis)).sum()
-        statistics.products = scatter @ torch.cat([basis, statistics.probes], 1)
+        axes = statistics.axes[:, :-DIRECTIONS]
+        statistics.gram = axes.T @ scatter @ axes
         scalars = [counts.new_zeros(()) + number for number in (negatives, hits, disagreements)]
         statistics.negatives, statistics.hits, statistics.disagreements = scalars
         return statistics
@@ -192,16 +193,22 @@ class ClassStatistics:
         """
         h, y, predicted = self.validate_batch(features, labels, predictions)
         basis = self.set_centres(self.means) if self.basis is None else self.basis
-        self.eps, h = torch.finfo(h.dtype).eps, h.double()
-        centred = h - self.centres[y]
+        self.eps = torch.finfo(h.dtype).eps
+        shifted = h.to(torch.float64, copy=True).sub_(self.nearest_mean.centre)  # in place: new memory takes longer
+        centred = self.nearest_mean.shifted.index_select(0, y)
+        torch.sub(shifted, centred, out=centred)
         self.within_counts.index_add_(0, y, torch.ones_like(y, dtype=torch.float64))
-        self.within_sums.index_add_(0, y, centred.square().sum(1))
-        projected = centred @ basis
-        self.projected_sum += projected.square().sum()
+        self.within_sums.index_add_(0, y, torch.linalg.vector_norm(centred, dim=1).square())
+        rank = basis.shape[1]
         if self.own_samples:  # else there is neither a drift nor a bias of NC1 to know
-            self.shifts.index_add_(0, y, centred @ self.directions)
-            self.products += centred.T @ torch.cat([projected, centred @ self.probes], 1)
-        nearest = self.nearest_mean(h)
+            along = centred @ self.axes
+            self.shifts.index_add_(0, y, along[:, -DIRECTIONS:])
+            z = along[:, :-DIRECTIONS]
+            self.gram.addmm_(z.T, z)
+        else:
+            z = centred @ basis
+        self.projected_sum += z[:, :rank].square().sum()
+        nearest = self.nearest_mean.of_shifted(shifted)
         self.hits += (nearest == y).sum()
         self.disagreements += math.nan if predicted is None else (nearest != predicted).sum()
 
@@ -212,9 +219,10 @@ class ClassStatistics:
             setattr(self, name, getattr(self, name).to(centres.device))
         self.basis = between_class_basis(centres, self.counts, self.between)
         generator = torch.Generator().manual_seed(0)  # the same in all processes
-        self.directions = torch.randn(centres.shape[1], DIRECTIONS, generator=generator).to(centres)
-        self.probes = probes_outside(self.basis) if self.basis.shape[1] == self.num_classes - 1 else self.basis[:, :0]
-        self.products = self.basis.new_zeros(len(self.basis), self.basis.shape[1] + self.probes.shape[1])
+        directions = torch.randn(centres.shape[1], DIRECTIONS, generator=generator).to(centres)
+        probes = probes_outside(self.basis) if self.basis.shape[1] == self.num_classes - 1 else self.basis[:, :0]
+        self.axes = torch.cat([self.basis, probes, directions], 1)
+        self.gram = self.basis.new_zeros(2 * [self.axes.shape[1] - DIRECTIONS])
         return self.basis
 
     def for_other_samples(self) -> "ClassStatistics":
@@ -381,7 +389,11 @@ class NearestMean:
         self.half_norms_sq = 0.5 * self.shifted.square().sum(1)
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        return ((h - self.centre) @ self.shifted.T - self.half_norms_sq).argmax(1)
+        return self.of_shifted(h - self.centre)
+
+    def of_shifted(self, shifted: torch.Tensor) -> torch.Tensor:
+        """Return the classes of features less `centre`, which a caller may need, too."""
+        return (shifted @ self.shifted.T - self.half_norms_sq).argmax(1)
 
 
 def as_tensor(name: str, values: ArrayLike, device: torch.device | None = None) -> torch.Tensor:
@@ -557,7 +569,7 @@ def nc_metrics(
     and for an optimum of other class counts. Warns if the optimum is of a problem with ReLU and some features are
     negative, if it needs more features than d, and if the two passes had different features. If all class means are
     equal, such as those of features that are all zero, it warns, and what compares them is NaN. It also warns if
-    `noise_share` is above 0.1: NC1 then depends on the number of samples.
+    NC1 depends on the number of samples: NC1_corrected differs from it by more than 10 %, or cannot be found.
 
     Example:
         >>> from nc_metrics import ClassStatistics, nc_metrics
@@ -580,12 +592,8 @@ def nc_metrics(
     row = {"NC1": nc1(statistics), "NC1_corrected": math.nan, "NC1_trace": nc1_trace(statistics)}
     share, bias = noise_of_means(statistics)
     row["NC1_corrected"] = corrected(statistics, share, bias)
-    if share > NOISE:
-        warnings.warn(
-            f"NC1 depends on the number of samples: {min(share, 1):.0%} of the class means' variance in their smallest "
-            "direction is noise, Sigma_W / n_k; compare NC1_corrected or NC1_trace, or measure more samples",
-            stacklevel=2,
-        )
+    if text := dependence_on_samples(row["NC1"], row["NC1_corrected"], share):
+        warnings.warn(f"NC1 depends on the number of samples: {text}", stacklevel=2)
     w = None
     if weight is not None:
         all_rows = w = as_tensor("the weight", weight).double()
@@ -687,10 +695,12 @@ def nc1_trace(statistics: ClassStatistics) -> float:
 def nc1_corrected(statistics: ClassStatistics) -> float:
     """Return NC1 of the distribution of which the samples are drawn, without the bias that the noise of means brings.
 
-    The mean of n_k samples has a noise of covariance S_k / n_k, which Sigma_B takes for distance between classes; hence
-    NC1 is too small, the more so the fewer samples there are. To second order in the noise, its expected effect on
+    The mean of n_k samples has a noise of covariance S_k / n_k, which Sigma_B takes for distance between classes. The
+    fewer samples there are, the more NC1 is too small; but it is too large where most of the scatter is orthogonal to
+    the class means, since the noise turns them towards it. To second order in the noise, its expected effect on
     trace(Sigma_W pinv(Sigma_B)) is a sum of traces of Sigma_W, the class means and the counts (`noise_of_means`), which
     is subtracted. Sigma_W is divided by N - K instead of N. In normal samples, what is left is of order 1 / n_k^2.
+    With more than 32 features, some of these traces are estimated in 32 random directions, the same at each call.
 
     The class covariances S_k may differ in size, but are taken to have the shape of Sigma_W; a class of one sample is
     given its size, too. Where NC1 is near zero, the result can be negative. NaN without the second pass, for class
@@ -739,6 +749,20 @@ def corrected(statistics: ClassStatistics, share: float, bias: float) -> float:
     return float(statistics.projected_sum / spare / statistics.num_classes) - bias
 
 
+def dependence_on_samples(value: float, value_corrected: float, share: float) -> str:
+    """Return as text how NC1 depends on the number of samples, and what to do; empty if it hardly does."""
+    if share > NO_SIGNAL:
+        return (
+            f"{min(share, 1):.0%} of the class means' variance in their smallest direction is noise, Sigma_W / n_k; "
+            "measure more samples, or compare NC1_trace"
+        )
+    change = value_corrected / value - 1 if value else 0.0
+    if not abs(change) > BIAS:
+        return ""
+    side = "larger" if change > 0 else "smaller"
+    return f"without the noise of the class means it would be about {abs(change):.0%} {side}; compare NC1_corrected"
+
+
 def noise_of_means(statistics: ClassStatistics) -> tuple[float, float]:
     """Return the `noise_share`, and the bias of NC1 from the noise of the class means, to second order; NaN if unknown.
 
@@ -762,24 +786,28 @@ def noise_of_means(statistics: ClassStatistics) -> tuple[float, float]:
     variances = torch.where(counts > 1, statistics.within_sums / (counts - 1).clamp(min=1), within)
     sizes = variances / within / counts  # (K,) the noise of the mean of class k has the covariance sizes_k S
     weights, shares = between_class_weights(counts, statistics.between)
-    basis, products = statistics.basis, statistics.products / spare
-    rank, scales = basis.shape[1], basis.norm(dim=0)  # of B = V / singular values
+    basis, rank, scales = statistics.basis, statistics.basis.shape[1], statistics.basis.norm(dim=0)
+    gram = statistics.gram / spare  # [B, P]^T S [B, P], B = V / singular values, P the probes
+    f = gram[:rank, :rank]
     left = weights.sqrt()[:, None] * (between_class_root(statistics.means, counts, statistics.between) @ basis)
     left = left - shares[:, None] * left.sum(0)
     c = left.T * sizes @ left  # (r, r) C in the coordinates of R's singular vectors
-    inner, outer = products[:, :rank], products[:, rank:]
-    f = basis.T @ inner
     if rank < num_classes - 1:
         total = (sizes * (weights * (1 - 2 * shares) + shares.square())).sum()  # trace of C
         squared = unbiased_square(f @ f, f, f.trace(), spare)
         bias = f.trace() * (f * c).sum() + 2 * (squared * c).sum() - squared.trace() * (total - c.trace())
         share = total * torch.linalg.eigvalsh(f)[-1]
     else:
-        span, inverse = basis / scales, scales.square()  # V, and the diagonal of G^-1
-        outside = within - (span * inner / scales).sum()
-        across, outer = (part - span @ (span.T @ part) for part in (inner, outer))  # Q S X and Q S Q
+        inverse, across, outer = scales.square(), gram[rank:, :rank], gram[rank:, rank:]  # G^-1 = diag(inverse)
+        outside = within - (f.diag() / inverse).sum()  # trace of QS
+        if outside > 0:  # scales random probes such that they know the trace of QS, which makes S of rank 1 exact
+            scale = outside / outer.trace()
+            across, outer = across * scale.sqrt(), outer * scale
         w = unbiased_square(across.T @ across, f, outside, spare)
-        q = ((outer.square().sum() - outside.square() / spare) / (1 + 1 / spare - 2 / spare**2)).clamp(min=0)
+        q = outer.square().sum()
+        for degrees in (PROBES, spare) if len(basis) > PROBES else (spare,):
+            q = (q - outside.square() / degrees) / (1 + 1 / degrees - 2 / degrees**2)
+        q = q.clamp(min=0)  # an estimate of tr QSQS
         bias = f.trace() * (f * c).sum() + 2 * (f @ f * c).sum() + (c.diag() * inverse.square()).sum() * q
         bias -= (4 * w + 2 * outside * f).mul(c * inverse).sum() + 2 * w.trace() * (c.diag() * inverse).sum()
         share = within * torch.linalg.eigvalsh(scales[:, None] * c * scales)[-1]

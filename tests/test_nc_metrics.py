@@ -14,6 +14,7 @@ import scipy.linalg
 import torch
 
 from nc_metrics import (
+    PROBES,
     THEORY_COLUMNS,
     ClassStatistics,
     class_alignment,
@@ -815,14 +816,43 @@ def test_corrected_nc1_is_that_of_the_distribution(num_classes, dim, size, least
 def test_a_noisy_nc1_is_a_warning_and_too_noisy_a_one_is_not_corrected(recwarn):
     random, means = np.random.default_rng(0), 3 * np.eye(4, 30)
     rows = {}
-    for size in (0.01, 0.25, 1.0):
-        statistics = sampled(random, means, np.full(4, 6), size * np.eye(30))
+    for size, count in ((0.01, 60), (0.25, 6), (1.0, 6)):
+        statistics = sampled(random, means, np.full(4, count), size * np.eye(30))
         rows[size] = nc_metrics(statistics), noise_share(statistics), [str(recwarn.pop().message) for _ in recwarn.list]
-    (quiet, _, none), (noisy, share, (text,)), (lost, most, _) = rows.values()
-    assert not none and quiet["NC1_corrected"] == pytest.approx(quiet["NC1"] * 24 / 20, rel=1e-2)
-    assert 0.1 < share < 0.5 and noisy["NC1_corrected"] > noisy["NC1"]
-    assert text.startswith(f"NC1 depends on the number of samples: {share:.0%} of the class means' variance in their")
+    (quiet, _, none), (noisy, share, (text,)), (lost, most, (refusal,)) = rows.values()
+    assert not none and quiet["NC1_corrected"] == pytest.approx(quiet["NC1"] * 240 / 236, rel=1e-2)
+    change = noisy["NC1_corrected"] / noisy["NC1"] - 1
+    assert share < 0.5 and change > 0.1 and f"the class means it would be about {change:.0%} larger" in text
+    assert refusal.startswith(f"NC1 depends on the number of samples: {min(most, 1):.0%} of the class means' variance")
     assert most > 0.5 and math.isnan(lost["NC1_corrected"]) and lost["NC1"] > 0
+
+
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_noise_that_turns_class_means_towards_it_makes_nc1_too_large(rank, recwarn):
+    """Scatter orthogonal to the class means: in the distribution, NC1 is zero."""
+    random, means, root = np.random.default_rng(rank), 3 * np.eye(4, 30), np.zeros((30, 30))
+    root[4 : 4 + rank, :rank] = random.standard_normal((rank, rank)) / rank**0.5
+    found = [sampled(random, means, np.full(4, 100), root) for _ in range(60)]
+    plain, corrected = np.array([[nc1(of), nc1_corrected(of)] for of in found]).T
+    assert abs(corrected.mean()) < 0.1 * plain.mean() + 3 * corrected.std() / 60**0.5
+    nc_metrics(found[0])
+    assert f"it would be about {1 - corrected[0] / plain[0]:.0%} smaller" in str(recwarn.pop().message)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 20])
+def test_random_directions_estimate_the_bias_of_nc1(rank):
+    """Features turned into 300 dimensions have the same bias, but it is then estimated in random directions."""
+    random, repeats, means = np.random.default_rng(rank), 20, 3 * np.eye(4, 30)
+    root, labels, ratios = np.zeros((30, 30)), np.repeat(np.arange(4), 12), []
+    root[4 : 4 + rank, :rank] = random.standard_normal((rank, rank))
+    for _ in range(repeats):
+        features = means[labels] + random.standard_normal((48, 30)) @ root.T / 8
+        turned = features @ np.linalg.qr(random.standard_normal((300, 30)))[0].T
+        exact, estimate = (
+            nc1_corrected(of) - nc1(of) * 48 / 44 for of in (statistics_of(x, labels, 4) for x in (features, turned))
+        )
+        ratios.append(estimate / exact)
+    assert np.mean(ratios) == pytest.approx(1, abs=3 * (2 / PROBES / repeats) ** 0.5)
 
 
 def test_what_cannot_be_corrected_is_nan():
@@ -913,7 +943,7 @@ def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
     assert statistics.negative_share == pytest.approx(1 / 8)
     nc_metrics(statistics, weight)
     nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3, relu=False)))
-    assert not recwarn
+    assert not any("negative" in str(warning.message) for warning in recwarn)
     with pytest.warns(UserWarning, match=r"12\.50% of the features' entries are negative") as caught:
         nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
     assert len(caught) == 1 and caught[0].filename == __file__
