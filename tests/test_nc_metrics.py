@@ -932,6 +932,7 @@ def test_heads_predictions_and_optima_that_do_not_fit_are_an_error():
     assert statistics.within_counts.sum() == 18
 
 
+@pytest.mark.filterwarnings("ignore:NC1 depends on")
 def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
     features, labels, weight = samples([5, 6, 7], 8)
     statistics = statistics_of(features, labels, 3)
@@ -943,7 +944,7 @@ def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
     assert statistics.negative_share == pytest.approx(1 / 8)
     nc_metrics(statistics, weight)
     nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3, relu=False)))
-    assert not any("negative" in str(warning.message) for warning in recwarn)
+    assert not recwarn
     with pytest.warns(UserWarning, match=r"12\.50% of the features' entries are negative") as caught:
         nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
     assert len(caught) == 1 and caught[0].filename == __file__
