@@ -933,20 +933,19 @@ def test_heads_predictions_and_optima_that_do_not_fit_are_an_error():
 
 
 def test_negative_features_beside_a_relu_optimum_are_a_warning(recwarn):
-    features, labels, weight = samples([5, 6, 7], 8)
-    features = geometry_means(features, labels)[labels]  # collapsed: NC1 has no noise
+    features, labels, weight = samples([50, 60, 70], 8)
     statistics = statistics_of(features, labels, 3)
     assert math.isnan(ClassStatistics(3).negative_share) and statistics.negative_share == 0
-    nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
+    nc_metrics(statistics, weight, solve(UFM([50, 60, 70], 1e-2, 1e-3)))
 
-    features[labels == 1, :3] *= -1  # 18 of 18 * 8 entries
+    features[labels == 1, :3] *= -1  # 180 of 180 * 8 entries
     statistics = statistics_of(features, labels, 3)
     assert statistics.negative_share == pytest.approx(1 / 8)
     nc_metrics(statistics, weight)
-    nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3, relu=False)))
-    assert not recwarn
+    nc_metrics(statistics, weight, solve(UFM([50, 60, 70], 1e-2, 1e-3, relu=False)))
+    assert [str(warning.message) for warning in recwarn] == []
     with pytest.warns(UserWarning, match=r"12\.50% of the features' entries are negative") as caught:
-        nc_metrics(statistics, weight, solve(UFM([5, 6, 7], 1e-2, 1e-3)))
+        nc_metrics(statistics, weight, solve(UFM([50, 60, 70], 1e-2, 1e-3)))
     assert len(caught) == 1 and caught[0].filename == __file__
 
 
