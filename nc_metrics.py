@@ -842,19 +842,22 @@ def other_geometries(means: torch.Tensor, weight: torch.Tensor | None, counts: t
         >>> f"{row['ETF_HTH']:.3f} {row['SELI_HTH']:.3f}"
         '0.000 0.000'
     """
-    etf = torch.eye(len(means), dtype=torch.float64).sub_(1 / len(means))
     rows = {"HTH": means - means.mean(0)} | ({} if weight is None else {"WWT": weight})
-    row = {f"ETF_{name}": distance((a @ a.T).cpu(), etf) for name, a in rows.items()}
-    del etf  # frees a K x K matrix
-    return row | {f"SELI_{name}": distance_to_seli(a, counts, part) for part, (name, a) in enumerate(rows.items())}
+    row = {f"ETF_{name}": distance_to_etf(a) for name, a in rows.items()}
+    return row | {f"SELI_{name}": distance_to_seli(a, counts, name) for name, a in rows.items()}
 
 
-def distance_to_seli(rows: torch.Tensor, counts: torch.Tensor, part: int) -> float:
-    """Return the distance of the Gram matrix of rows (K, d) to H^T H (part 0) or W W^T (part 1) of SELI.
+def distance_to_etf(rows: torch.Tensor) -> float:
+    """Return the distance of the Gram matrix of rows (K, d) to I - 11^T/K, with no second K x K matrix in memory."""
+    gram, num_classes = rows @ rows.T, len(rows)
+    norm = math.sqrt(num_classes - 1)  # of I - 11^T/K
+    gram.div_(gram.norm()).add_(1 / (num_classes * norm)).diagonal().sub_(1 / norm)
+    return gram.norm().item()
 
-    SELI is solved for each part, which is fast, so that two K x K matrices are in memory at a time, and not three.
-    """
-    target = seli(counts)[part]
+
+def distance_to_seli(rows: torch.Tensor, counts: torch.Tensor, name: str) -> float:
+    """Return the distance of the Gram matrix of rows (K, d) to HTH or WWT of SELI, whichever is named."""
+    (target,) = seli(counts, [name])
     return distance((rows @ rows.T).cpu(), target)
 
 

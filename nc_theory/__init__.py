@@ -30,10 +30,19 @@ from nc_theory.copositive import polar
 from nc_theory.diagnosis import Convergence, Diagnosis, convergence, diagnose
 from nc_theory.duality import FocalLoss, dual_bound
 from nc_theory.gap import GAP_COLUMNS, SHARES, GapBounds, GapShares, gap_bounds, gap_shares
-from nc_theory.geometries import self_duality, seli, simplex_etf
+from nc_theory.geometries import seli, simplex_etf
 from nc_theory.losses import LossVariant, VariantLoss
 from nc_theory.numerical import Minimum, solve_numerically
-from nc_theory.problem import CERTIFIED, LOSSES, UFM, Optimum, class_margins, random_frame, validate_counts
+from nc_theory.problem import (
+    CERTIFIED,
+    LOSSES,
+    UFM,
+    Optimum,
+    class_margins,
+    random_frame,
+    self_duality,
+    validate_counts,
+)
 
 __all__ = [
     "CERTIFIED",

@@ -61,7 +61,7 @@ def solve_by_class(problem: UFM) -> Optimum:
         WWT=torch.from_numpy(rows.T @ rows),
         WH=columns,
         bias=torch.from_numpy(bias),
-        duality=torch.from_numpy(-(gradients * counts[:, None]).T / counts.sum() / problem.lambda_w),
+        other_duality=torch.from_numpy(-(gradients * counts[:, None]).T / counts.sum() / problem.lambda_w),
         loss=float(value + 0.5 * problem.bias_decay * bias @ bias),
         method="class by class",
         projected_gradient=float(slack.max()),

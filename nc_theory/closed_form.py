@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from numpy.typing import ArrayLike
 
-from nc_theory.geometries import self_duality
 from nc_theory.problem import UFM, Optimum, validate_counts
 
 BISECTIONS = 60  # of an interval in [0, 1], down to the rounding of float64
@@ -324,7 +323,6 @@ def cross_entropy_geometry(problem: UFM, margins: torch.Tensor, method: str) -> 
         WWT=rows_gram,
         WH=torch.eye(num_classes, dtype=torch.float64).sub_(1 / num_classes).mul_(margins),
         bias=torch.zeros_like(counts),
-        duality=self_duality(counts),
         loss=loss,
         method=method,
         lower_bound=loss,
@@ -389,7 +387,7 @@ def mse_optimum(problem: UFM) -> Optimum:
         WWT=rows_sq.diag(),
         WH=scales.diag(),
         bias=torch.zeros_like(counts),
-        duality=(counts.sqrt() * (scales**2 * counts) ** ((depth - 1) / (2 * depth + 2))).diag(),
+        other_duality=(counts.sqrt() * (scales**2 * counts) ** ((depth - 1) / (2 * depth + 2))).diag(),
         loss=loss,
         method="closed form",
         lower_bound=loss,

@@ -1,25 +1,12 @@
 """Geometries of class means and head that the literature compares with."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from numpy.typing import ArrayLike
 
 from nc_theory.problem import random_frame, validate_counts
-
-
-def self_duality(class_counts: ArrayLike) -> torch.Tensor:
-    """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m.
-
-    Example:
-        >>> from nc_theory import self_duality
-        >>> self_duality([1, 4, 9])
-        tensor([[ 2., -2., -3.],
-                [-1.,  4., -3.],
-                [-1., -2.,  6.]], dtype=torch.float64)
-    """
-    roots = validate_counts(class_counts).sqrt()
-    return (len(roots) * roots).diag().sub_(roots)
 
 
 def simplex_etf(
@@ -41,8 +28,10 @@ def simplex_etf(
     return math.sqrt(num_classes / (num_classes - 1)) * centring @ frame.T
 
 
-def seli(class_counts: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
+def seli(class_counts: ArrayLike, of: Sequence[str] = ("HTH", "WWT")) -> tuple[torch.Tensor, ...]:
     """Return H^T H and W W^T (K, K) of SELI, the geometry of imbalanced classes without ReLU, each up to a factor.
+
+    of: which of them, because of 10,000 classes each takes 0.8 GB.
 
     Thrampoulidis, Kini, Vakilian, Behnia (2022), definition 2: with the simplex-encoding label matrix
     Z = (I - 11^T/K) Y (K, N), Y one-hot, and its SVD Z = V S U^T, the features have the Gram matrix U S U^T, and
@@ -64,9 +53,14 @@ def seli(class_counts: ArrayLike) -> tuple[torch.Tensor, torch.Tensor]:
     distinct, groups, sizes = counts.unique(return_inverse=True, return_counts=True)
     sizes, roots = sizes.double(), counts.sqrt()
     centring = torch.eye(len(sizes), dtype=torch.float64) - sizes.outer(sizes).sqrt() / len(counts)
-    gram = distinct.sqrt()[:, None] * centring * distinct.sqrt()
-    gram = root_of_all_classes(gram, distinct, groups, sizes).div_(roots[:, None]).div_(roots)
-    return gram, root_of_all_classes(centring * distinct @ centring, distinct, groups, sizes)
+    found = []
+    for name in of:
+        if name == "HTH":
+            gram = distinct.sqrt()[:, None] * centring * distinct.sqrt()
+            found.append(root_of_all_classes(gram, distinct, groups, sizes).div_(roots[:, None]).div_(roots))
+        else:
+            found.append(root_of_all_classes(centring * distinct @ centring, distinct, groups, sizes))
+    return tuple(found)
 
 
 def root_of_all_classes(

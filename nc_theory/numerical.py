@@ -341,7 +341,7 @@ class ScaledProblem:
             WH=logits,
             bias=offset,
             # Singular values of the class means below UNUSED times the largest are zero up to the minimiser's error
-            duality=logits @ torch.linalg.pinv(gram, rtol=UNUSED, hermitian=True),
+            other_duality=logits @ torch.linalg.pinv(gram, rtol=UNUSED, hermitian=True),
             loss=float(end.fun * self.cost),
             method="numerical",
             projected_gradient=end.projected_gradient,

@@ -193,13 +193,13 @@ class Optimum:
     WWT: torch.Tensor  # (K, K)
     WH: torch.Tensor  # (K, K)
     bias: torch.Tensor  # (K,) zero in a problem without one
-    duality: torch.Tensor  # (K, K) the matrix D of W ~ D H^T
     loss: float  # value of (UFM) at the minimiser
     method: str  # "closed form", "class by class", "numerical" or "released formula"
     projected_gradient: float = 0.0  # largest entry of the projected gradient, in scaled variables
     lower_bound: float = -math.inf  # the minimum of (UFM) is proved to be no smaller
     factors: tuple[torch.Tensor, torch.Tensor] | None = None  # W and H^T (K, r) in r directions, if features share some
     certificate: Certificate | None = None  # of the lower bound; None in closed form, which needs none
+    other_duality: torch.Tensor | None = None  # (K, K) `duality`, where it is not the paper's
 
     @property
     def class_counts(self) -> torch.Tensor:
@@ -210,6 +210,11 @@ class Optimum:
     def collapsed(self) -> torch.Tensor:
         """(K,) bool: True for the classes in minority collapse, h_k = 0."""
         return self.mean_norms_sq == 0
+
+    @property
+    def duality(self) -> torch.Tensor:
+        """The matrix D (K, K) of the self-duality W ~ D H^T, up to a factor."""
+        return self_duality(self.class_counts) if self.other_duality is None else self.other_duality
 
     @property
     def gap(self) -> float:
@@ -276,6 +281,20 @@ class Optimum:
     def certified(self) -> bool:
         """True if the gap proves that this is the minimum, up to a relative error of CERTIFIED."""
         return abs(self.gap) <= CERTIFIED
+
+
+def self_duality(class_counts: ArrayLike) -> torch.Tensor:
+    """Return the D (K, K) of the paper's self-duality W ~ D H^T: rows K sqrt(n_k) h_k - sum_m sqrt(n_m) h_m.
+
+    Example:
+        >>> from nc_theory import self_duality
+        >>> self_duality([1, 4, 9])
+        tensor([[ 2., -2., -3.],
+                [-1.,  4., -3.],
+                [-1., -2.,  6.]], dtype=torch.float64)
+    """
+    roots = validate_counts(class_counts).sqrt()
+    return (len(roots) * roots).diag().sub_(roots)
 
 
 def random_frame(
