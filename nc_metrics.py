@@ -871,7 +871,8 @@ def classical_metrics(statistics: ClassStatistics, weight: torch.Tensor | None) 
     equiangularity_classifier  std over pairs k != l of cos(w_k, w_l) (ibid.)
     self_duality         |W/|W| - M/|M||, rows of M: mu_k - mu_G (ibid., NC3)
     UNC3                 std / mean over classes of cos(w_k, mu_k - mu_G), `class_alignment`: uniform duality
-                         (Wu and Papyan, 2024, arXiv 2405.17767)
+                         (Wu and Papyan, 2024, arXiv 2405.17767, whose code writes the mean and the standard deviation,
+                         with K - 1 for K, of the same cosines)
     NC4                  share of samples whose nearest class mean is not the predicted class (ibid., NC4); NaN if no
                          predictions were given
     CDNV                 mean over pairs k != l of (v_k + v_l) / (2 |mu_k - mu_l|^2), v_k the mean of |h - mu_k|^2
