@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import ROOT, make_parser, report
+from common import ROOT, make_parser, report, write_table
 
 from analysis.settings import read_measured_run
 from args import parse_args
@@ -108,6 +108,7 @@ def main():
             row["steps, ratio"] = row["steps, random"] / row["steps, recipe"]
             row["seconds, ratio"] = row["seconds, random"] / row["seconds, recipe"]
             rows.append(row)
+            write_table("time_to_collapse_cpu", rows, options.out)
             print(
                 ", ".join(
                     f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()

@@ -213,7 +213,7 @@ def collapse_times(rows):
         for unit, form in (("steps", "{:,.0f}"), ("seconds", "{:,.1f}")):
             row |= {f"{unit}, {kind}": form.format(of_setting[f"{unit}, {kind}"].median()) for kind in KINDS}
             low, middle, high = of_setting[f"{unit}, ratio"].quantile([0, 0.5, 1])
-            row[f"{unit}, ratio"] = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+            row[f"{unit}, ratio"] = f"{middle:.1f}" + (f" ({low:.1f} to {high:.1f})" if len(of_setting) > 1 else "")
         shown.append(row)
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
