@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models, transforms
 
-from analysis.figures import draw_layers
+from analysis.figures import add_layer_legend, draw_layers
 from analysis.panels import LAYER_PANELS
 from analysis.style import STYLE_FILE, TEXT_WIDTH
 from cli import Parser, bounded, layer_names
@@ -372,6 +372,7 @@ def draw(table, folder):
     """Draw the figure of layers as layers.pdf and layers.png in `folder`."""
     figure = Figure(figsize=(TEXT_WIDTH, 2.4))
     draw_layers(figure.subplots(1, len(LAYER_PANELS)), table)
+    add_layer_legend(figure)
     for kind in ("pdf", "png"):
         with atomic_write(folder / f"layers.{kind}") as file:
             figure.savefig(file, format=kind)

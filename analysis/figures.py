@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox, ScaledTranslation
 from PIL import Image
 
 from analysis.panels import (
@@ -27,12 +27,13 @@ from analysis.panels import (
     Matrices,
     class_panels,
     collapse_threshold,
+    count_ticks,
     curve_panels,
     means_at_equal_counts,
     training_panels,
 )
 from analysis.settings import geometry_epochs, listed, make_settings, thinned
-from analysis.style import COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH, style_of
+from analysis.style import COLOURS, MARKERS, STYLE_FILE, TEXT_WIDTH, line_style_of, style_of
 from engine.run import note_drawn
 from utils import atomic_write, shortened
 
@@ -47,6 +48,8 @@ VECTOR_CLASSES = 30  # number of classes above which a PDF holds heatmaps as bit
 NAMED_CLASSES = 12  # largest number of classes whose names are written beside axes and points
 ONE_ROW = 75  # characters of a legend's entries that fit in one row
 LEGEND_BELOW = 30  # points between an axis and its legend, for ticks and a label
+NAME_PLACES = [(3 * dx * far, 2 * dy * far) for far in (1, 3, 6, 9) for dx in (1, -1) for dy in (1, -1)]
+NAME_PLACES += [(4, 0), (-4, 0), (0, 4), (0, -4)]  # points from a class to its name, the preferred places first
 MARKED = 9  # largest number of points of a curve that have a marker
 FRAMES_PER_SECOND = 5  # of an animation
 
@@ -135,37 +138,54 @@ def layers(settings):
     rows = [(setting, table) for setting in settings if len(table := setting.runs[0].layers)]
     if not rows:
         return None
-    figure = Figure(figsize=(TEXT_WIDTH, 2.4 * len(rows)))
+    figure = Figure(figsize=(TEXT_WIDTH, 2.4 if len(rows) == 1 else 1.9 * len(rows)))
     axes = figure.subplots(len(rows), len(LAYER_PANELS), squeeze=False)
+    names = list(dict.fromkeys(name for _, table in rows for name in table["layer"]))
     for of_setting, (setting, table) in zip(axes, rows, strict=True):
-        draw_layers(of_setting, table)
-        of_setting[0].set_ylabel(plain(setting.note))
+        draw_layers(of_setting, table, names)
+        of_setting[0].set_ylabel(textwrap.fill(plain(setting.note), 26))
+    add_layer_legend(figure)
     return figure
 
 
-def draw_layers(axes, table):
+def draw_layers(axes, table, names=()):
     """Draw LAYER_PANELS of a table of layers against depth, or, if it has several epochs, against the epoch.
 
-    Against the epoch there is a colour for each layer, and a marker for each split.
+    Against the epoch there is a colour for each layer, by its position in `names`, and a marker for each split.
     """
     x, columns = ("epoch", ["layer", "split"]) if "epoch" in table else ("layer", ["split"])
+    splits = table["split"].unique().tolist()
     for axis, (column, (title, scale)) in zip(axes, LAYER_PANELS.items(), strict=True):
         for key, rows in table.groupby(columns, sort=False):
-            first = [table[name].unique().tolist().index(part) for name, part in zip(columns, key, strict=True)]
-            style = style_of(first[0]) | {"marker": MARKERS[first[-1]]}
+            split = splits.index(key[-1])
+            style = line_style_of(names.index(key[0]) if x == "epoch" else split) | {"marker": MARKERS[split]}
             axis.plot(rows[x], rows[column], label=plain(", ".join(key)), **style)
         axis.set(yscale=scale, title=title, xlabel="epoch" if x == "epoch" else "")
-        axis.tick_params("x", rotation=45 if x == "layer" else 0)
-    axes[-1].legend()
+        if x == "layer":
+            axis.set_xticks(
+                range(table[x].nunique()), labels=table[x].unique(), rotation=45, ha="right", rotation_mode="anchor"
+            )
+        if scale == "log":
+            show_two_powers(axis)
+
+
+def add_layer_legend(figure):
+    """Add one legend for all axes of `draw_layers` below a figure, because curves may be anywhere in the axes."""
+    handles = {}
+    for axis in figure.axes:
+        handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+    columns = min(len(handles), 3)
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(handles) // columns))
+    figure.legend(handles.values(), handles.keys(), ncols=columns, loc="outside lower center")
 
 
 def draw_curves(axis, panel, several, legend_columns=1):
     """Draw a panel of curves: colours and markers tell the settings apart if there are several, else the columns."""
     set_axis(axis, panel, panel.ylabel, title=panel.title)
-    axis.xaxis.set_major_locator(MaxNLocator(4))  # step numbers are wide
+    axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))  # step numbers are wide
     for position, series in enumerate(panel.series):
         if len(series.x):
-            style = style_of(series.setting.index if several else position)
+            style = line_style_of(series.setting.index) if several else style_of(position)
             marked = thinned(range(len(series.x)), MARKED)  # also the last point
             axis.plot(series.x, series.mean, markevery=marked, label=series.label, **style)
             if series.setting.seeds:
@@ -177,12 +197,17 @@ def draw_curves(axis, panel, several, legend_columns=1):
             axis.plot(series.theory.x, series.theory.y, label=label, **line)
     if not axis.lines:
         axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
-    elif not several and any(panel.columns.values()):  # below the axis: curves may be anywhere in it
-        below = axis.transAxes + ScaledTranslation(0, -LEGEND_BELOW / 72, axis.figure.dpi_scale_trans)
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below, "borderaxespad": 0}
-        axis.legend(**place, ncols=legend_columns)
+    elif not several and any(panel.columns.values()):
+        legend_below_axis(axis, LEGEND_BELOW, ncols=legend_columns)
     if panel.yscale == "log":
         show_two_powers(axis)
+
+
+def legend_below_axis(axis, points, **options):
+    """Add a legend that many points below an axis, because curves may be anywhere in it."""
+    below = axis.transAxes + ScaledTranslation(0, -points / 72, axis.figure.dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below, "borderaxespad": 0}
+    axis.legend(**place, **options)
 
 
 def show_two_powers(axis):
@@ -199,10 +224,13 @@ def show_two_powers(axis):
 
 def set_axis(axis, panel, ylabel, title=""):
     axis.set(title=title, xlabel=panel.xlabel, ylabel=ylabel, xscale=panel.xscale, yscale=panel.yscale)
+    if panel.xscale == "log":
+        axis.set_xticks(ticks := count_ticks(np.concatenate([series.x for series in panel.series])), labels=ticks)
+        axis.xaxis.set_minor_locator(NullLocator())
 
 
 def handles_of(settings):
-    return [Line2D([], [], **style_of(setting.index)) for setting in settings]
+    return [Line2D([], [], **line_style_of(setting.index)) for setting in settings]
 
 
 def in_common(settings, *columns):
@@ -292,12 +320,39 @@ def class_accuracy(settings):
         points = Line2D([], [], linestyle="none", **style)
         handles = {listed(*chain(*measured_texts([series.setting]))): points, "mean at equal $n_k$": line}
         legends.append(handles | draw_threshold(axis, series.setting, style["color"] if several else COLOURS[1]))
+    add_class_legend(figure, settings, legends, "mean at equal $n_k$")
     names = None if several else settings[0].class_names
     if names and len(names) <= NAMED_CLASSES:
-        for name, x, y in zip(names, panel.series[0].x, panel.series[0].mean, strict=True):
-            axis.annotate(shortened(name, 16), (x, y), (3, 2), textcoords="offset points", fontsize=7, parse_math=False)
-    add_class_legend(figure, settings, legends, "mean at equal $n_k$")
+        write_names(axis, names, panel.series[0].x, panel.series[0].mean, line)
     return figure
+
+
+def write_names(axis, names, xs, ys, line):
+    """Write names (P,) beside points (P,), clear of the axis's edges, the points, a line and other names."""
+    axis.margins(x=0.06, y=0.15)  # room for names of the outermost points
+    axis.figure.draw_without_rendering()  # places the axis
+    path = axis.transData.transform_path(line.get_path())
+    taken = [
+        Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in axis.transData.transform(np.column_stack([xs, ys]))
+    ]
+    for name, x, y in zip(names, xs, ys, strict=True):
+        for dx, dy in NAME_PLACES:
+            side = {
+                "ha": ("right", "center", "left")[np.sign(dx) + 1],
+                "va": ("top", "center", "bottom")[np.sign(dy) + 1],
+            }
+            text = axis.annotate(
+                shortened(name, 16), (x, y), (dx, dy), textcoords="offset points", parse_math=False, **side
+            )
+            text.set_in_layout(False)
+            box = text.get_window_extent()
+            inside = np.all([axis.bbox.contains(*corner) for corner in box.corners()])
+            if inside and not path.intersects_bbox(box, filled=False) and not box.count_overlaps(taken):
+                break
+            text.remove()
+        else:
+            axis.add_artist(text)  # a crowd: there is no free place
+        taken.append(box)
 
 
 def add_class_legend(figure, settings, legends, line):
@@ -311,10 +366,20 @@ def add_class_legend(figure, settings, legends, line):
         figure.legend(legends[0].values(), legends[0].keys(), ncols=columns, loc="outside lower center")
         return
     shared, labels = in_common(settings, *measured_texts(settings))
-    labels = [listed(label, *list(handles)[2:]) for label, handles in zip(labels, legends, strict=True)]
-    options = {"handlelength": 6, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.5)}}
-    title = f"{shared or 'measured'}; {line}; collapse threshold"
-    legend_below(figure, [tuple(handles.values()) for handles in legends], labels, title, **options)
+    thresholds, dotted = [listed(*list(handles)[2:]) for handles in legends], draws_threshold(legends)
+    threshold = thresholds[0] if len({*thresholds}) == 1 else "collapse threshold" if dotted else ""
+    if threshold != thresholds[0]:
+        labels = [listed(*texts) for texts in zip(labels, thresholds, strict=True)]
+    none = Line2D([], [], linestyle="none")  # where a setting has no threshold
+    handles = [(*handles.values(), none)[: 2 + dotted] for handles in legends]
+    options = {"handlelength": 4 + 2 * dotted, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.5)}}
+    title = "; ".join(filter(None, [shared or "measured", line, threshold]))
+    legend_below(figure, handles, labels, title, **options)
+
+
+def draws_threshold(legends):
+    """Return whether any setting's threshold is a line in the figure."""
+    return any(handle.get_linestyle() == ":" for handles in legends for handle in handles.values())
 
 
 def draw_points(axis, series, style):
@@ -346,7 +411,8 @@ def heatmaps(geometry, epoch, note="", limits=None, names=None):
     """
     matrices = Matrices.of(geometry)
     rows, limits = matrices.rows, limits or matrices.limits
-    figure = Figure(figsize=(5.0, 0.9 + 1.35 * len(rows)))
+    named = names and len(names) <= NAMED_CLASSES
+    figure = Figure(figsize=(TEXT_WIDTH, 1.6 + 1.6 * len(rows)) if named else (5.0, 0.9 + 1.35 * len(rows)))
     title = [*textwrap.wrap(listed(f"epoch {epoch}", plain(note)), 80), "matrices / their Frobenius norms"]
     figure.suptitle("\n".join(title))
     axes = figure.subplots(len(rows), len(MATRICES), squeeze=False, sharex=True, sharey=True)
@@ -360,13 +426,13 @@ def heatmaps(geometry, epoch, note="", limits=None, names=None):
     for top, bottom, symbol in zip(axes[0], axes[-1], MATRICES.values(), strict=True):
         top.set_title(symbol)
         bottom.set_xlabel("class")
-    if names and len(names) <= NAMED_CLASSES:
+    if named:
         for axis in axes.ravel():
-            labels = {"labels": [shortened(name, 12) for name in names], "parse_math": False, "fontsize": 6}
+            labels = {"labels": [shortened(name, 12) for name in names], "parse_math": False}
             axis.set_xticks(range(len(names)), **labels, rotation=90)
             axis.set_yticks(range(len(names)), **labels)
     for axis, distance in zip(axes[-1], matrices.distances, strict=False):
-        axis.set_title(f"distance {distance:.1e}")
+        axis.set_title(f"distance {distance:.2g}")
     return figure
 
 

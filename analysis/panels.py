@@ -79,7 +79,7 @@ THEOREM_PANELS = [
 LAYER_PANELS = {  # column: title and scale
     "NC1": ("NC1", "log"),
     "CDNV": ("CDNV", "log"),
-    "NCM_acc1": ("nearest class mean, accuracy (%)", "linear"),
+    "NCM_acc1": ("nearest class mean (%)", "linear"),
 }
 ACCURACY_PANELS = [Panel("test accuracy", "%", {"test_accuracy": ""}, "linear")]
 
@@ -182,6 +182,14 @@ def collapse_threshold(setting):
     problem = run.comparison.problem if run.theory != "released" else None
     threshold = collapse_count(problem) if problem else None
     return threshold, threshold is not None and min(counts) / 10 < threshold < 2 * max(counts)
+
+
+def count_ticks(counts):
+    """Return the ticks of a logarithmic axis of numbers of images: powers of ten and, up to three of them, 2 and 5."""
+    low, high = np.log10([min(counts), max(counts)])
+    digits = (1, 2, 5) if high - low < 3 else (1,)
+    ticks = [digit * 10**power for power in range(int(low), int(high) + 1) for digit in digits]
+    return [tick for tick in ticks if min(counts) <= 1.1 * tick and tick <= 1.1 * max(counts)]
 
 
 def means_at_equal_counts(series):

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from itertools import combinations
 
 import matplotlib.style
 import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -15,6 +18,7 @@ from analysis.figures import (
     curves,
     draw_runs,
     heatmaps,
+    layers,
     show_two_powers,
     theorem,
     training,
@@ -22,7 +26,7 @@ from analysis.figures import (
 )
 from analysis.panels import NC_PANELS, TRAINING_PANELS
 from analysis.settings import make_settings, read_measured_run
-from analysis.style import STYLE_FILE
+from analysis.style import COLOURS, STYLE_FILE
 from engine.run import drawn
 from engine.tables import THEORY_SUFFIXES, read_rows, write_table
 from nc_theory import UFM, released_formula, solve, solve_numerically
@@ -494,7 +498,7 @@ def test_heatmaps_are_the_matrices_of_the_epoch(epoch):
         np.testing.assert_allclose(theory, parts[f"{name}_theory"] / np.linalg.norm(parts[f"{name}_theory"]))
         np.testing.assert_allclose(difference, measured - theory)
         assert np.linalg.norm(difference) == pytest.approx(row[metric], rel=1e-6)
-        assert axes[2, column].get_title() == f"distance {row[metric]:.1e}"
+        assert axes[2, column].get_title() == f"distance {row[metric]:.2g}"
     for rows in (meshes[:2], meshes[2:]):
         limits = {mesh.get_clim() for row in rows for mesh in row}
         (low, high) = limits.pop()
@@ -544,19 +548,51 @@ def test_the_animation_goes_through_the_checkpoints_on_fixed_scales(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
-    """All text at 6.5 points or more at print size, inside the page, and legends clear of the axes."""
-    folders = three_seeds(tmp_path)
-    if several:
-        folders += [recorded(tmp_path / f"other{n}", n, lr=n, weight_decay=0.1, loss="MSE") for n in range(2, 6)]
-    settings = settings_of(*folders)
+COLOUR_BLIND = (  # linear RGB as seen without red or green cones: Viénot, Brettel and Mollon, 1999
+    [[0.1124, 0.8876, 0], [0.1124, 0.8876, 0], [0.004, -0.004, 1]],
+    [[0.2928, 0.7072, 0], [0.2928, 0.7072, 0], [-0.0223, 0.0223, 1]],
+)
+
+
+def shown(figure):
+    """The texts on the page, without the labels of ticks outside their axis."""
+    figure.draw_without_rendering()
+    hidden = set()
+    for axis in (each for axes in figure.axes for each in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+        hidden |= {id(tick.label1) for tick in ticks if not low <= tick.get_loc() <= high}
+        hidden |= {id(tick.label2) for tick in ticks if not low <= tick.get_loc() <= high}
+    return [text for text in texts(figure) if id(text) not in hidden]
+
+
+def with_layers(folder):
+    """Add layers.csv of two measurements of three layers to a run."""
+    rows = [
+        {"epoch": epoch, "layer": layer, "split": split, "NC1": value, "CDNV": value, "NCM_acc1": 90 + value}
+        for epoch in (1, 80)
+        for value, layer in enumerate(("layers.0", "layers.2", "fc"), 1)
+        for split in ("train", "test")
+    ]
+    write_table(folder / "nc_layers.csv", pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize("case", ["three seeds", "five settings", "ten settings", "names"])
+def test_texts_are_readable_and_nothing_overlaps(tmp_path, case):
+    """All text is at 8 points or more at print size and inside the page; texts and legends are clear of each other."""
+    folders = [recorded(tmp_path / "run")] if case == "names" else three_seeds(tmp_path)
+    count = {"five settings": 5, "ten settings": 10}.get(case, 1)
+    folders += [recorded(tmp_path / f"{n}", n, lr=n, weight_decay=0.1, loss="MSE") for n in range(2, count + 1)]
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     for folder in folders:
-        write_accuracies(folder, range(10))
+        with_layers(folder)
+        write_accuracies(folder, [3.3, 3.1, 7, 6, 37, 15, 28, 23, 57, 51])
+        set_config(folder, **{"class_names": names} if case == "names" else {})
+    settings = settings_of(*folders)
     figures = [curves(NC_PANELS, settings), curves(TRAINING_PANELS, settings), theorem(settings)]
-    figures.append(class_accuracy(settings))
-    parts = settings[0].geometries[0]
-    figures.append(heatmaps(parts, 80, settings[0].note))
+    figures += [class_accuracy(settings), layers(settings)]
+    parts, names = settings[0].geometries[0], settings[0].class_names
+    figures.append(heatmaps(parts, 80, settings[0].note, names=names))
     figures.append(heatmaps({name: array for name, array in parts.items() if not name.endswith("_theory")}, 80))
     for figure in figures:
         figure.savefig(tmp_path / "figure.png")
@@ -564,9 +600,35 @@ def test_nothing_is_cut_or_too_small_to_read(tmp_path, several):
         assert width <= 6.75
         page = figure.get_tightbbox()
         assert page.x0 >= 0 and page.y0 >= 0 and page.x1 <= width and page.y1 <= height
-        assert min(text.get_fontsize() for text in texts(figure)) >= 6.5
+        found = shown(figure)
+        assert min(text.get_fontsize() for text in found) >= 8
+        for one, other in combinations(found, 2):
+            assert not one.get_window_extent().overlaps(other.get_window_extent()), (one, other)
         for legend in figure.legends:
             assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes)
+
+
+def test_ten_settings_look_different(tmp_path):
+    """Each has its own colour, marker and line; the colours differ for red-blind and green-blind readers, too."""
+    settings = settings_of(*(recorded(tmp_path / f"{n}", lr=n) for n in range(1, 11)))
+    lines = curves(NC_PANELS, settings).axes[0].lines
+    looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+    assert len(looks) == len({(line.get_color(), line.get_marker()) for line in lines}) == 10
+    linear = np.array([to_rgb(f"#{colour.lstrip('#')}") for colour in COLOURS]) ** 2.2
+    for seen in COLOUR_BLIND:  # distances in RGB from 0 to 1
+        colours = np.clip(linear @ np.array(seen).T, 0, 1) ** (1 / 2.2)
+        distances = np.linalg.norm(colours[:, None] - colours, axis=2)[~np.eye(len(colours), dtype=bool)]
+        assert distances.min() > 0.1
+
+
+def test_images_of_a_class_on_a_logarithmic_axis_are_numbers(tmp_path):
+    counts = [1, 2, 4, 7, 13, 21, 36, 61, 101, 170]
+    run = recorded(tmp_path / "run", counts=counts)
+    for path in (run / "geometry").iterdir():
+        change_geometry(path, lambda name, array: np.array(counts) if name == "class_counts" else array)
+    axis = theorem(settings_of(run)).axes[0]
+    assert axis.get_xscale() == "log"
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "5", "10", "20", "50", "100"]
 
 
 def test_figures_name_their_theory_and_statistics(tmp_path, monkeypatch):
