@@ -16,6 +16,7 @@ measured at its input. With --epochs there is a row for each epoch, too, and the
 import functools
 import inspect
 import sys
+import warnings
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
@@ -52,14 +53,17 @@ def main():
         raise UserError("--epochs are those of a --run")
     if args.run and (args.classes or args.data):
         raise UserError("--classes and --data are those of a --model")
-    try:
-        if args.run:
-            table = pd.concat(measure_run(args, device), ignore_index=True)
-        else:
-            model, loaders, num_classes = load_model_and_data(args)
-            table = measure(model.to(device), loaders, args.layers, num_classes, args.classes)
-    except ValueError as error:
-        raise UserError(error) from None
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            if args.run:
+                table = pd.concat(measure_run(args, device), ignore_index=True)
+            else:
+                model, loaders, num_classes = load_model_and_data(args)
+                table = measure(model.to(device), loaders, args.layers, num_classes, args.classes)
+        except ValueError as error:
+            raise UserError(error) from None
+    for warning in caught:
+        print(f"note: {warning.message}")
     args.out.mkdir(parents=True, exist_ok=True)
     write_table(args.out / "layers.csv", table)
     draw(table, args.out)

@@ -148,11 +148,13 @@ def layers(settings):
     return figure
 
 
-def draw_layers(axes, table, names=()):
+def draw_layers(axes, table, names=None):
     """Draw LAYER_PANELS of a table of layers against depth, or, if it has several epochs, against the epoch.
 
     Against the epoch there is a colour for each layer, by its position in `names`, and a marker for each split.
+    names: of layers; default: those of the table.
     """
+    names = names or table["layer"].unique().tolist()
     x, columns = ("epoch", ["layer", "split"]) if "epoch" in table else ("layer", ["split"])
     splits = table["split"].unique().tolist()
     for axis, (column, (title, scale)) in zip(axes, LAYER_PANELS.items(), strict=True):
@@ -336,13 +338,14 @@ def write_names(axis, names, xs, ys, line):
         Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in axis.transData.transform(np.column_stack([xs, ys]))
     ]
     for name, x, y in zip(names, xs, ys, strict=True):
-        for dx, dy in NAME_PLACES:
-            side = {
+        side = 1 if y >= np.mean(ys[xs == x]) else -1  # of two points above each other, the name of the upper is above
+        for dx, dy in sorted(NAME_PLACES, key=lambda offset: offset[1] * side < 0):
+            place = {
                 "ha": ("right", "center", "left")[np.sign(dx) + 1],
                 "va": ("top", "center", "bottom")[np.sign(dy) + 1],
             }
             text = axis.annotate(
-                shortened(name, 16), (x, y), (dx, dy), textcoords="offset points", parse_math=False, **side
+                shortened(name, 16), (x, y), (dx, dy), textcoords="offset points", parse_math=False, **place
             )
             text.set_in_layout(False)
             box = text.get_window_extent()

@@ -31,6 +31,7 @@ from analysis.panels import (
     Matrices,
     class_panels,
     collapse_threshold,
+    count_ticks,
     curve_panels,
     training_panels,
 )
@@ -41,7 +42,7 @@ from utils import UserError, atomic_write, shortened
 
 COLUMNS = [*METRICS, *NC_COLUMNS]  # required in the rows of every run
 POINTS = 400  # largest number of points of a curve
-MARKED = 30  # largest number of points at which a curve has markers
+MARKED = 10  # largest number of points of a curve that have markers
 ENTRIES = 1_400_000  # largest number of entries of all matrices together: 5 MB
 NAME_WIDTH = 40  # largest number of characters of a class's name; 12 beside a matrix
 CLASSES = 100  # largest number of classes whose rows and columns of the matrices are shown
@@ -145,7 +146,7 @@ def runs_table(settings):
         for setting in settings
         for run in setting.runs
     ]
-    shared = folded("flags and facts in common", facts.loc[0, ~differs].items())
+    shared = folded(f"flags and facts{' in common' if len(settings) > 1 else ''}", facts.loc[0, ~differs].items())
     return table(differing) + shared + folded("folders", folders)
 
 
@@ -232,15 +233,25 @@ def plot(panel, traces, title):
     yaxis = {"title": {"text": panel.ylabel}, "type": panel.yscale}
     for axis, name in ((xaxis, "x"), (yaxis, "mean")):
         values = np.concatenate([getattr(series, name) for series in panel.series])
-        axis |= {"exponentformat": "power", **power_ticks(values)} if axis["type"] == "log" else {}
+        if axis["type"] == "log":
+            axis |= power_ticks(values) if name == "mean" else {"tickvals": count_ticks(values)}
     layout = {"title": {"text": title}, "xaxis": xaxis, "yaxis": yaxis}
     return {"data": [trace for series in panel.series for trace in traces(series)], "layout": layout}
 
 
 def power_ticks(values):
-    """Return the Plotly options of an axis with ticks at powers of ten, if the values span two or more of these."""
+    """Return the Plotly options of a logarithmic axis that shows two powers of ten or more, with ticks at these."""
     logs = np.log10(values[np.isfinite(values) & (values > 0)])
-    return {"dtick": 1} if len(logs) and np.floor(logs.max()) > np.ceil(logs.min()) else {}
+    if not len(logs):
+        return {}
+    low, high = np.ceil(logs.min()), np.floor(logs.max())
+    ends = {}
+    if high <= low:  # extend the axis to the powers around the values
+        low = np.floor(logs.min())
+        high = max(np.ceil(logs.max()), low + 1)
+        ends = {"range": [low - 0.05, high + 0.05]}
+    step = max(1, round((high - low) / 6))
+    return {"exponentformat": "power", "dtick": step, "tickfont": {"size": 10}} | ends  # exponents enlarge the font
 
 
 def with_thresholds(panel, settings):
@@ -277,8 +288,8 @@ def curve(series):
     setting, line = series.setting, mark_of(series.setting)["line"]
     kept = thinned(range(len(series.x)), POINTS)
     x, mean, low, high = (values[kept] for values in (series.x, series.mean, series.low, series.high))
-    mode = "lines+markers" if len(x) <= MARKED else "lines"
-    traces = [trace(setting, x, mean, "epoch %{x}: %{y:.3g}%{text}", text=ranges(setting, low, high), mode=mode)]
+    marks = {"mode": "lines+markers", "marker": mark_of(setting)["marker"] | {"maxdisplayed": MARKED}}
+    traces = [trace(setting, x, mean, "epoch %{x}: %{y:.3g}%{text}", text=ranges(setting, low, high), **marks)]
     if setting.seeds:
         band = {"fill": "toself", "opacity": 0.3, "hoverinfo": "skip", "line": line | {"width": 0}}
         traces.append(trace(setting, [*x, *x[::-1]], [*low, *high[::-1]], "", **band))

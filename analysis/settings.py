@@ -80,7 +80,8 @@ def label_of(run, names, named=True):
     if not run.config or (named and run.run_name):
         return run.run_name or run.folder.name
     setting = flags_of_setting(run)
-    values = {name: setting[name] for name in names if name in setting} or dict.fromkeys(names, "off")
+    values = {name: setting[name] for name in names if name in setting}
+    values = values or {name: run.flags.get(name) or "off" for name in names}  # the defaults, such as head_init random
     return ", ".join(f"{name} {short(value)}" for name, value in values.items())
 
 

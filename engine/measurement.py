@@ -63,7 +63,8 @@ class Measurement:
             except ValueError as error:
                 raise UserError(f"--nc_layers: {error}", FAILED_WORK) from None
         for warning in caught:
-            self.note(str(warning.message), f"--nc_layers: {warning.message}")
+            what = str(warning.message).rsplit(": ", 1)[0]  # without the numbers, which differ from epoch to epoch
+            self.note(what, f"--nc_layers: {warning.message}")
         return rows
 
     @torch.inference_mode()
@@ -206,7 +207,10 @@ def measure_layers(model, loaders, layers, num_classes, classes=None):
         if weight is not None and weight.shape != (num_classes, means.shape[1]):  # a head for other classes
             weight = None
         for split, of_split in statistics.items():
-            row = nc_metrics(of_split[layer], weight)
+            with warnings.catch_warnings(record=True, action="always") as caught:
+                row = nc_metrics(of_split[layer], weight)
+            for warning in caught:
+                warnings.warn(f"{layer}, {split}: {warning.message}", type(warning.message), stacklevel=2)
             columns = {name: value for name, value in row.items() if name not in THEORY_COLUMNS}
             rows.append({"layer": layer, "split": split, "d": means.shape[1], **columns})
     return rows

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from analysis.panels import GAPS
 from analysis.report import POINTS, write_report
 from analysis.settings import read_measured_run
 from engine.run import Run
@@ -386,6 +387,29 @@ def test_names_of_classes_are_ticks_of_the_matrices(browser, tmp_path):
     browser.wait_for("!document.getElementById('wait')")
     ticks = browser.evaluate("[...document.querySelectorAll('#heatmaps .ytick text')].map(tick => tick.textContent)")
     assert {"0 <b>bold</b>", "1 cat & dog", "2 %{x}", "3 $x_1$"} & set(ticks) and f"4 {'n' * 11}…" in ticks
+
+
+OVERLAPS = """[...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
+  const boxes = [...plot.querySelectorAll('text, .modebar')].filter(text => text.classList.contains('modebar')
+    || text.textContent.trim()).map(text => [text.textContent, text.getBoundingClientRect()]);
+  return boxes.flatMap(([text, a], i) => boxes.slice(i + 1).filter(([, b]) => a.width && b.width
+    && Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+    && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3).map(([other]) => `${text} | ${other}`));
+})"""  # 3: lines are higher than their letters
+
+
+@pytest.mark.parametrize("width", [1400, 700])
+def test_texts_of_the_figures_do_not_overlap(browser, tmp_path, width):
+    """With the names of classes, gaps, and values within less than a power of ten."""
+    folder = recorded(tmp_path / "run")
+    set_config(folder, class_names=["airplane", "automobile", *"cdefghij"])
+    gaps = {name: np.linspace(1e-2, 2e-3, len(ROWS)) for name in GAPS}
+    rows = pd.read_csv(folder / "nc_metrics.csv").assign(**gaps, NC2_H=np.linspace(0.9, 0.3, len(ROWS)))
+    write_table(folder / "nc_metrics.csv", rows)
+    browser.open(write_report([read_measured_run(folder)], tmp_path / "report.html"), width)
+    browser.wait_for("!document.getElementById('wait')")
+    assert browser.evaluate(OVERLAPS) == []
+    assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 @pytest.mark.parametrize("width", [1400, 700])
