@@ -15,6 +15,7 @@ LARGEST = 100  # percent, or degrees: nothing larger is printed as proved
 LARGE = 1.0  # an NC1 above, and this many times NC1_trace or more, is explained if classes have merged
 LARGE_RATIO = 100
 MERGED = 0.1  # of the median distance of two class means: classes that are closer have merged
+MEASURED = 3  # measurements of the gap that show its course
 AT_ZERO = 1e-4  # of the largest |mu_k|^2 at the optimum: classes below are at zero, and have no direction
 
 
@@ -184,8 +185,12 @@ def diagnosis_of(run, optimum, gap, parts):
         facts["least_images"] = min(counts) * min(1, flags["batch_size"] / sum(counts))
         facts["precision"] = flags["precision"]
     if len(log) and run.comparison.least_loss and run.bn_statistics == "running":
-        above = log["loss"].iloc[-1] / run.comparison.least_loss - 1
-        facts["training_gap"] = above / (1 - optimum.problem.irreducible_loss / optimum.loss)
+        above = log["loss"] / run.comparison.least_loss - 1
+        of_training = (above / (1 - optimum.problem.irreducible_loss / optimum.loss)).to_numpy()
+        facts["training_gap"] = of_training[-1]
+        constant = "penalty_scale" not in log or (log["penalty_scale"] == 1).all()
+        if len(rows) < MEASURED and constant:  # the course of the objective as seen while training
+            facts |= {"epochs": log["epoch"].to_numpy(), "gaps": of_training, "learning_rates": log["lr"].to_numpy()}
     if len(accuracies := run.class_accuracy(last, "train")):
         facts["accuracies"] = accuracies
     return diagnose(optimum, gap, parts["mean_norms_sq"], zero_samples=parts.get("zero_samples"), **facts)

@@ -17,7 +17,7 @@ RECENT = 0.2  # share of the measurements, the last ones, that tell whether the 
 FLAT = 0.05  # decades by which a gap that stays the same may change
 MOST_NAMED = 3  # classes that died and are described one by one
 ZERO_LR = 0.01  # of the largest learning rate, from which on it counts as zero
-LOW_LR = 0.1  # of the largest learning rate, below which it stops the gap from falling
+LOW_LR = 0.2  # of the largest learning rate, below which it stops the gap from falling
 UNBALANCED = 0.05  # an NC0 above this is not that of a stationary point
 
 
@@ -38,6 +38,7 @@ class Convergence:
     last_gap: float
     lr_at_zero: bool
     stopped_by_lr: bool  # the gap fell until the learning rate was low
+    relative_lr: float = math.nan  # the last learning rate over the largest; NaN if unknown
 
     @property
     def target(self) -> float:
@@ -92,6 +93,7 @@ def convergence(epochs: ArrayLike, gaps: ArrayLike, learning_rates: ArrayLike | 
         last_gap=float(values[kept][-1]),
         lr_at_zero=bool(relative[-1] < ZERO_LR),
         stopped_by_lr=bool(relative[-1] < ZERO_LR and (relative[first] < LOW_LR or not flat)),
+        relative_lr=float(relative[-1]),
     )
 
 
@@ -103,8 +105,8 @@ class Diagnosis:
         >>> from nc_theory import UFM, diagnose, gap_shares, solve
         >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
         >>> gap = gap_shares(optimum, optimum.head(8), optimum.features(8), [0.1, 0.1, 0.1], within_sums=[1, 2, 3])
-        >>> diagnose(optimum, gap, optimum.mean_norms_sq, accuracies=[100, 99, 100]).cause
-        '2 training images are misclassified, most in class 1'
+        >>> diagnose(optimum, gap, optimum.mean_norms_sq, accuracies=[100, 99, 100]).cause  # doctest: +ELLIPSIS
+        '2 training images are misclassified, most in class 1: too few steps, too small a network, or a...'
     """
 
     optimum: Optimum
@@ -135,6 +137,9 @@ class Diagnosis:
             lines.append(f"largest share of the gap: {SHARES[self.share][1]} ({part:.0%}), most of all {of_classes}")
         if self.cause:
             lines.append(f"likely cause: {self.cause}")
+        elif self.gap.columns()["optimality_gap"] > REACHED:
+            more = "" if self.convergence else ", and without three measurements of the gap its course is not known"
+            lines.append(f"likely cause: none of the causes that can be told apart applies{more}; more epochs may help")
         if self.convergence:
             lines.append(f"the gap: {self.convergence.text()}")
         return lines
@@ -219,7 +224,10 @@ def diagnose(
         if accuracies is not None:
             missed = np.where(zero, 0, np.rint((100 - array_of(accuracies)) / 100 * counts))
             if missed.any():
-                return f"{missed.sum():.0f} training images are misclassified, most in class {missed.argmax()}"
+                return (
+                    f"{missed.sum():.0f} training images are misclassified, most in class {missed.argmax()}: too few "
+                    "steps, too small a network, or a learning rate that is too small or too large"
+                )
         if not relative > REACHED:
             return None
         if batch_norm and training_gap < relative / 2:
@@ -229,7 +237,7 @@ def diagnose(
                 "optimum (see --bn_statistics)"
             )
         if course is None or (course.flat_since is None and not course.lr_at_zero):
-            return None if course is None else "training has not ended: the gap still changes"
+            return None if course is None else "too few epochs so far: the gap still changes"
         if course.stopped_by_lr:
             after = "" if steps is None else f", after {steps:,} steps"
             return f"too few steps: the learning rate reached zero while the gap still fell{after}"
@@ -240,6 +248,11 @@ def diagnose(
         symmetric = optimum.problem.loss == "CrossEntropy" and not optimum.problem.variant.logit_scaling
         if symmetric and NC0 > UNBALANCED:
             return f"NC0 is {NC0:.2g}, which no stationary point of the objective has: weight decay in the optimizer?"
+        if course.flat_since is not None and course.relative_lr > LOW_LR:
+            return (
+                f"the learning rate is still {course.relative_lr:.0%} of its largest: the noise of such steps can keep "
+                "the gap where it is (see --decay_type cosine)"
+            )
         return None
 
     named_cause = cause()

@@ -62,7 +62,7 @@ def test_the_largest_share_and_its_classes(wrong, share, classes):
         ({"penalty_scale": 0.4}, "the penalties are at 0.4 times their final strength"),
         ({"zero_samples": [0, 3, 0, 1]}, "4 training images have features that are all zero, most in class 1"),
         ({"accuracies": [100, 100, 99, 100]}, "2 training images are misclassified, most in class 2"),
-        ({"gaps": FALLING}, "training has not ended"),
+        ({"gaps": FALLING}, "too few epochs so far"),
         (
             {"gaps": FALLING, "learning_rates": COSINE, "steps": 750},
             "too few steps: the learning rate",
@@ -75,6 +75,7 @@ def test_the_largest_share_and_its_classes(wrong, share, classes):
         ({"gaps": LATE_FLAT, "batch_norm": True, "least_images": 12.0}, None),
         ({"gaps": LATE_FLAT, "precision": "bf16"}, "bf16"),
         ({"gaps": LATE_FLAT, "NC0": 0.2}, "NC0 is 0.2, which no stationary point"),
+        ({"gaps": LATE_FLAT, "learning_rates": EPOCHS * 0 + 1e-3}, "the learning rate is still 100% of its largest"),
         ({}, None),
     ],
 )
@@ -82,6 +83,15 @@ def test_the_cause_is_the_one_that_was_built_in(facts, cause):
     epochs = {"epochs": EPOCHS} if "gaps" in facts else {}
     found = diagnose(*network(head=1.2), **epochs, **facts).cause
     assert found is None if cause is None else found.startswith(cause), found
+
+
+def test_without_a_known_cause_this_is_said():
+    """Also without the three measurements that show a course; not at the optimum, where nothing is wrong."""
+    none = "likely cause: none of the causes that can be told apart applies"
+    assert f"{none}; more epochs may help" in diagnose(*network(head=1.2), epochs=EPOCHS, gaps=LATE_FLAT).lines()
+    (line,) = (line for line in diagnose(*network(head=1.2)).lines() if line.startswith("likely cause"))
+    assert line.startswith(f"{none}, and without three measurements of the gap")
+    assert not any("cause" in line for line in diagnose(*network()).lines())
 
 
 def test_mse_and_scaled_logits_have_no_cause_in_nc0():
@@ -141,6 +151,14 @@ def test_training_validation_and_report_say_the_same(train, validate, tmp_path):
     out, _ = validate("--load_path", "run")
     assert "\n".join(lines[:5]) in out
     assert lines[0] in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_with_two_measurements_the_log_tells_the_course(train, tmp_path):
+    """With `--nc_every 39` of 40 epochs: measured at epochs 1 and 40, but the objective was logged at all 40."""
+    train(*FLAGS[:-1], 39, "--save_path", "run")
+    measured = MeasuredRun(Run(tmp_path / "run"))
+    assert len(measured.rows) == 2
+    assert any(line.startswith("the gap: ") for line in explain(measured))
 
 
 def test_what_is_proved_stands_beside_what_is_measured(train, tmp_path):
