@@ -105,8 +105,8 @@ class Diagnosis:
         >>> from nc_theory import UFM, diagnose, gap_shares, solve
         >>> optimum = solve(UFM([100, 200, 300], lambda_w=5e-3, lambda_h=5e-5))
         >>> gap = gap_shares(optimum, optimum.head(8), optimum.features(8), [0.1, 0.1, 0.1], within_sums=[1, 2, 3])
-        >>> diagnose(optimum, gap, optimum.mean_norms_sq, accuracies=[100, 99, 100]).cause  # doctest: +ELLIPSIS
-        '2 training images are misclassified, most in class 1: too few steps, too small a network, or a...'
+        >>> diagnose(optimum, gap, optimum.mean_norms_sq, accuracies=[100, 99, 100]).cause.split(":")[0]
+        '2 training images are misclassified, most in class 1'
     """
 
     optimum: Optimum
