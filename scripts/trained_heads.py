@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ MADE_TYPES = {  # magika's class: how a file of it is made from Python source
     "xz": lzma.compress,
     "zlibstream": zlib.compress,
     "zip": lambda source: zipped(source),
-    "json": lambda source: json.dumps(source.decode().splitlines()).encode(),
+    "json": lambda source: json.dumps(Counter(re.findall(r"\w+", source.decode())), indent=1).encode(),
     "pickle": lambda source: pickle.dumps(source.decode().splitlines()),
 }
 BINS = 10  # pitches of torchcrepe of which one is measured in the smaller set
