@@ -7,8 +7,8 @@ scripts/tables.py defines the tables, and results/TABLE.csv is the summary.csv t
 document shows a table between the lines `<!-- table: TABLE -->` and `<!-- end of table -->`. If the folder of a table's
 runs is given, the script also replaces results/TABLE.csv and the table's figures in docs/figures/. A table with
 `by_class` also has results/TABLE_classes.csv: margins, norms and test accuracies of each class, over the seeds.
-results/check_gpu_cuda.csv is what scripts/check_gpu.sh writes on a GPU, results/trained_heads.csv what
-scripts/trained_heads.py writes.
+results/check_gpu_cuda.csv is what scripts/check_gpu.sh writes on a GPU, results/trained_heads.csv and
+results/trained_features.csv what scripts/trained_heads.py writes.
 """
 
 import argparse
@@ -32,8 +32,7 @@ from scripts.tables import TABLES, summary_of
 from utils import UserError, atomic_write, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECK, HEADS = "check_gpu_cuda", "trained_heads"
-TIMES = "time_to_collapse"
+CHECK, TIMES = "check_gpu_cuda", "time_to_collapse"
 MARKED = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
 
 
@@ -76,7 +75,10 @@ HEADS_COLUMNS = {  # of results/trained_heads.csv, and how they are written
     "common": "{:.1%}".format,
     "equiangularity_classifier": number,
     "ETF_WWT": number,
+    "ETF_centred": number,
     "optimum_WWT": number,
+    "optimum_WWT_large": number,
+    "norm_exponent": "{:+.2f}".format,
     "longest": number,
     "untrained": "{:,.0f}".format,
     "norms_rank": "{:+.2f}".format,
@@ -84,6 +86,22 @@ HEADS_COLUMNS = {  # of results/trained_heads.csv, and how they are written
     "majority": number,
     "rarest_cosine": "{:+.2f}".format,
 }
+FEATURES_COLUMNS = {  # of results/trained_features.csv
+    "head": str,
+    "classes_seen": "{:,.0f}".format,
+    "samples": "{:,.0f}".format,
+    "acc1": "{:.1f} %".format,
+    "NCM_acc1": "{:.1f} %".format,
+    "NC4": "{:.1%}".format,
+    "NC1": number,
+    "NC1_corrected": number,
+    "NC1_trace": number,
+    "CDNV": number,
+    "noise_share": number,
+    "self_duality": number,
+    "alignment": "{:+.2f}".format,
+}
+TRAINED = {"trained_heads": HEADS_COLUMNS, "trained_features": FEATURES_COLUMNS}
 KINDS = ("random", "recipe")  # of benchmarks/time_to_collapse.py
 SHOWN = {name: table for name, table in TABLES.items() if table.heads}
 BY_CLASS = {f"{name}_classes": table for name, table in TABLES.items() if table.by_class}
@@ -158,16 +176,16 @@ def redraw(text, results):
 
 
 def markdown(name, results):
-    """Return a table of SHOWN, that of the check of a GPU, or that of trained heads, as Markdown."""
+    """Return a table of SHOWN, that of the check of a GPU, or one of TRAINED, as Markdown."""
     if name == TIMES:
         return collapse_times(pd.read_csv(results / f"{name}.csv"))
     if name == CHECK:
         return measurements(pd.read_csv(results / f"{name}.csv", dtype=str, keep_default_na=False))
     if name in BY_CLASS:
         return classes_markdown(BY_CLASS[name], pd.read_csv(results / f"{name}.csv", converters={"class": str}))
-    if name == HEADS:
-        rows = pd.read_csv(results / f"{name}.csv")[[*HEADS_COLUMNS]]
-        for head, form in HEADS_COLUMNS.items():
+    if name in TRAINED:
+        rows = pd.read_csv(results / f"{name}.csv")[[*TRAINED[name]]]
+        for head, form in TRAINED[name].items():
             rows[head] = ["-" if pd.isna(value) else form(value) for value in rows[head]]
         return rows.to_markdown(index=False, disable_numparse=True)
     table, summary = SHOWN[name], pd.read_csv(results / f"{summary_of(name)}.csv")

@@ -382,6 +382,9 @@ def test_the_five_largest_logits():
     accuracy.update(torch.arange(7.0).expand(8, 7), labels)
     assert top5(accuracy, accuracy) == {"train_acc5": 75, "test_acc5": 75} and accuracy.overall() == 25
     assert top5(class_accuracy([0], [1]), None) == {}  # of five classes
+    dead = ClassAccuracy(accuracy.data, "train")
+    dead.update(torch.zeros(8, 7), labels)  # of equal logits the first count, as argmax has it
+    assert (dead.overall(), dead.overall(top=5)) == (12.5, 62.5)
 
 
 # ---------------------------------------------------------------------------------------------------------
