@@ -230,9 +230,9 @@ class ClassAccuracy:
     def update(self, logits, labels):
         self.correct.index_add_(0, labels, (logits.argmax(1) == labels).double())
         own = logits.gather(1, labels[:, None])
-        first = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-        before = (logits > own) | ((logits == own) & first)  # ties as in argmax; topk has them in any order
-        self.in_top5 += (before.sum(1) < 5).sum()
+        later = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
+        behind = (logits < own) | ((logits == own) & later)  # ties as in argmax; topk has them in any order
+        self.in_top5 += (behind.sum(1) > logits.shape[1] - 5).sum()
 
     def merge(self, sum_over_processes):
         """Sum the counts over processes that have each seen a part of the split, as `ClassStatistics.merge` does."""

@@ -385,6 +385,9 @@ def test_the_five_largest_logits():
     dead = ClassAccuracy(accuracy.data, "train")
     dead.update(torch.zeros(8, 7), labels)  # of equal logits the first count, as argmax has it
     assert (dead.overall(), dead.overall(top=5)) == (12.5, 62.5)
+    lost = ClassAccuracy(accuracy.data, "train")
+    lost.update(torch.full((8, 7), math.nan), labels)
+    assert lost.overall(top=5) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
