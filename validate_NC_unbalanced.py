@@ -146,8 +146,9 @@ def print_table(run):
             cells += [f"{measured / expected:10.4f}" if expected else f"{'-':>10}"]
         print(f"{label:>5} {count:>6} {' '.join(cells)}  {shortened(names[label], NAME_WIDTH)}".rstrip())
     print()
+    width = max(map(len, row.index))
     for name, value in row.drop("epoch").items():
-        print(f"{name:>20}  {'-' if math.isnan(value) else f'{value:.4g}'}")
+        print(f"{name:>{width}}  {'-' if math.isnan(value) else f'{value:.4g}'}")
     print("", *explain(run), sep="\n")
     print(f"\nrows in    {run.csv}")
 
