@@ -800,12 +800,13 @@ def noise_of_means(statistics: ClassStatistics) -> tuple[float, float]:
     else:
         inverse, across, outer = scales.square(), gram[rank:, :rank], gram[rank:, rank:]  # G^-1 = diag(inverse)
         outside = within - (f.diag() / inverse).sum()  # trace of QS
-        if outside > 0:  # scales random probes such that they know the trace of QS, which makes S of rank 1 exact
-            scale = outside / outer.trace()
+        random = len(basis) > PROBES
+        if random and outer.trace() > 0:  # scaled to know the trace of QS, the probes are exact for S of rank 1
+            scale = outside.clamp(min=0) / outer.trace()
             across, outer = across * scale.sqrt(), outer * scale
         w = unbiased_square(across.T @ across, f, outside, spare)
         q = outer.square().sum()
-        for degrees in (PROBES, spare) if len(basis) > PROBES else (spare,):
+        for degrees in (PROBES, spare) if random else (spare,):
             q = (q - outside.square() / degrees) / (1 + 1 / degrees - 2 / degrees**2)
         q = q.clamp(min=0)  # an estimate of tr QSQS
         bias = f.trace() * (f * c).sum() + 2 * (f @ f * c).sum() + (c.diag() * inverse.square()).sum() * q

@@ -855,6 +855,17 @@ def test_random_directions_estimate_the_bias_of_nc1(rank):
     assert np.mean(ratios) == pytest.approx(1, abs=3 * (2 / PROBES / repeats) ** 0.5)
 
 
+@pytest.mark.parametrize("dim", [2, 300])
+def test_the_bias_of_nc1_is_known_without_scatter_outside_the_class_means(dim):
+    """Three classes in a plane: nothing is orthogonal to their means, in 2 dimensions or in 300."""
+    means = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]])
+    labels = np.repeat(np.arange(3), 10)
+    features = means[labels] + np.random.default_rng(0).standard_normal((30, 2))
+    exact = nc1_corrected(statistics_of(features, labels, 3))
+    padded = nc1_corrected(statistics_of(np.pad(features, ((0, 0), (0, dim - 2))), labels, 3))
+    assert math.isfinite(exact) and padded == pytest.approx(exact, rel=1e-9)
+
+
 def test_what_cannot_be_corrected_is_nan():
     features, labels, _ = samples([1, 16, 27], 8)
     statistics = statistics_of(features, labels, 3)
