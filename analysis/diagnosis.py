@@ -177,7 +177,10 @@ def diagnosis_of(run, optimum, gap, parts):
     facts["NC0"] = rows["NC0"].iloc[-1] if "NC0" in rows else math.nan
     if len(log):
         facts["learning_rates"] = np.interp(rows["epoch"], log["epoch"], log["lr"])
-        facts["penalty_scale"] = log["penalty_scale"].iloc[-1] if "penalty_scale" in log and flags["sep_decay"] else 1.0
+        if "penalty_scale" in log and flags["sep_decay"]:
+            changing = log["penalty_scale"] != log["penalty_scale"].iloc[-1]
+            settled = log["lr"][~changing[::-1].cummax()[::-1]]  # since the last epoch in which they still changed
+            facts |= {"penalty_scale": log["penalty_scale"].iloc[-1], "penalty_lr": settled.iloc[0] / log["lr"].max()}
     if flags:
         counts = run.config["class_counts"]
         facts["steps"] = int(run.steps_until(last))

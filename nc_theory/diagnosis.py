@@ -14,6 +14,7 @@ from nc_theory.problem import Optimum
 DEAD = 1e-4  # a class mean whose squared norm is at most this much of the optimum's is at zero
 REACHED = 1e-6  # relative gap from which no cause is sought
 RECENT = 0.2  # share of the measurements, the last ones, that tell whether the gap still falls
+NEAR = 1e-2  # a gap that is larger has a second forecast, when it reaches this
 FLAT = 0.05  # decades by which a gap that stays the same may change
 MOST_NAMED = 3  # classes that died and are described one by one
 ZERO_LR = 0.01  # of the largest learning rate, from which on it counts as zero
@@ -55,8 +56,10 @@ class Convergence:
         text = f"falling by 10 every {max(self.epochs_per_decade, 1):.0f} epochs"
         if self.lr_at_zero:
             return f"{text} until the learning rate was at zero"
-        left = self.epochs_per_decade * math.log10(self.last_gap / self.target)
-        return f"{text}: {self.target:.0e} at about epoch {self.last_epoch + left:.0f}"
+        targets = [self.target, *([NEAR] if self.target > 1.1 * NEAR else [])]
+        left = [self.epochs_per_decade * math.log10(self.last_gap / target) for target in targets]
+        times = [f"{target:.0e} at about epoch {self.last_epoch + more:.0f}" for target, more in zip(targets, left)]
+        return f"{text}: {', '.join(times)}"
 
 
 def convergence(epochs: ArrayLike, gaps: ArrayLike, learning_rates: ArrayLike | None = None) -> Convergence | None:
@@ -155,6 +158,11 @@ def named(labels: Sequence[int], most: int = 20) -> str:
     return f"classes {', '.join(others)} and {last}" if others else f"class {last}"
 
 
+def images(number: float) -> str:
+    """Return so many training images in words."""
+    return f"{number:.0f} training image{'' if number == 1 else 's'}"
+
+
 def diagnose(
     optimum: Optimum,
     gap: GapShares,
@@ -166,6 +174,7 @@ def diagnose(
     accuracies: ArrayLike | None = None,
     zero_samples: ArrayLike | None = None,
     penalty_scale: float = 1.0,
+    penalty_lr: float = 1.0,
     training_gap: float = math.nan,
     steps: int | None = None,
     batch_norm: bool = False,
@@ -180,8 +189,9 @@ def diagnose(
 
     epochs, gaps, learning_rates: of the measurements so far (E,), see `convergence`. accuracies: of the classes on the
     training set (K,), in percent. zero_samples: samples of each class whose features are all zero (K,). penalty_scale:
-    factor of the penalties in the last epoch. training_gap: F / F* - 1 of the objective as training saw it, with the
-    statistics of its batches. steps: optimizer steps so far. batch_norm: the model has BatchNorm. least_images: images
+    factor of the penalties in the last epoch. penalty_lr: learning rate, over its largest, in the first epoch after
+    which the penalties stay the same. training_gap: F / F* - 1 of the objective as training saw it, with the statistics
+    of its batches. steps: optimizer steps so far. batch_norm: the model has BatchNorm. least_images: images
     of the rarest class in a batch, on average. precision: of the network's body. NC0: |sum_k w_k| / |W|.
 
     Raises ValueError for mean_norms_sq of another shape than (K,).
@@ -218,15 +228,17 @@ def diagnose(
     def cause() -> str | None:
         if penalty_scale != 1:
             return f"the penalties are at {penalty_scale:.3g} times their final strength: their schedule has not ended"
-        alone = np.zeros(len(counts)) if zero_samples is None else np.where(zero, 0, array_of(zero_samples))
+        nothing = zero | collapsed  # classes whose images are at zero, or get there, and have no largest logit
+        alone = np.zeros(len(counts)) if zero_samples is None else np.where(nothing, 0, array_of(zero_samples))
         if alone.any():
-            return f"{alone.sum():.0f} training images have features that are all zero, most in class {alone.argmax()}"
+            have = f"{images(alone.sum())} {'has' if alone.sum() == 1 else 'have'}"
+            return f"{have} features that are all zero, most in class {alone.argmax()}"
         if accuracies is not None:
-            missed = np.where(zero, 0, np.rint((100 - array_of(accuracies)) / 100 * counts))
+            missed = np.where(nothing, 0, np.rint((100 - array_of(accuracies)) / 100 * counts))
             if missed.any():
                 return (
-                    f"{missed.sum():.0f} training images are misclassified, most in class {missed.argmax()}: too few "
-                    "steps, too small a network, or a learning rate that is too small or too large"
+                    f"{images(missed.sum())} {'is' if missed.sum() == 1 else 'are'} misclassified, most in class "
+                    f"{missed.argmax()}: too few steps, too small a network, or a learning rate that is too small or too large"
                 )
         if not relative > REACHED:
             return None
@@ -240,6 +252,11 @@ def diagnose(
             return None if course is None else "too few epochs so far: the gap still changes"
         if course.stopped_by_lr:
             after = "" if steps is None else f", after {steps:,} steps"
+            if penalty_lr < LOW_LR:
+                return (
+                    "the penalties reached their final strength too late, when the learning rate was at "
+                    f"{penalty_lr:.0%} of its largest (see --penalty_warmup_epochs)"
+                )
             return f"too few steps: the learning rate reached zero while the gap still fell{after}"
         if batch_norm and least_images < 2:
             return f"batches have {least_images:.1f} images of the rarest class, on whose statistics BatchNorm depends"

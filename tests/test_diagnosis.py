@@ -67,6 +67,13 @@ def test_the_largest_share_and_its_classes(wrong, share, classes):
             {"gaps": FALLING, "learning_rates": COSINE, "steps": 750},
             "too few steps: the learning rate",
         ),
+        (
+            {"gaps": FALLING, "learning_rates": COSINE, "penalty_lr": 0.02},
+            "the penalties reached their final strength too late, when the learning rate was at 2% of its largest",
+        ),
+        ({"gaps": FALLING, "learning_rates": COSINE, "penalty_lr": 0.7}, "too few steps"),
+        ({"accuracies": [100, 100, 99.6, 100]}, "1 training image is misclassified, most in class 2"),
+        ({"zero_samples": [0, 1, 0, 0]}, "1 training image has features that are all zero, most in class 1"),
         ({"gaps": np.maximum(FALLING, 10.0**-5.8), "learning_rates": COSINE}, "too few steps"),
         ({"gaps": LATE_FLAT * 0 + 0.1, "learning_rates": COSINE}, None),
         ({"gaps": LATE_FLAT, "training_gap": 1e-6, "batch_norm": True}, "BatchNorm's running averages"),
@@ -83,6 +90,16 @@ def test_the_cause_is_the_one_that_was_built_in(facts, cause):
     epochs = {"epochs": EPOCHS} if "gaps" in facts else {}
     found = diagnose(*network(head=1.2), **epochs, **facts).cause
     assert found is None if cause is None else found.startswith(cause), found
+
+
+def test_a_class_that_collapses_at_the_optimum_is_no_cause():
+    """Nothing that happens to its images keeps the network away: at the optimum they are at zero, without a class."""
+    optimum = solve(UFM([1, 20, 200, 300], 1e-2, 1e-3))
+    _, gap, norms = network(head=1.2, optimum=optimum)
+    norms = norms + 0.01  # nor is its class mean at zero
+    facts = {"accuracies": [0, 100, 100, 100], "zero_samples": [1, 0, 0, 0]}
+    assert diagnose(optimum, gap, norms, **facts).cause is None
+    assert diagnose(optimum, gap, norms, accuracies=[0, 95, 100, 100]).cause.startswith("1 training image is")
 
 
 def test_without_a_known_cause_this_is_said():
@@ -111,6 +128,8 @@ def test_at_the_optimum_nothing_is_wrong():
     [
         (FALLING, None, "falling by 10 every 40 epochs: 1e-07 at about epoch 280"),
         (3 * FALLING, None, "falling by 10 every 40 epochs: 1e-06 at about epoch 259"),
+        (1e8 * FALLING, None, "falling by 10 every 40 epochs: 1e+01 at about epoch 280, 1e-02 at about epoch 400"),
+        (1e5 * FALLING, None, "falling by 10 every 40 epochs: 1e-02 at about epoch 280"),
         (FALLING, COSINE, "falling by 10 every 40 epochs until the learning rate was at zero"),
         (LATE_FLAT, None, "flat since epoch 201"),
         (LATE_FLAT, COSINE, "flat since epoch 201, with the learning rate at zero"),
@@ -159,6 +178,14 @@ def test_with_two_measurements_the_log_tells_the_course(train, tmp_path):
     measured = MeasuredRun(Run(tmp_path / "run"))
     assert len(measured.rows) == 2
     assert any(line.startswith("the gap: ") for line in explain(measured))
+
+
+def test_a_penalty_warm_up_that_ends_with_the_run_is_the_cause(train, tmp_path):
+    """The penalties are at their final strength in the last epoch alone, in which the cosine has come to zero."""
+    flags = [*FLAGS, "--width", 128, "--penalty_warmup_epochs", 39, "--decay_type", "cosine", "--patience", 10, "--save_path"]
+    late = "the penalties reached their final strength too late, when the learning rate was at 0% of its largest"
+    assert late in train(*flags, "run")[0]
+    assert late not in train(*flags, "soon", "--penalty_warmup_epochs", 8)[0]
 
 
 def test_what_is_proved_stands_beside_what_is_measured(train, tmp_path):
