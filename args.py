@@ -612,7 +612,10 @@ def merge_config(parser, defaults, typed, config, folder):
         if name not in flags_with(LOCATION) and value != flags_then.get(name)
     ]
     if contradictions:
-        raise UserError(f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}")
+        way_on = "; to go on with other flags, train a new run with --init_from and the last checkpoint of this one"
+        raise UserError(
+            f"{folder}/config.json contradicts the flags: {'; '.join(contradictions)}{way_on if now.resume else ''}"
+        )
     return now
 
 

@@ -57,8 +57,8 @@ class Convergence:
         if self.lr_at_zero:
             return f"{text} until the learning rate was at zero"
         targets = [self.target, *([NEAR] if self.target > 1.1 * NEAR else [])]
-        left = [self.epochs_per_decade * math.log10(self.last_gap / target) for target in targets]
-        times = [f"{target:.0e} at about epoch {self.last_epoch + more:.0f}" for target, more in zip(targets, left)]
+        left = {target: self.epochs_per_decade * math.log10(self.last_gap / target) for target in targets}
+        times = (f"{target:.0e} at about epoch {self.last_epoch + more:.0f}" for target, more in left.items())
         return f"{text}: {', '.join(times)}"
 
 
@@ -238,7 +238,8 @@ def diagnose(
             if missed.any():
                 return (
                     f"{images(missed.sum())} {'is' if missed.sum() == 1 else 'are'} misclassified, most in class "
-                    f"{missed.argmax()}: too few steps, too small a network, or a learning rate that is too small or too large"
+                    f"{missed.argmax()}: too few steps, too small a network, or a learning rate that is too small or "
+                    "too large"
                 )
         if not relative > REACHED:
             return None

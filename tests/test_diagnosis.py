@@ -182,7 +182,8 @@ def test_with_two_measurements_the_log_tells_the_course(train, tmp_path):
 
 def test_a_penalty_warm_up_that_ends_with_the_run_is_the_cause(train, tmp_path):
     """The penalties are at their final strength in the last epoch alone, in which the cosine has come to zero."""
-    flags = [*FLAGS, "--width", 128, "--penalty_warmup_epochs", 39, "--decay_type", "cosine", "--patience", 10, "--save_path"]
+    schedule = "--width 128 --penalty_warmup_epochs 39 --decay_type cosine --patience 10"
+    flags = [*FLAGS, *schedule.split(), "--save_path"]
     late = "the penalties reached their final strength too late, when the learning rate was at 0% of its largest"
     assert late in train(*flags, "run")[0]
     assert late not in train(*flags, "soon", "--penalty_warmup_epochs", 8)[0]

@@ -242,7 +242,7 @@ def test_a_run_is_not_overwritten(train, tmp_path):
     _, error = train(*TINY, "--save_path", "run", status=2)
     assert "give --resume to continue it, --force to delete it" in error and error.count("\n") == 1
     _, error = train(*TINY, "--save_path", "run", "--resume", "--lr", 0.5, status=2)
-    assert "contradicts the flags: --lr is 0.5, in the run 0.001" in error
+    assert "contradicts the flags: --lr is 0.5, in the run 0.001; to go on with other flags, train a new run" in error
     assert (tmp_path / "run" / "epoch_002.pth").read_bytes() == before
     for path in (tmp_path / "run").glob("epoch_*"):
         path.rename(tmp_path / path.name)  # as if to save space: log and metrics alone still count as a run
