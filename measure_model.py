@@ -69,6 +69,10 @@ def main():
     draw(table, args.out)
     keys = table.columns.intersection(["epoch", "layer", "split", "d"]).tolist()
     print(table[[*keys, *LAYER_PANELS]].to_string(index=False, float_format="{:.4g}".format))
+    print(
+        "NC1: variability within the classes over that between their means, 0 at full collapse. Compare values only "
+        "with the same data, images per class, split, preprocessing and layer"
+    )
     print(f"all columns in {args.out / 'layers.csv'}, figure in {args.out / 'layers.pdf'} and .png")
 
 

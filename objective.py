@@ -218,7 +218,7 @@ class Objective:
         if min(decays) <= 0:
             return "without a positive --weight_decay and --feature_decay_rate there is no optimum"
         if self.loss not in nc_theory.LOSSES:
-            return f"no optimum is known for --loss {short_name(self.loss)}"
+            return f"no optimum is known for --loss {short_name(self.loss)}; docs/losses.md bounds it from below"
         problem = UFM(
             tuple(self.class_counts),
             *decays,

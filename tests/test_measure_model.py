@@ -169,6 +169,7 @@ def test_metrics_that_are_nan_in_all_rows_keep_their_columns_in_the_table(run_sc
     flags = ["--model", "own.py:build", "--data_dir", images, "--size", 32, "--layers", "0"]
     out, _ = run_script(SCRIPT, *flags)
     assert re.search(r"layer split +d +NC1 +CDNV +NCM_acc1\n +0 train +6 +NaN +NaN +NaN\n", out)
+    assert "NC1: variability within the classes over that between their means, 0 at full collapse" in out
     assert "all features are zero (dead ReLUs)" in out
 
 
