@@ -19,7 +19,7 @@ from analysis import draw_heatmaps
 from analysis.diagnosis import explain
 from analysis.summary import divergence
 from args import code_digests, notes, parse_args, recorded_flags, run_folder, training_flags
-from engine.checkpoints import Checkpoints, is_due, load_weights
+from engine.checkpoints import RESUME_SECONDS, Checkpoints, is_due, load_weights
 from engine.device import describe, device_name, keep_freed_memory, pick_device, set_precision
 from engine.loggers import open_loggers, require_packages
 from engine.measurement import Measurement
@@ -214,7 +214,9 @@ def announce(args, run, training, checkpoints, ended):
     """Print the settings of a `MeasuredRun` and the disk space that it needs."""
     data, epoch, ranks = training.data, training.state.epoch, training.ranks.count
     resumed = f"resumes {run.folder} after epoch {epoch}" if epoch else f"no run in {run.folder} yet: starts at epoch 1"
-    if args.resume and epoch and not run.run.last.exists():
+    if args.resume and epoch and run.run.last.exists():
+        resumed += f", the state in last.pt, which is saved every {RESUME_SECONDS} seconds"
+    elif args.resume and epoch:
         resumed += f", from epoch_{epoch:03d}.pth: last.pt is missing, so the optimizer starts afresh"
     print(resumed if args.resume else f"run        {run.folder}")
     print(
