@@ -177,7 +177,7 @@ class ScaledProblem:
         for _ in range(ROUNDS):
             if self.split(x)[0].size:
                 x = self.reduced(self.minimum_from(x, SHORT if short else LONG))
-                if not short:
+                if not short and self.split(x)[0].size:  # else no feature is left
                     x = self.polished(self.minimum_from(x, LONG))
             fell = value - (end_value := self.value_and_gradient(x)[0])
             value = min(value, end_value)
