@@ -419,7 +419,7 @@ def magika_features(folder):
 def typed_files(folder):
     """Return (content, class) of up to SAMPLES files of each type, from the packages or made from Python source.
 
-    Bytecode holds the path and time of the installation, which changes a result in its third digit.
+    Bytecode holds the path and time of the installation, which changes results by half a percent.
     """
     files = []
     for suffix, kind in FILE_TYPES.items():
