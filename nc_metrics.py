@@ -162,9 +162,9 @@ class ClassStatistics:
         statistics.require_samples()
         basis = statistics.set_centres(means)
         statistics.within_counts, statistics.within_sums = counts.clone(), within_sums.clone()
-        statistics.projected_sum = (basis * (scatter @ basis)).sum()
         axes = statistics.axes[:, :-DIRECTIONS]
         statistics.gram = axes.T @ scatter @ axes
+        statistics.projected_sum = statistics.gram.diagonal()[: basis.shape[1]].sum()
         scalars = [counts.new_zeros(()) + number for number in (negatives, hits, disagreements)]
         statistics.negatives, statistics.hits, statistics.disagreements = scalars
         return statistics

@@ -199,17 +199,12 @@ def draw_curves(axis, panel, several, legend_columns=1):
             axis.plot(series.theory.x, series.theory.y, label=label, **line)
     if not axis.lines:
         axis.text(0.5, 0.5, "no optimum known", transform=axis.transAxes, ha="center")
-    elif not several and any(panel.columns.values()):
-        legend_below_axis(axis, LEGEND_BELOW, ncols=legend_columns)
+    elif not several and any(panel.columns.values()):  # below the axis: curves may be anywhere in it
+        below = axis.transAxes + ScaledTranslation(0, -LEGEND_BELOW / 72, axis.figure.dpi_scale_trans)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below, "borderaxespad": 0}
+        axis.legend(**place, ncols=legend_columns)
     if panel.yscale == "log":
         show_two_powers(axis)
-
-
-def legend_below_axis(axis, points, **options):
-    """Add a legend that many points below an axis, because curves may be anywhere in it."""
-    below = axis.transAxes + ScaledTranslation(0, -points / 72, axis.figure.dpi_scale_trans)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below, "borderaxespad": 0}
-    axis.legend(**place, **options)
 
 
 def show_two_powers(axis):

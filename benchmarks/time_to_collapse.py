@@ -26,6 +26,7 @@ from common import ROOT, make_parser, report, write_table
 from analysis.settings import read_measured_run
 from args import parse_args
 from engine.training import load_images, read_data
+from scripts.tables import RANDOM_HEAD_RESNET
 
 COLLAPSE = ["NC2_H", "NC2_WWT", "NC3_WH", "margin_rel_err", "norm_rel_err"]
 SMALL_COUNTS = "--class_counts 100,100,200,200,300,300,400,400,500,500"
@@ -66,7 +67,7 @@ SETTINGS = {
     "resnet18": Setting(
         "--model ResNet18 --planes 16 --dataset cifar10 --class_counts 10,10,20,20,30,30,40,40,50,50 "
         "--weight_decay 0.005 --feature_decay_rate 0.0005 --bn_statistics training_set",
-        random="@scripts/random_head.flags --no-revive --lr 0.001 --batch_size 60 --epochs 600",
+        random=RANDOM_HEAD_RESNET,
         recipe="@scripts/collapse_resnet.flags --batch_size 300",
         every=5,
     ),

@@ -37,9 +37,13 @@ class Convergence:
     epochs_per_decade: float  # in which the gap falls by 10; negative if it rises
     last_epoch: int
     last_gap: float
-    lr_at_zero: bool
     stopped_by_lr: bool  # the gap fell until the learning rate was low
     relative_lr: float = math.nan  # the last learning rate over the largest; NaN if unknown
+
+    @property
+    def lr_at_zero(self) -> bool:
+        """True if the learning rate counts as zero."""
+        return self.relative_lr < ZERO_LR
 
     @property
     def target(self) -> float:
@@ -94,7 +98,6 @@ def convergence(epochs: ArrayLike, gaps: ArrayLike, learning_rates: ArrayLike | 
         epochs_per_decade=math.inf if slope == 0 else -1 / slope,
         last_epoch=int(times[-1]),
         last_gap=float(values[kept][-1]),
-        lr_at_zero=bool(relative[-1] < ZERO_LR),
         stopped_by_lr=bool(relative[-1] < ZERO_LR and (relative[first] < LOW_LR or not flat)),
         relative_lr=float(relative[-1]),
     )
@@ -158,9 +161,9 @@ def named(labels: Sequence[int], most: int = 20) -> str:
     return f"classes {', '.join(others)} and {last}" if others else f"class {last}"
 
 
-def images(number: float) -> str:
-    """Return so many training images in words."""
-    return f"{number:.0f} training image{'' if number == 1 else 's'}"
+def images(number: float, one: str, many: str) -> str:
+    """Return so many training images as the subject of a verb, which is `one` after a single image, else `many`."""
+    return f"{number:.0f} training image {one}" if number == 1 else f"{number:.0f} training images {many}"
 
 
 def diagnose(
@@ -231,15 +234,14 @@ def diagnose(
         nothing = zero | collapsed  # classes whose images are at zero, or get there, and have no largest logit
         alone = np.zeros(len(counts)) if zero_samples is None else np.where(nothing, 0, array_of(zero_samples))
         if alone.any():
-            have = f"{images(alone.sum())} {'has' if alone.sum() == 1 else 'have'}"
+            have = images(alone.sum(), "has", "have")
             return f"{have} features that are all zero, most in class {alone.argmax()}"
         if accuracies is not None:
             missed = np.where(nothing, 0, np.rint((100 - array_of(accuracies)) / 100 * counts))
             if missed.any():
                 return (
-                    f"{images(missed.sum())} {'is' if missed.sum() == 1 else 'are'} misclassified, most in class "
-                    f"{missed.argmax()}: too few steps, too small a network, or a learning rate that is too small or "
-                    "too large"
+                    f"{images(missed.sum(), 'is', 'are')} misclassified, most in class {missed.argmax()}: too few "
+                    "steps, too small a network, or a learning rate that is too small or too large"
                 )
         if not relative > REACHED:
             return None
